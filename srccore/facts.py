@@ -1,0 +1,163 @@
+"""Checks a rationale against facts, by program (reconstruction). Pure text, no model.
+
+Every sentence of a rationale is one claim. A claim that names the subject and relation of a fact
+is *supported* or *contradicted* by it. Arithmetic, comparison and parity are executed again: true
+and built on numbers that are facts or were derived before, they are *supported*; otherwise they
+are an *invalid* step. Everything else is *unsupported*: nobody can verify it.
+
+A rationale is sound when it states every needed fact and each of its claims is supported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from srccore import sentences
+from srccore.records import Fact, Sample
+from srccore.response import normalise_answer, parse, same_answer
+
+__all__ = ["Claim", "RationaleCheck", "Verdict", "check_rationale", "gold_rationale", "quality"]
+
+_OPERATION = re.compile(r"(\d+) (plus|minus|times) (\d+) is (\d+)")
+_COMPARISON = re.compile(r"(\d+) is (more|less) than (\d+)")
+_PARITY = re.compile(r"(\d+) is (even|odd)")
+_OPERATIONS = {
+    "plus": lambda left, right: left + right,
+    "minus": lambda left, right: left - right,
+    "times": lambda left, right: left * right,
+}
+
+
+class Verdict(StrEnum):
+    """What the facts say of one claim."""
+
+    SUPPORTED = "supported"
+    CONTRADICTED = "contradicted"
+    INVALID = "invalid"
+    UNSUPPORTED = "unsupported"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence of a rationale, what it concludes, and the verdict on it."""
+
+    text: str
+    verdict: Verdict
+    value: str | None
+    """What the claim states of its subject, where the form of the claim tells."""
+    fact: Fact | None = None
+    """The fact that it speaks of, if any."""
+
+
+@dataclass(frozen=True)
+class RationaleCheck:
+    """A rationale against the facts of its sample."""
+
+    claims: tuple[Claim, ...]
+    missing: tuple[Fact, ...]
+    """Needed facts that the rationale does not state rightly."""
+
+    @property
+    def is_sound(self) -> bool:
+        """Every needed fact is stated, and every claim is supported."""
+        return (
+            bool(self.claims)
+            and not self.missing
+            and all(claim.verdict is Verdict.SUPPORTED for claim in self.claims)
+        )
+
+    @property
+    def derived_answer(self) -> str | None:
+        """The answer that the rationale alone leads to: what its last claim concludes."""
+        return self.claims[-1].value if self.claims else None
+
+
+def check_rationale(rationale: str, facts: Sequence[Fact]) -> RationaleCheck:
+    """Checks every claim of a rationale.
+
+    Args:
+        rationale: The text before the answer line.
+        facts: The facts of the sample; a sample without facts supports nothing.
+
+    Returns:
+        The claims with their verdicts, and the needed facts that are missing.
+    """
+    known = {fact.value for fact in facts if fact.visual and fact.value.isdigit()}
+    claims: list[Claim] = []
+    for sentence in sentences.split(rationale):
+        claim = _check_claim(_plain(sentence), facts, known)
+        claims.append(claim)
+        if claim.verdict is Verdict.SUPPORTED and claim.value is not None:
+            known.add(claim.value)
+    stated = {id(claim.fact) for claim in claims if claim.verdict is Verdict.SUPPORTED}
+    missing = tuple(fact for fact in facts if fact.needed and id(fact) not in stated)
+    return RationaleCheck(tuple(claims), missing)
+
+
+def gold_rationale(facts: Sequence[Fact]) -> str:
+    """The rationale that states the needed facts, in their order, and nothing else."""
+    return " ".join(fact.sentence for fact in facts if fact.needed)
+
+
+def quality(text: str, sample: Sample) -> float:
+    """How good a response is, as the facts see it (reconstruction).
+
+    ``(supported needed facts - wrong claims - missing facts / 2) / needed facts``, plus 1 where
+    the answer is right. A claim that repeats one is wrong too.
+
+    Args:
+        text: The response.
+        sample: The sample with its facts.
+
+    Returns:
+        At most 2 (all of it right); no lower bound.
+    """
+    parsed = parse(text)
+    check = check_rationale(parsed.rationale if parsed else text, sample.facts)
+    needed = sum(fact.needed for fact in sample.facts)
+    supported = [claim.text for claim in check.claims if claim.verdict is Verdict.SUPPORTED]
+    wrong = len(check.claims) - len(set(supported))
+    score = (needed - len(check.missing) - wrong - len(check.missing) / 2) / max(1, needed)
+    return score + (parsed is not None and same_answer(parsed.answer, sample.answer))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(" .!?")
+
+
+def _check_claim(text: str, facts: Sequence[Fact], known: set[str]) -> Claim:
+    for fact in facts:
+        head = f"{_plain(fact.subject)} {_plain(fact.relation)} "
+        if text.startswith(head):
+            value = text[len(head) :]
+            accepted = {normalise_answer(name) for name in (fact.value, *fact.aliases)}
+            right = normalise_answer(value) in accepted
+            verdict = Verdict.SUPPORTED if right else Verdict.CONTRADICTED
+            return Claim(text, verdict, value, fact)
+    executed = _execute(text)
+    if executed is not None:
+        operands, value, is_true = executed
+        verdict = Verdict.SUPPORTED if is_true and operands <= known else Verdict.INVALID
+        return Claim(text, verdict, value)
+    # "X is V" that no fact speaks of still concludes V: consistency asks what follows from the
+    # rationale alone, right or wrong.
+    _, is_found, value = text.rpartition(" is ")
+    return Claim(text, Verdict.UNSUPPORTED, value if is_found else None)
+
+
+def _execute(text: str) -> tuple[set[str], str | None, bool] | None:
+    if match := _OPERATION.fullmatch(text):
+        left, name, right, result = match.groups()
+        is_true = _OPERATIONS[name](int(left), int(right)) == int(result)
+        return {left, right}, result, is_true
+    if match := _COMPARISON.fullmatch(text):
+        left, name, right = match.groups()
+        is_true = int(left) > int(right) if name == "more" else int(left) < int(right)
+        return {left, right}, None, is_true
+    if match := _PARITY.fullmatch(text):
+        number, name = match.groups()
+        return {number}, name, int(number) % 2 == (name == "odd")
+    return None

@@ -1,0 +1,246 @@
+"""The records that travel between stages, and their JSON Lines form.
+
+A record file opens with one header line that names the record and its schema version; a reader
+refuses what it does not know. Every record is a frozen pydantic model, so a bad value is told
+with its line. Images never travel in record files: records name samples by id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from srccore.errors import UserError
+
+__all__ = [
+    "RATING_LEVELS",
+    "Candidate",
+    "CandidateSet",
+    "Category",
+    "Fact",
+    "LabelledPair",
+    "Preference",
+    "Rating",
+    "Record",
+    "Response",
+    "Sample",
+    "read_records",
+    "write_records",
+]
+
+RATING_LEVELS = (1, 2, 3, 4, 5)
+"""The rating tokens: 5 = first much better, 3 = equal, 1 = second much better."""
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Category(StrEnum):
+    """The three categories of the paper's training mixture (2:1:1)."""
+
+    PERCEPTION = "perception"
+    """Perception and world knowledge."""
+    CHART = "chart"
+    """Chart understanding."""
+    MATH = "math"
+    """Math and science."""
+
+
+class Record(BaseModel):
+    """Base of all records: frozen, no unknown fields, a name and a version for its file form."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    record: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+
+
+class Fact(Record):
+    """One thing that is true of a sample, as subject, relation and value.
+
+    ``the red bar`` / ``is`` / ``3``. Read aloud, the three make a sentence.
+    """
+
+    subject: Text
+    relation: Text
+    value: Text
+    aliases: tuple[str, ...] = ()
+    """Other ways to write the value."""
+    visual: bool = True
+    """Seen in the image; false for world knowledge and for derived steps."""
+    needed: bool = True
+    """The answer follows from it, so a right rationale must state it."""
+
+    @property
+    def sentence(self) -> str:
+        """The fact as a sentence with a capital and a full stop."""
+        text = f"{self.subject} {self.relation} {self.value}."
+        return text[0].upper() + text[1:]
+
+
+class Sample(Record):
+    """One question about one image. ``image`` is read through the data set, not held here."""
+
+    record: ClassVar[str] = "samples"
+    id: Text
+    category: Category
+    question: Text
+    answer: Text
+    rationale: str | None = None
+    facts: tuple[Fact, ...] = ()
+
+
+class Response(Record):
+    """One model output of sample ``sample_id``, unparsed."""
+
+    record: ClassVar[str] = "responses"
+    sample_id: Text
+    text: str
+    token_count: int = Field(ge=0)
+    finished: bool
+
+
+class Candidate(Record):
+    """A response found by the search."""
+
+    id: Text
+    """Hash of sample and text: the same text is the same candidate in every shard."""
+    text: str
+    log_probability: float = Field(le=1e-6)
+    """Sum over the response's tokens, natural log, at temperature 1."""
+    token_count: int = Field(ge=1)
+
+
+class CandidateSet(Record):
+    """What the search found for one sample, best first."""
+
+    record: ClassVar[str] = "candidates"
+    sample_id: Text
+    candidates: tuple[Candidate, ...]
+    unfinished: int = Field(default=0, ge=0)
+    """Beams alive at the end that did not finish, dropped."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> CandidateSet:
+        ids = [candidate.id for candidate in self.candidates]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"sample {self.sample_id} has two candidates of one id")
+        return self
+
+
+class Rating(Record):
+    """R-Scorer's verdict on an ordered pair of candidates of one sample."""
+
+    record: ClassVar[str] = "ratings"
+    sample_id: Text
+    first: Text
+    second: Text
+    probabilities: tuple[float, float, float, float, float]
+    """Over the rating tokens 1..5, renormalised."""
+    mass: float = Field(ge=0, le=1 + 1e-6)
+    """Share of the full softmax that lies on the five tokens: a health figure."""
+
+
+class LabelledPair(Record):
+    """Two responses to one sample with a teacher's rating of first against second."""
+
+    record: ClassVar[str] = "labelled_pairs"
+    sample_id: Text
+    first: str
+    second: str
+    rating: int = Field(ge=1, le=5)
+
+
+class Preference(Record):
+    """One (chosen, rejected) pair of candidates for one sample."""
+
+    record: ClassVar[str] = "preferences"
+    sample_id: Text
+    chosen: Candidate
+    rejected: Candidate
+    margin: float
+    """``v_chosen - v_rejected``, in [0, 2]."""
+    confidence: float = Field(ge=0, le=1)
+    """Mean folded certainty of the pairs that contain either."""
+
+
+R = TypeVar("R", bound=Record)
+
+
+def write_records(path: Path, kind: type[R], records: Iterable[R]) -> int:
+    """Writes a record file whole or not at all (a temporary file is renamed at the end).
+
+    Args:
+        path: The file to write; its folder must exist.
+        kind: The record's class, which gives the header.
+        records: The records, in the order they shall have.
+
+    Returns:
+        How many records were written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    count = 0
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"record": kind.record, "version": kind.version}) + "\n")
+        for record in records:
+            file.write(record.model_dump_json() + "\n")
+            count += 1
+    os.replace(temporary, path)
+    return count
+
+
+def read_records(path: Path, kind: type[R]) -> Iterator[R]:
+    """Reads a record file, one record at a time.
+
+    Args:
+        path: A file that `write_records` made.
+        kind: The record's class.
+
+    Yields:
+        The records, in the file's order.
+
+    Raises:
+        UserError: The file is missing, holds other records or another version, or a line is bad.
+    """
+    try:
+        file = path.open(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"The record file {path} cannot be read ({error.strerror}).",
+            "Check the path, or run the stage that writes it.",
+        ) from None
+    with file:
+        _check_header(path, file.readline(), kind)
+        for number, line in enumerate(file, start=2):
+            try:
+                yield kind.model_validate_json(line)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in first["loc"]) or "the line"
+                raise UserError(
+                    f"Line {number} of {path} is not a valid {kind.record} record: "
+                    f"{where}: {first['msg']}.",
+                    "Mend the line, or run the stage that writes the file again.",
+                ) from None
+
+
+def _check_header(path: Path, line: str, kind: type[Record]) -> None:
+    try:
+        header = json.loads(line)
+        found = (header["record"], header["version"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path} is not a record file: its first line names no record and version.",
+            f'A file of {kind.record} opens with {{"record": "{kind.record}", '
+            f'"version": {kind.version}}}.',
+        ) from None
+    if found != (kind.record, kind.version):
+        raise UserError(
+            f"{path} holds {found[0]} version {found[1]}, not {kind.record} "
+            f"version {kind.version}.",
+            "Give the file that the message asks for, written by this version of srccore.",
+        )

@@ -1,0 +1,105 @@
+r"""The text of a response: rationale, newline, ``Answer: <answer>`` (reconstruction).
+
+The last line is always parseable, so nothing has to guess where a rationale ends.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = ["ParsedResponse", "normalise_answer", "parse", "same_answer", "write"]
+
+ANSWER_PREFIX = "Answer: "
+_ANSWER_LINE = re.compile(r"\s*answer\s*:\s*(\S.*?)\s*", re.IGNORECASE)
+_ARTICLE = re.compile(r"^(?:a|an|the)\s+")
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
+_NUMBER_WORDS = {
+    word: str(number)
+    for number, word in enumerate(
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+        ]
+    )
+}
+
+
+@dataclass(frozen=True)
+class ParsedResponse:
+    """A response taken apart: the paper's rationale-answer pair."""
+
+    rationale: str
+    answer: str
+
+
+def write(rationale: str, answer: str) -> str:
+    """Writes a response as the policy shall write it.
+
+    Args:
+        rationale: One or more sentences; may be empty, then only the answer line is written.
+        answer: The answer, one line.
+
+    Returns:
+        The text that `parse` takes apart again.
+    """
+    line = f"{ANSWER_PREFIX}{answer.strip()}"
+    return f"{rationale.strip()}\n{line}" if rationale.strip() else line
+
+
+def parse(text: str) -> ParsedResponse | None:
+    """Takes a response apart.
+
+    Args:
+        text: What a policy wrote.
+
+    Returns:
+        Rationale and answer, or None unless the last line, and no other, is an answer line.
+    """
+    *head, last = text.strip().split("\n")
+    match = _ANSWER_LINE.fullmatch(last)
+    if match is None or any(_ANSWER_LINE.fullmatch(line) for line in head):
+        return None
+    return ParsedResponse(rationale="\n".join(head).strip(), answer=match.group(1))
+
+
+def normalise_answer(answer: str) -> str:
+    """Brings an answer into the form in which answers are compared.
+
+    Case, outer punctuation, white space and a leading article do not count; numbers are written
+    in one way (``1,000.0`` is ``1000``, ``two`` is ``2``).
+
+    Args:
+        answer: Any text.
+
+    Returns:
+        The normal form; empty where nothing is left.
+    """
+    text = " ".join(answer.casefold().split()).strip(" .,;:!?\"'`()[]")
+    text = _ARTICLE.sub("", text)
+    text = _NUMBER_WORDS.get(text, text)
+    if _NUMBER.fullmatch(text):
+        plain = text.replace(",", "").lstrip("+")
+        if "." in plain:
+            plain = plain.rstrip("0").rstrip(".")
+        sign, digits = ("-", plain[1:]) if plain.startswith("-") else ("", plain)
+        digits = digits.lstrip("0") or "0"
+        return ("" if digits == "0" else sign) + ("0" + digits if digits[0] == "." else digits)
+    return text
+
+
+def same_answer(first: str, second: str) -> bool:
+    """Tells whether two answers are equal after normalisation; an empty one equals none."""
+    left = normalise_answer(first)
+    return left != "" and left == normalise_answer(second)

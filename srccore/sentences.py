@@ -1,0 +1,97 @@
+"""Where a sentence ends: the unit by which the search extends a response (reconstruction).
+
+A sentence ends after ``.``, ``?`` or ``!`` (with closing quotes or brackets) where white space
+follows, and before a newline. A full stop inside a number, after a list number, an initial or a
+known abbreviation ends nothing. White space belongs to the sentence that it opens.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["first_end", "split"]
+
+_ABBREVIATIONS = frozenset(
+    [
+        "mr",
+        "mrs",
+        "ms",
+        "dr",
+        "prof",
+        "st",
+        "jr",
+        "sr",
+        "vs",
+        "etc",
+        "fig",
+        "figs",
+        "eq",
+        "eqs",
+        "no",
+        "nos",
+        "vol",
+        "approx",
+        "e.g",
+        "i.e",
+        "cf",
+        "al",
+        "dept",
+        "est",
+        "min",
+        "max",
+        "avg",
+        "temp",
+        "inc",
+        "ltd",
+        "co",
+        "u.s",
+        "u.k",
+        "u.n",
+        "a.m",
+        "p.m",
+    ]
+)
+_END = re.compile(r"""[.?!]+["'”’)\]]*(?=\s)|(?<=\S)(?=\n)""")
+_WORD_BEFORE = re.compile(r"([A-Za-z](?:[A-Za-z.]*[A-Za-z])?|\d+)\.$")
+
+
+def first_end(text: str) -> int | None:
+    """Finds the end of the first sentence, if the text goes on behind it.
+
+    Args:
+        text: Any text; a sentence that nothing follows has not ended yet.
+
+    Returns:
+        The index just behind the sentence, or None.
+    """
+    start = len(text) - len(text.lstrip())
+    for match in _END.finditer(text, start):
+        if match.end() > start and not _is_abbreviation(text[start : match.end()]):
+            return match.end()
+    return None
+
+
+def split(text: str) -> list[str]:
+    """Splits a text into its sentences, without the white space around them.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        The sentences in order; none of them is empty.
+    """
+    sentences = []
+    while (end := first_end(text)) is not None:
+        sentences.append(text[:end].strip())
+        text = text[end:]
+    return [*sentences, text.strip()] if text.strip() else sentences
+
+
+def _is_abbreviation(sentence: str) -> bool:
+    match = _WORD_BEFORE.search(sentence)
+    if match is None:
+        return False
+    word = match.group(1)
+    is_list_number = word.isdigit() and len(sentence) == len(word) + 1
+    is_initial = len(word) == 1 and word.isupper() and len(sentence) > 2
+    return is_list_number or is_initial or word.lower() in _ABBREVIATIONS
