@@ -17,7 +17,7 @@ from enum import StrEnum
 
 from srccore import sentences
 from srccore.records import Fact, Sample
-from srccore.response import normalise_answer, parse, same_answer
+from srccore.response import parse, same_answer
 
 __all__ = ["Claim", "RationaleCheck", "Verdict", "check_rationale", "gold_rationale", "quality"]
 
@@ -129,23 +129,30 @@ def _plain(text: str) -> str:
 
 
 def _check_claim(text: str, facts: Sequence[Fact], known: set[str]) -> Claim:
+    contradicted = None
     for fact in facts:
         head = f"{_plain(fact.subject)} {_plain(fact.relation)} "
         if text.startswith(head):
             value = text[len(head) :]
-            accepted = {normalise_answer(name) for name in (fact.value, *fact.aliases)}
-            right = normalise_answer(value) in accepted
-            verdict = Verdict.SUPPORTED if right else Verdict.CONTRADICTED
-            return Claim(text, verdict, value, fact)
+            if any(same_answer(value, name) for name in (fact.value, *fact.aliases)):
+                return Claim(text, Verdict.SUPPORTED, value, fact)
+            # Another fact may give the same subject and relation the value that is claimed.
+            contradicted = contradicted or Claim(text, Verdict.CONTRADICTED, value, fact)
+    if contradicted is not None:
+        return contradicted
     executed = _execute(text)
     if executed is not None:
-        operands, value, is_true = executed
+        operands, result, is_true = executed
         verdict = Verdict.SUPPORTED if is_true and operands <= known else Verdict.INVALID
-        return Claim(text, verdict, value)
-    # "X is V" that no fact speaks of still concludes V: consistency asks what follows from the
-    # rationale alone, right or wrong.
-    _, is_found, value = text.rpartition(" is ")
-    return Claim(text, Verdict.UNSUPPORTED, value if is_found else None)
+        return Claim(text, verdict, result)
+    # "X is V" that no fact speaks of still concludes V, as does "X is in V" where a fact has that
+    # relation: consistency asks what follows from the rationale alone, right or wrong.
+    relations = {"is", *(_plain(fact.relation) for fact in facts)}
+    for relation in sorted(relations, key=lambda each: (-len(each), each)):
+        _, is_found, concluded = text.rpartition(f" {relation} ")
+        if is_found:
+            return Claim(text, Verdict.UNSUPPORTED, concluded)
+    return Claim(text, Verdict.UNSUPPORTED, None)
 
 
 def _execute(text: str) -> tuple[set[str], str | None, bool] | None:

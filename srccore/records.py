@@ -27,6 +27,7 @@ __all__ = [
     "LabelledPair",
     "Preference",
     "Rating",
+    "Rationale",
     "Record",
     "Response",
     "Sample",
@@ -94,6 +95,14 @@ class Sample(Record):
     facts: tuple[Fact, ...] = ()
 
 
+class Rationale(Record):
+    """A reference rationale of sample ``sample_id``: of the data set, or a teacher's."""
+
+    record: ClassVar[str] = "rationales"
+    sample_id: Text
+    rationale: Text
+
+
 class Response(Record):
     """One model output of sample ``sample_id``, unparsed."""
 
@@ -143,6 +152,13 @@ class Rating(Record):
     """Over the rating tokens 1..5, renormalised."""
     mass: float = Field(ge=0, le=1 + 1e-6)
     """Share of the full softmax that lies on the five tokens: a health figure."""
+
+    @model_validator(mode="after")
+    def _is_distribution(self) -> Rating:
+        # Written so that NaN fails too.
+        if not (min(self.probabilities) >= 0 and abs(sum(self.probabilities) - 1) <= 1e-3):
+            raise ValueError(f"{self.probabilities} is no distribution over the rating tokens")
+        return self
 
 
 class LabelledPair(Record):

@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["ParsedResponse", "normalise_answer", "parse", "same_answer", "write"]
+__all__ = ["ParsedResponse", "gives_answer", "normalise_answer", "parse", "same_answer", "write"]
 
 ANSWER_PREFIX = "Answer: "
 _ANSWER_LINE = re.compile(r"\s*answer\s*:\s*(\S.*?)\s*", re.IGNORECASE)
+# A full stop before a digit is a decimal point.
+_OUTER = re.compile(r"^(?:[\s,;:!?\"'`()\[\]]|\.(?!\d))+|[\s.,;:!?\"'`()\[\]]+$")
 _ARTICLE = re.compile(r"^(?:a|an|the)\s+")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 _NUMBER_WORDS = {
@@ -86,8 +88,9 @@ def normalise_answer(answer: str) -> str:
     Returns:
         The normal form; empty where nothing is left.
     """
-    text = " ".join(answer.casefold().split()).strip(" .,;:!?\"'`()[]")
-    text = _ARTICLE.sub("", text)
+    text, before = " ".join(answer.casefold().split()), None
+    while text != before:
+        text, before = _ARTICLE.sub("", _OUTER.sub("", text)), text
     text = _NUMBER_WORDS.get(text, text)
     if _NUMBER.fullmatch(text):
         plain = text.replace(",", "").lstrip("+")
@@ -103,3 +106,9 @@ def same_answer(first: str, second: str) -> bool:
     """Tells whether two answers are equal after normalisation; an empty one equals none."""
     left = normalise_answer(first)
     return left != "" and left == normalise_answer(second)
+
+
+def gives_answer(text: str, reference: str) -> bool:
+    """Tells whether a response parses and its answer equals the reference."""
+    parsed = parse(text)
+    return parsed is not None and same_answer(parsed.answer, reference)

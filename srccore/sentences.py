@@ -2,7 +2,8 @@
 
 A sentence ends after ``.``, ``?`` or ``!`` (with closing quotes or brackets) where white space
 follows, and before a newline. A full stop inside a number, after a list number, an initial or a
-known abbreviation ends nothing. White space belongs to the sentence that it opens.
+known abbreviation ends nothing; "no.", "fig." and their like are abbreviations before a number
+only. White space belongs to the sentence that it opens.
 """
 
 from __future__ import annotations
@@ -23,13 +24,6 @@ _ABBREVIATIONS = frozenset(
         "sr",
         "vs",
         "etc",
-        "fig",
-        "figs",
-        "eq",
-        "eqs",
-        "no",
-        "nos",
-        "vol",
         "approx",
         "e.g",
         "i.e",
@@ -51,7 +45,9 @@ _ABBREVIATIONS = frozenset(
         "p.m",
     ]
 )
-_END = re.compile(r"""[.?!]+["'”’)\]]*(?=\s)|(?<=\S)(?=\n)""")
+_NUMBERED = frozenset(["fig", "figs", "eq", "eqs", "no", "nos", "vol"])
+# Closers are straight and curly quotes, and brackets.
+_END = re.compile(r"""[.?!]+["'\u201d\u2019)\]]*(?=\s)|(?<=\S)(?=\n)""")
 _WORD_BEFORE = re.compile(r"([A-Za-z](?:[A-Za-z.]*[A-Za-z])?|\d+)\.$")
 
 
@@ -66,8 +62,9 @@ def first_end(text: str) -> int | None:
     """
     start = len(text) - len(text.lstrip())
     for match in _END.finditer(text, start):
-        if match.end() > start and not _is_abbreviation(text[start : match.end()]):
-            return match.end()
+        end = match.end()
+        if text[end] == "\n" or not _is_abbreviation(text[start:end], text[end:].lstrip()):
+            return end
     return None
 
 
@@ -87,11 +84,13 @@ def split(text: str) -> list[str]:
     return [*sentences, text.strip()] if text.strip() else sentences
 
 
-def _is_abbreviation(sentence: str) -> bool:
+def _is_abbreviation(sentence: str, rest: str) -> bool:
     match = _WORD_BEFORE.search(sentence)
     if match is None:
         return False
     word = match.group(1)
     is_list_number = word.isdigit() and len(sentence) == len(word) + 1
     is_initial = len(word) == 1 and word.isupper() and len(sentence) > 2
-    return is_list_number or is_initial or word.lower() in _ABBREVIATIONS
+    # Where nothing has been read behind it yet, it may still turn out to be one.
+    is_numbered = word.lower() in _NUMBERED and (not rest or rest[0].isdigit())
+    return is_list_number or is_initial or is_numbered or word.lower() in _ABBREVIATIONS

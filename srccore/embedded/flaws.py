@@ -173,5 +173,3 @@ def _conclude_wrongly(
     if last is reasoning.facts[-1] and item.task in ("highest", "lowest", "trend", "larger"):
         steps = [*steps[:-1], last.model_copy(update={"value": wrong})]
     return steps, wrong
-
-

@@ -180,9 +180,7 @@ def _train_language(
 ) -> None:
     rng = random.Random(seed + 1)
     model.train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), 1e-3, weight_decay=0.05, betas=(0.9, 0.98)
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 1.6e-3, total_steps=steps + 1, pct_start=0.05, final_div_factor=1e3
     )
@@ -240,9 +238,7 @@ def _row(
     ids: list[int] = tokenizer.encode("<s>", add_special_tokens=False)
     labels = [-100] * len(ids)
     for (asked, told), picture in zip(turns, image, strict=False):
-        prompt = tokenizer.encode(
-            f"USER: {picture}{asked} ASSISTANT:", add_special_tokens=False
-        )
+        prompt = tokenizer.encode(f"USER: {picture}{asked} ASSISTANT:", add_special_tokens=False)
         target = [*tokenizer.encode(f" {told}", add_special_tokens=False), EOS]
         ids += prompt + target
         labels += [-100] * len(prompt) + target

@@ -1,0 +1,357 @@
+"""What SRC gains on preset `tiny`, against three controls of the same budget.
+
+    python benchmarks/gain.py --out runs/gain --seeds 0 1 2
+
+Per seed: the run itself, then the controls, all from that run's stage-1 policy, over the same
+samples and rounds, trained by the same settings:
+
+* random: chosen and rejected drawn at random among raw samples (duplicates kept);
+* answer: any candidate with the right answer against any with a wrong one;
+* sft: plain SFT on the responses that R-Scorer chose, no rejected ones.
+
+Writes ``gain.json`` and prints the Markdown table of `RESULTS.md`. An interrupted call goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from srccore import dataset, evaluation, stages
+from srccore.config import RunConfig, load_config
+from srccore.console import ConsoleObserver
+from srccore.engines.base import Draw, Prompt
+from srccore.loop import run
+from srccore.manifest import StageFolder
+from srccore.records import (
+    Candidate,
+    CandidateSet,
+    Preference,
+    Response,
+    Sample,
+    read_records,
+    write_records,
+)
+from srccore.response import gives_answer
+from srccore.search import candidate_id, stable_hash
+
+ARMS = ("random", "answer", "sft")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/gain"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    arguments = parser.parse_args()
+    rows = []
+    for seed in arguments.seeds:
+        config = load_config("tiny", [*arguments.overrides, f"seed={seed}"])
+        folder = arguments.out / f"seed-{seed}"
+        began = time.monotonic()
+        observer = ConsoleObserver(Console(highlight=False))
+        rows.append({"seed": seed, "arm": "src", "rounds": run(config, folder / "src", observer)})
+        print(f"seed {seed}: src in {time.monotonic() - began:.0f} s", flush=True)
+        rows[-1]["headroom"] = headroom(config, folder)
+        rows[-1]["change"] = overall_change(config, folder / "src")
+        for arm in arguments.arms:
+            began = time.monotonic()
+            rows.append({"seed": seed, "arm": arm, "rounds": control(arm, config, folder)})
+            last = rows[-1]["rounds"][-1]["aligned_accuracy"]
+            print(f"seed {seed}: {arm} {last:.3f} in {time.monotonic() - began:.0f} s", flush=True)
+        (arguments.out / "gain.json").write_text(json.dumps(rows, indent=1))
+    print(table(rows))
+
+
+def control(arm: str, config: RunConfig, folder: Path) -> list[dict]:
+    """Carries one control through the rounds, from the run's stage-1 policy."""
+    source, out = folder / "src", folder / arm
+    heldout, calibration = (source / "data" / f"{n}.parquet" for n in ("heldout", "calibration"))
+    policy = source / "tune-rationale" / "policy.json"
+    evaluations = [source / "round-0" / "evaluate"]
+    for number in range(1, config.rounds + 1):
+        place = out / f"round-{number}"
+        preferences = place / "preferences"
+        if arm == "random":
+            random_preferences(config, calibration, policy, preferences, number)
+        else:
+            stages.search_candidates(
+                config.search,
+                data=calibration,
+                policy=policy,
+                out=place / "search",
+                seed=config.seed,
+                round_number=number,
+                device=config.device,
+            )
+            if arm == "answer":
+                answer_preferences(config, calibration, place / "search", preferences, number)
+            else:
+                stages.score_candidates(
+                    config.scoring,
+                    data=calibration,
+                    candidates=place / "search",
+                    scorer=source / "train-scorer",
+                    scorer_model=config.rating_model,
+                    out=place / "score",
+                    device=config.device,
+                )
+                stages.curate_preference(
+                    config.curation,
+                    data=calibration,
+                    candidates=[place / "search"],
+                    ratings=[place / "score"],
+                    out=preferences,
+                )
+        train = supervised if arm == "sft" else preference_trained
+        policy = train(config, calibration, preferences, policy, place / "train", number)
+        stages.evaluate(
+            config.evaluation,
+            data=heldout,
+            policy=policy,
+            out=place / "evaluate",
+            seed=config.seed,
+            round_number=number,
+            previous=evaluations[-1],
+            device=config.device,
+        )
+        evaluations.append(place / "evaluate")
+    return [json.loads((path / "figures.json").read_text()) for path in evaluations]
+
+
+def preference_trained(
+    config: RunConfig, data: Path, preferences: Path, policy: Path, out: Path, number: int
+) -> Path:
+    stages.train_dpo(
+        config.dpo,
+        data=data,
+        preferences=preferences,
+        policy=policy,
+        out=out,
+        seed=config.seed + number,
+        device=config.device,
+    )
+    return out / "policy.json"
+
+
+def supervised(
+    config: RunConfig, data: Path, preferences: Path, policy: Path, out: Path, number: int
+) -> Path:
+    """SFT on the chosen responses, with the optimiser settings and the adapter of DPO."""
+    from srccore.config import RationaleTuningConfig
+    from srccore.policy import read_policy, write_policy
+    from srccore.training.rationale import RationaleExample, tune_rationale
+
+    step = StageFolder("sft", out, config=config.dpo, inputs={"preferences": preferences})
+    if step.figures is None:
+        opened = dataset.open_data(data)
+        settings = config.dpo.model_dump(exclude={"beta", "sft_weight"})
+        examples = [
+            RationaleExample(
+                question=opened.sample(record.sample_id).question,
+                response=record.chosen.text,
+                image=lambda name=record.sample_id: opened.image(name),
+            )
+            for record in read_records(preferences / "preferences.jsonl", Preference)
+        ]
+        start = read_policy(policy)
+        tune_rationale(
+            start,
+            examples,
+            RationaleTuningConfig(**settings, samples=len(examples)),
+            out,
+            seed=config.seed + number,
+            device=config.device,
+        )
+        write_policy(out, start.with_adapter(out / "adapter"))
+        step.finish({"samples": len(examples)})
+    return out / "policy.json"
+
+
+def random_preferences(config: RunConfig, data: Path, policy: Path, out: Path, number: int) -> None:
+    step = StageFolder("random", out, config=config.search, inputs={"policy": policy.parent})
+    if step.figures is not None:
+        return
+    opened = dataset.open_data(data)
+    samples = dataset.draw(
+        opened.samples, config.search.samples, seed=config.seed, start=number - 1
+    )
+    raw = raw_samples(config, policy, opened, samples, f"{config.seed}/{number}")
+    found = []
+    for sample in samples:
+        rng = random.Random(stable_hash(f"random {config.seed} {number} {sample.id}"))
+        first, second = rng.sample(raw[sample.id], 2)
+        if first.text != second.text:
+            found.append(_preference(sample, first, second))
+    write_records(out / "preferences.jsonl", Preference, found)
+    step.finish({"preferences": len(found)})
+
+
+def answer_preferences(
+    config: RunConfig, data: Path, candidates: Path, out: Path, number: int
+) -> None:
+    step = StageFolder("answer", out, inputs={"candidates": candidates})
+    if step.figures is not None:
+        return
+    samples = {sample.id: sample for sample in dataset.open_data(data).samples}
+    found = []
+    for record in read_records(candidates / "candidates.jsonl", CandidateSet):
+        sample = samples[record.sample_id]
+        right, wrong = [], []
+        for candidate in record.candidates:
+            is_right = gives_answer(candidate.text, sample.answer)
+            (right if is_right else wrong).append(candidate)
+        if right and wrong:
+            rng = random.Random(stable_hash(f"answer {config.seed} {number} {sample.id}"))
+            found.append(_preference(sample, rng.choice(right), rng.choice(wrong)))
+    write_records(out / "preferences.jsonl", Preference, found)
+    step.finish({"preferences": len(found)})
+
+
+def _preference(sample: Sample, chosen: Candidate, rejected: Candidate) -> Preference:
+    return Preference(
+        sample_id=sample.id, chosen=chosen, rejected=rejected, margin=0.0, confidence=0.0
+    )
+
+
+def raw_samples(
+    config: RunConfig,
+    policy: Path,
+    opened: dataset.DataSet,
+    samples: list[Sample],
+    key: str,
+    count: int = 6,
+) -> dict[str, list[Candidate]]:
+    """Whole responses as they are drawn, duplicates and unparsed ones included."""
+    engine = stages.sampling_engine(policy, config.device)
+    found: dict[str, list[Candidate]] = {}
+    for start in range(0, len(samples), config.search.batch_size):
+        batch = samples[start : start + config.search.batch_size]
+        nodes = engine.open([Prompt(opened.image(s.id), s.question) for s in batch])
+        draws = [
+            Draw(node, stable_hash(f"raw/{key}/{sample.id}/{number}"), config.search.temperature)
+            for sample, node in zip(batch, nodes, strict=True)
+            for number in range(count)
+        ]
+        drawn = iter(engine.extend(draws, max_tokens=config.evaluation.max_tokens, whole=True))
+        for sample in batch:
+            texts = [next(drawn) for _ in range(count)]
+            found[sample.id] = [
+                Candidate(
+                    id=candidate_id(sample.id, text.text.strip()),
+                    text=text.text.strip(),
+                    log_probability=text.log_probability,
+                    token_count=text.token_count,
+                )
+                for text in texts
+            ]
+    return found
+
+
+def headroom(config: RunConfig, folder: Path) -> dict:
+    """Aligned accuracy of one greedy response, and pass@6, after stage 1, by category."""
+    step = StageFolder(
+        "headroom",
+        folder / "headroom",
+        config=config.search,
+        inputs={"policy": folder / "src" / "tune-rationale"},
+    )
+    if step.figures is not None:
+        return step.figures
+    opened = dataset.open_data(folder / "src" / "data" / "heldout.parquet")
+    policy = folder / "src" / "tune-rationale" / "policy.json"
+    samples = list(opened.samples)
+    raw = raw_samples(config, policy, opened, samples, f"headroom/{config.seed}")
+    reached: dict[str, list[bool]] = {}
+    for sample in samples:
+        outcomes = [
+            evaluation.judge_responses(
+                [sample],
+                {
+                    sample.id: Response(
+                        sample_id=sample.id,
+                        text=candidate.text,
+                        token_count=candidate.token_count,
+                        finished=True,
+                    )
+                },
+            )[0]
+            for candidate in raw[sample.id]
+        ]
+        is_reached = any(o.answer_right and o.rationale_right for o in outcomes)
+        for key in ("all", sample.category.value):
+            reached.setdefault(key, []).append(is_reached)
+    return step.finish({key: statistics.mean(values) for key, values in reached.items()})
+
+
+def overall_change(config: RunConfig, source: Path) -> dict:
+    """Last round against stage 1, paired bootstrap."""
+    samples = dataset.open_data(source / "data" / "heldout.parquet").samples
+    before, after = (
+        evaluation.judge_responses(
+            samples,
+            {
+                record.sample_id: record
+                for record in read_records(
+                    source / f"round-{number}" / "evaluate" / "responses.jsonl", Response
+                )
+            },
+        )
+        for number in (0, config.rounds)
+    )
+    changes = evaluation.paired_change(before, after, config.evaluation.resamples, config.seed)
+    return {name: change.model_dump(mode="json") for name, change in changes.items()}
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| seed | arm | aligned: stage 1, rounds 1.. | accuracy | spurious | format | tokens |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        first, last = row["rounds"][0], row["rounds"][-1]
+        aligned = " → ".join(f"{100 * each['aligned_accuracy']:.1f}" for each in row["rounds"])
+        pairs = [
+            f"{_percent(first[name])} → {_percent(last[name])}"
+            for name in ("accuracy", "spurious_correctness", "format_rate")
+        ]
+        tokens = f"{first['mean_tokens']:.1f} → {last['mean_tokens']:.1f}"
+        lines.append(
+            f"| {row['seed']} | {row['arm']} | {aligned} | {' | '.join(pairs)} | {tokens} |"
+        )
+    lines += ["", "Mean of the seeds, aligned accuracy after the last round:", ""]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        finals = [r["rounds"][-1]["aligned_accuracy"] for r in rows if r["arm"] == arm]
+        lines.append(f"* {arm}: {100 * statistics.mean(finals):.1f}")
+    lines += ["", "By category (aligned, stage 1 → last round; pass@6 of stage 1):", ""]
+    for row in rows:
+        if row["arm"] != "src":
+            continue
+        first, last = row["rounds"][0]["by_category"], row["rounds"][-1]["by_category"]
+        parts = [
+            f"{name} {_percent(first[name]['aligned_accuracy'])} → "
+            f"{_percent(last[name]['aligned_accuracy'])} (pass@6 {_percent(row['headroom'][name])})"
+            for name in first
+        ]
+        change = row["change"]["aligned_accuracy"]
+        low, high = change["interval"]
+        lines.append(
+            f"* seed {row['seed']}: {'; '.join(parts)}; all {100 * change['difference']:+.1f} "
+            f"[{100 * low:.1f}, {100 * high:.1f}], pass@6 {_percent(row['headroom']['all'])}"
+        )
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+if __name__ == "__main__":
+    main()

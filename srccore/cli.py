@@ -1,0 +1,137 @@
+"""The command line: ``srccore ...``. A thin shell: every command calls one function.
+
+Heavy packages are imported by the commands that need them, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from srccore.errors import UserError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="srccore",
+    help="Self-Rationale Calibration: search, score, curate and align a vision-language model "
+    "on its own rationales.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Example: srccore run --preset tiny --out runs/tiny",
+)
+data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+Preset = Annotated[
+    str, typer.Option("--preset", help="A preset's name (see srccore presets) or a YAML file.")
+]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", help="Override a setting by its dotted name: --set search.width=6."),
+]
+
+
+@app.command("run", epilog="Example: srccore run --preset tiny --out runs/tiny --set rounds=4")
+def run_command(
+    out: Annotated[Path, typer.Option("--out", help="The run folder; made where missing.")],
+    preset: Preset = "tiny",
+    seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
+    overrides: Overrides = [],  # noqa: B006 - typer reads the default
+) -> None:
+    """Carry a run through all stages and rounds, or go on with an interrupted one."""
+    from srccore.collect import write_report
+    from srccore.config import load_config
+    from srccore.console import ConsoleObserver
+    from srccore.loop import run
+
+    _quiet()
+    config = load_config(preset, [*overrides, *([f"seed={seed}"] if seed is not None else [])])
+    observer = ConsoleObserver()
+    try:
+        run(config, out, observer)
+    except KeyboardInterrupt:
+        observer.note(f"\nInterrupted. The same command goes on with {out}.")
+        raise typer.Exit(130) from None
+    page = out / "report.html"
+    if observer.worked or not page.exists():
+        write_report(out)
+    else:
+        observer.note("Nothing to do: the run is finished.")
+    observer.note(f"Figures: {out / 'figures.json'}\nReport:  {page}")
+
+
+@app.command("report", epilog="Example: srccore report runs/tiny")
+def report_command(
+    run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
+) -> None:
+    """Write the report of a run anew."""
+    from srccore.collect import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command("export", epilog="Example: srccore export runs/tiny --round 3 -o exported")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
+    round_number: Annotated[int, typer.Option("--round", help="The round; 0 is stage 1.")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write one LoRA adapter and no merged weights.")
+    ] = False,
+) -> None:
+    """Write a round's policy as a checkpoint that transformers loads by itself."""
+    from srccore.export import export_policy
+
+    _quiet()
+    export_policy(run, round_number, out, adapter=adapter)
+    typer.echo(out)
+
+
+@app.command("presets")
+def presets_command() -> None:
+    """List the presets."""
+    from srccore.config import preset_names
+
+    typer.echo("\n".join(preset_names()))
+
+
+@data_app.command("validate", epilog="Example: srccore data validate data/train.parquet")
+def validate_command(
+    path: Annotated[Path, typer.Argument(help="A Parquet file or a folder with samples.jsonl.")],
+    max_image_pixels: Annotated[int, typer.Option(help="Larger images are refused.")] = 40_000_000,
+) -> None:
+    """Check every row of a data set and list the bad ones."""
+    from srccore.dataset import validate
+
+    report = validate(path, max_image_pixels=max_image_pixels)
+    for problem in report.problems:
+        name = f" ({problem.id})" if problem.id else ""
+        typer.echo(f"row {problem.row}{name}: {problem.reason}")
+    counts = ", ".join(f"{name} {count}" for name, count in report.by_category.items())
+    typer.echo(f"{report.rows} rows: {counts or 'none'}; {len(report.problems)} problems")
+    if report.problems:
+        raise typer.Exit(2)
+
+
+def _quiet() -> None:
+    """Lets the libraries speak of errors only; a run has its own progress."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def main() -> None:
+    """Runs the command line: exit code 2 and one paragraph for what the user can mend."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,211 @@
+"""Collects what a run folder holds for its report, also while the run is going on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+
+from srccore import dataset, evaluation, report
+from srccore.config import RunConfig
+from srccore.loop import load_run
+from srccore.manifest import MANIFEST, Manifest, read_manifest
+from srccore.records import Preference, Rating, Response, Sample, read_records
+
+__all__ = ["collect", "write_report"]
+
+CARDS = 6
+"""Sample cards of a round: the largest margins of each category in turn."""
+TINY_NOTE = (
+    "The flaws in the embedded model's rationales were built in, to imitate those of real models. "
+    "The size of the gain here shows that the machinery works, not what a real model gains."
+)
+
+
+def write_report(run: Path) -> Path:
+    """Writes ``report.html`` into a run folder.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        UserError: It is no run folder.
+    """
+    page = run / "report.html"
+    page.write_text(report.render(collect(run)), encoding="utf-8")
+    return page
+
+
+def collect(run: Path) -> report.ReportData:
+    """Reads what the stages of a run have finished.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        The report's data; what the run has not got to stays empty.
+    """
+    config = load_run(run)
+    manifests = dict(_manifests(run))
+    rounds = _figures(run)
+    scorer = manifests.get(run / "train-scorer")
+    return report.ReportData(
+        title=config.name,
+        created=datetime.now(UTC),
+        finished=len(rounds) == config.rounds + 1,
+        rounds_planned=config.rounds,
+        rounds=tuple(report.RoundFigures.model_validate(figures) for figures in rounds),
+        overall_change=_overall_change(run, config, len(rounds) - 1),
+        curation=tuple(_curation(manifests)),
+        scorer=report.ScorerHealth.model_validate(scorer.figures["validation"]) if scorer else None,
+        scoring=tuple(_scoring(manifests)),
+        samples=tuple(_cards(run, config, manifests)),
+        stages=tuple(
+            report.StageTime(
+                name=folder.name,
+                round=_round_of(folder),
+                seconds=manifest.seconds,
+                peak_memory_mb=manifest.peak_memory_mb,
+            )
+            for folder, manifest in manifests.items()
+        ),
+        versions=next(iter(manifests.values())).versions if manifests else {},
+        hashes={
+            str(folder.relative_to(run)): manifest.key for folder, manifest in manifests.items()
+        },
+        config_yaml=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
+        command=f"srccore run --preset {config.name} --seed {config.seed} --out {run}",
+        notes=tuple(_notes(run, config)),
+    )
+
+
+def _manifests(run: Path) -> Iterator[tuple[Path, Manifest]]:
+    """Finished stages in the order in which they were finished."""
+    found = sorted(run.rglob(MANIFEST), key=lambda path: path.stat().st_mtime_ns)
+    for path in found:
+        yield path.parent, read_manifest(path.parent)
+
+
+def _round_of(folder: Path) -> int | None:
+    name = folder.parent.name
+    return int(name.removeprefix("round-")) if name.startswith("round-") else None
+
+
+def _figures(run: Path) -> list[dict[str, object]]:
+    path = run / "figures.json"
+    found: list[dict[str, object]] = json.loads(path.read_text()) if path.exists() else []
+    return found
+
+
+def _overall_change(
+    run: Path, config: RunConfig, last: int
+) -> dict[str, report.Change | None] | None:
+    """The last policy against the one after stage 1, by paired bootstrap."""
+    if last < 1:
+        return None
+    samples = dataset.open_data(run / "data" / "heldout.parquet").samples
+    first, final = (
+        evaluation.judge_responses(
+            samples,
+            {
+                record.sample_id: record
+                for record in read_records(
+                    run / f"round-{number}" / "evaluate" / "responses.jsonl", Response
+                )
+            },
+        )
+        for number in (0, last)
+    )
+    changes = evaluation.paired_change(first, final, config.evaluation.resamples, config.seed)
+    return {
+        name: report.Change.model_validate(change.model_dump()) for name, change in changes.items()
+    }
+
+
+def _curation(manifests: dict[Path, Manifest]) -> Iterator[report.RoundCuration]:
+    for folder, manifest in manifests.items():
+        number = _round_of(folder)
+        if manifest.stage == "curate-preference" and number is not None:
+            yield report.RoundCuration.model_validate({"round": number, **manifest.figures})
+
+
+def _scoring(manifests: dict[Path, Manifest]) -> Iterator[report.RoundScoring]:
+    """One row a round: the mean over its shards, by their ratings."""
+    by_round: dict[int, list[Manifest]] = {}
+    for folder, manifest in manifests.items():
+        number = _round_of(folder)
+        if manifest.stage == "score-candidates" and number is not None:
+            by_round.setdefault(number, []).append(manifest)
+    for number, shards in sorted(by_round.items()):
+        total = sum(shard.figures["ratings"] for shard in shards)
+        means = {
+            name: sum(shard.figures[name] * shard.figures["ratings"] for shard in shards) / total
+            for name in ("swap_consistency", "rating_mass")
+            if total and all(shard.figures[name] is not None for shard in shards)
+        }
+        yield report.RoundScoring.model_validate({"round": number, **means})
+
+
+def _cards(
+    run: Path, config: RunConfig, manifests: dict[Path, Manifest]
+) -> Iterator[report.SampleCard]:
+    folders = [
+        folder for folder, manifest in manifests.items() if manifest.stage == "curate-preference"
+    ]
+    if not folders:
+        return
+    data = dataset.open_data(run / "data" / "calibration.parquet")
+    samples = {sample.id: sample for sample in data.samples}
+    for folder in folders:
+        preferences = list(read_records(folder / "preferences.jsonl", Preference))
+        ratings = {
+            (rating.first, rating.second): rating
+            for path in sorted(folder.parent.glob("score-candidates-*/ratings.jsonl"))
+            for rating in read_records(path, Rating)
+        }
+        for preference in _some(preferences, samples):
+            sample = samples[preference.sample_id]
+            chosen, rejected = preference.chosen, preference.rejected
+            orders = (
+                ("chosen", "rejected", ratings.get((chosen.id, rejected.id))),
+                ("rejected", "chosen", ratings.get((rejected.id, chosen.id))),
+            )
+            yield report.SampleCard(
+                sample_id=sample.id,
+                category=sample.category,
+                round=_round_of(folder) or 0,
+                image_png=data.encoded(sample.id),
+                question=sample.question,
+                reference_answer=sample.answer,
+                chosen=chosen.text,
+                rejected=rejected.text,
+                margin=preference.margin,
+                confidence=preference.confidence,
+                ratings=tuple(
+                    report.RatingRow(first=first, second=second, probabilities=rating.probabilities)
+                    for first, second, rating in orders
+                    if rating
+                ),
+            )
+
+
+def _some(preferences: list[Preference], samples: dict[str, Sample]) -> list[Preference]:
+    by_category: dict[str, list[Preference]] = {}
+    for preference in sorted(preferences, key=lambda p: (-p.margin * p.confidence, p.sample_id)):
+        by_category.setdefault(samples[preference.sample_id].category, []).append(preference)
+    share = max(1, CARDS // max(1, len(by_category)))
+    return [preference for _, found in sorted(by_category.items()) for preference in found[:share]]
+
+
+def _notes(run: Path, config: RunConfig) -> Iterator[str]:
+    if config.data.source == "embedded":
+        yield TINY_NOTE
+    for path in sorted(run.glob("round-*/kept.json")):
+        if not json.loads(path.read_text())["aligned"]:
+            yield f"{path.parent.name}: the policy before it was kept (on_regression)."

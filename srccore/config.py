@@ -1,0 +1,344 @@
+"""What a run is made of: one frozen model per stage, presets, overrides by dotted name.
+
+A preset is a YAML file of these models' fields. Unknown names and ill-typed values are refused
+with the names that exist; nothing has a silent default that the paper or the preset should give.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from srccore.errors import UserError
+
+__all__ = [
+    "AnnotationConfig",
+    "AugmentationConfig",
+    "CurationConfig",
+    "DataConfig",
+    "DpoConfig",
+    "EndpointConfig",
+    "EvaluationConfig",
+    "LoraSettings",
+    "ModelConfig",
+    "RationaleTuningConfig",
+    "RunConfig",
+    "ScorerConfig",
+    "ScoringConfig",
+    "SearchConfig",
+    "load_config",
+    "preset_names",
+]
+
+TeacherName = Literal["facts", "endpoint"]
+
+
+class Section(BaseModel):
+    """Base of all configuration: frozen, no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DataConfig(Section):
+    """Where the samples come from, and how many of each split are used.
+
+    Either ``source: embedded`` (made from a seed), or a data set that is split here by a stable
+    hash of the sample ids.
+    """
+
+    source: str = "embedded"
+    """``embedded``, or the path of a data set (see ``srccore data validate``)."""
+    seed: int = 0
+    train: int = Field(default=1200, ge=4)
+    """Samples of stage 1 and of R-Scorer's training."""
+    calibration: int = Field(default=900, ge=4)
+    """Samples from which the rounds draw."""
+    heldout: int = Field(default=600, ge=4)
+    """Samples that `evaluate` alone reads."""
+    max_image_pixels: int = Field(default=40_000_000, ge=1)
+    """Larger images are refused."""
+
+
+class ModelConfig(Section):
+    """A pretrained checkpoint in Hugging Face layout."""
+
+    path: str
+    """A folder, a hub id, or ``embedded:lvlm`` / ``embedded:rating``."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    chat_template: str | None = None
+    """A template of `srccore/presets/templates`, where the checkpoint's own trains no EOS."""
+
+
+class LoraSettings(Section):
+    """A LoRA adapter on the language model's linear layers."""
+
+    rank: int = Field(ge=1)
+    alpha: int = Field(ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: str = (
+        r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    )
+    """A pattern on the language model: ``all-linear`` would hit the vision tower too."""
+
+
+class OptimizerSettings(Section):
+    """What all training stages share."""
+
+    learning_rate: float = Field(gt=0)
+    epochs: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=8, ge=1)
+    """Samples of one forward pass on one device."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    warmup_ratio: float = Field(default=0.05, ge=0, le=1)
+    gradient_checkpointing: bool = False
+    report_to: str = "none"
+    """Passed on to TRL: ``tensorboard``, ``wandb``, ..."""
+
+
+class EndpointConfig(Section):
+    """An OpenAI-compatible endpoint. The key comes from the environment variable named here."""
+
+    url: str | None = None
+    model: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = Field(default=8, ge=1)
+    retries: int = Field(default=5, ge=0)
+    timeout: float = Field(default=120.0, gt=0)
+    """Seconds for one request."""
+    temperature: float = Field(default=0.0, ge=0)
+    max_tokens: int = Field(default=512, ge=1)
+
+
+class AugmentationConfig(Section):
+    """`augment-rationales`: rationales for samples that have none."""
+
+    teacher: TeacherName = "facts"
+    endpoint: EndpointConfig = EndpointConfig()
+
+
+class RationaleTuningConfig(OptimizerSettings):
+    """`tune-rationale`: stage 1 of the paper."""
+
+    samples: int = Field(ge=1)
+    lora: LoraSettings
+
+
+class AnnotationConfig(Section):
+    """`annotate-ratings`: teacher ratings on pairs of sampled responses."""
+
+    teacher: TeacherName = "facts"
+    endpoint: EndpointConfig = EndpointConfig()
+    samples: int = Field(ge=1)
+    """Samples of the train split that are sampled and annotated."""
+    candidates: int = Field(default=5, ge=2, le=8)
+    """Responses sampled for each of them."""
+    temperature: float = Field(default=1.0, gt=0)
+    pairs: int = Field(default=6, ge=1)
+    """Unordered pairs annotated per sample."""
+    validation_share: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the samples that R-Scorer is tested on and not trained on."""
+
+
+class ScorerConfig(OptimizerSettings):
+    """`train-scorer`: R-Scorer, a text-only language model."""
+
+    lora: LoraSettings | None = None
+    """None trains all weights."""
+
+
+class SearchConfig(Section):
+    """`search-candidates`: sentence-level beam search (reconstruction; see method.md)."""
+
+    strategy: Literal["beam", "sample"] = "beam"
+    """``sample`` draws whole responses: the baseline."""
+    samples: int = Field(ge=1)
+    """Samples of a round, drawn 2:1:1."""
+    width: int = Field(default=4, ge=1)
+    branch: int = Field(default=3, ge=1)
+    diverse: int = Field(default=1, ge=0)
+    candidates: int = Field(default=5, ge=2, le=8)
+    temperature: float = Field(default=0.8, gt=0)
+    similarity: float = Field(default=0.9, gt=0, le=1)
+    """Siblings whose word sets have this Jaccard index or more count as one."""
+    max_sentences: int = Field(default=10, ge=1)
+    max_sentence_tokens: int = Field(default=96, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    """Samples that are searched together."""
+
+    @model_validator(mode="after")
+    def _diverse_fits(self) -> SearchConfig:
+        if self.diverse > self.width:
+            raise ValueError("diverse must not be larger than width")
+        return self
+
+
+class ScoringConfig(Section):
+    """`score-candidates`: R-Scorer's ratings of all ordered pairs."""
+
+    batch_size: int = Field(default=64, ge=1)
+    """Prompts of one forward pass."""
+
+
+class CurationConfig(Section):
+    """`curate-preference`: ratings to preferences."""
+
+    min_margin: float = Field(default=0.2, ge=0)
+    # YAML reads a bare `off` as false.
+    answer_gate: Annotated[
+        Literal["chosen", "strict", "off"],
+        BeforeValidator(lambda value: "off" if value is False else value),
+    ] = "chosen"
+    keep_fraction: float = Field(default=1.0, gt=0, le=1)
+
+
+class DpoConfig(OptimizerSettings):
+    """`train-dpo`: preference fine-tuning."""
+
+    beta: float = Field(default=0.1, gt=0)
+    sft_weight: float = Field(default=0.02, ge=0)
+    """Weight of the SFT term on the chosen response."""
+    lora: LoraSettings
+
+
+class EvaluationConfig(Section):
+    """`evaluate`: greedy responses on the held-out split."""
+
+    batch_size: int = Field(default=64, ge=1)
+    max_tokens: int = Field(default=512, ge=1)
+    resamples: int = Field(default=1000, ge=100)
+    """Bootstrap resamples of an interval."""
+
+
+class RunConfig(Section):
+    """A whole run: what `srccore run` reads from a preset."""
+
+    name: str
+    seed: int = 0
+    rounds: int = Field(default=3, ge=1)
+    shards: int = Field(default=1, ge=1)
+    """Parts of a round's samples that are searched and scored apart."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of torch; None leaves it alone."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    on_regression: Literal["continue", "keep_previous"] = "continue"
+    """What follows where a round's aligned accuracy falls by more than its interval."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig
+    rating_model: ModelConfig
+    augmentation: AugmentationConfig = AugmentationConfig()
+    rationale: RationaleTuningConfig
+    annotation: AnnotationConfig
+    scorer: ScorerConfig
+    search: SearchConfig
+    scoring: ScoringConfig = ScoringConfig()
+    curation: CurationConfig = CurationConfig()
+    dpo: DpoConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that the package carries."""
+    folder = resources.files("srccore") / "presets"
+    return sorted(
+        Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Loads a preset and lays overrides over it.
+
+    Args:
+        preset: A name of `preset_names`, or the path of a YAML file.
+        overrides: ``dotted.name=value`` each, the value in YAML (``search.width=6``).
+
+    Returns:
+        The configuration.
+
+    Raises:
+        UserError: No such preset, or an unknown or ill-typed name.
+    """
+    values = yaml.safe_load(_preset_text(preset))
+    if not isinstance(values, dict):
+        raise UserError(f"The preset {preset} is not a YAML mapping.", "Start from a shipped one.")
+    for override in overrides:
+        name, found, text = override.partition("=")
+        if not found or not name:
+            raise UserError(
+                f"--set {override} is not of the form name=value.", "Write --set search.width=6."
+            )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"The value of --set {override} is not YAML.", "Quote it.") from None
+        _override(values, name.split("."), value)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise _explain(preset, error) from None
+
+
+def _preset_text(preset: str) -> str:
+    shipped = resources.files("srccore") / "presets" / f"{preset}.yaml"
+    if preset in preset_names():
+        return shipped.read_text(encoding="utf-8")
+    path = Path(preset)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path.read_text(encoding="utf-8")
+    raise UserError(
+        f"There is no preset {preset!r}.",
+        f"Presets are {', '.join(preset_names())}; the path of a YAML file will do too.",
+    )
+
+
+def _override(values: dict[str, Any], path: list[str], value: Any) -> None:
+    model: type[BaseModel] = RunConfig
+    for depth, name in enumerate(path):
+        if name not in model.model_fields:
+            raise _unknown(".".join(path), path[:depth], name, model)
+        inner = _section(model, name)
+        if depth == len(path) - 1:
+            values[name] = value
+        elif inner is None:
+            raise UserError(
+                f"--set {'.'.join(path)}: {'.'.join(path[: depth + 1])} holds no further names.",
+                f"Write --set {'.'.join(path[: depth + 1])}=VALUE.",
+            )
+        else:
+            nested = values.get(name)
+            values[name] = values = dict(nested) if isinstance(nested, Mapping) else {}
+            model = inner
+
+
+def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    annotation = model.model_fields[name].annotation
+    for option in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
+
+
+def _unknown(whole: str, above: list[str], name: str, model: type[BaseModel]) -> UserError:
+    names = sorted(model.model_fields)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {'.'.join([*above, close[0]])}?" if close else ""
+    where = f"{'.'.join(above)} has" if above else "There are"
+    return UserError(f"--set {whole}: no such name.{hint}", f"{where} {', '.join(names)}.")
+
+
+def _explain(preset: str, error: ValidationError) -> UserError:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    rest = error.error_count() - 1
+    more = f" ({rest} more)" if rest else ""
+    return UserError(
+        f"The configuration {preset} does not hold: {name}: {first['msg']}, "
+        f"but it is {first['input']!r}{more}.",
+        f"Mend {name} in the preset or with --set {name}=VALUE.",
+    )

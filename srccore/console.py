@@ -1,0 +1,118 @@
+"""What a run shows: live progress on a terminal, plain lines elsewhere, a table of figures."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from srccore.stages import Figures
+from srccore.stages import Progress as Report
+
+__all__ = ["ConsoleObserver", "figures_table"]
+
+FIGURES = {
+    "aligned_accuracy": "aligned",
+    "accuracy": "answer",
+    "rationale_accuracy": "rationale",
+    "spurious_correctness": "spurious",
+    "consistency": "consist.",
+    "format_rate": "format",
+}
+LINE_EVERY = 10.0
+"""Seconds between two plain lines of one stage."""
+
+
+class ConsoleObserver:
+    """Shows a run on a console.
+
+    Args:
+        console: Where to write.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stdout, highlight=False)
+        self.worked = False
+
+    @contextmanager
+    def stage(self, name: str, round_number: int | None) -> Iterator[Report]:
+        """Shows a stage's progress while it runs, then one line with its time."""
+        title = name if round_number is None else f"round {round_number}: {name}"
+        began = time.monotonic()
+        is_working = False
+        show = self._bar if self.console.is_terminal else self._lines
+        with show(title) as display:
+
+            def report(done: int, total: int) -> None:
+                nonlocal is_working
+                is_working = True
+                display(done, total)
+
+            yield report
+        if is_working:
+            self.worked = True
+            seconds = time.monotonic() - began
+            self.console.print(f"{title:<36} {seconds:8.1f} s", markup=False)
+
+    @contextmanager
+    def _bar(self, title: str) -> Iterator[Report]:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(title, total=None)
+
+            def report(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            yield report
+
+    @contextmanager
+    def _lines(self, title: str) -> Iterator[Report]:
+        last = time.monotonic()
+
+        def report(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= LINE_EVERY:
+                last = time.monotonic()
+                self.console.print(f"{title}: {done} of {total}", markup=False)
+
+        yield report
+
+    def figures(self, figures: list[Figures]) -> None:
+        """Prints the table, where there was work since it was printed last."""
+        if self.worked:
+            self.console.print(figures_table(figures))
+
+    def note(self, text: str) -> None:
+        """Prints a line."""
+        self.console.print(text, markup=False)
+
+
+def figures_table(figures: list[Figures]) -> Table:
+    """The figures by round, in per cent, with half the width of their 95 % intervals."""
+    table = Table(title=f"Held-out figures, per cent, 95 % interval (n = {figures[0]['n']})")
+    table.add_column("after", no_wrap=True)
+    for title in FIGURES.values():
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("tokens", justify="right")
+    for row in figures:
+        cells = []
+        for name in FIGURES:
+            interval = row["interval"].get(name)
+            if row[name] is None or interval is None:
+                cells.append("-")
+                continue
+            half = 50 * (interval[1] - interval[0])
+            cells.append(f"{100 * row[name]:.1f} ±{half:.0f}")
+        after = f"round {row['round']}" if row["round"] else "stage 1"
+        table.add_row(after, *cells, f"{row['mean_tokens']:.1f}")
+    return table

@@ -1,0 +1,240 @@
+"""Ratings to preferences: the confidence-weighted best and worst candidate of each sample. Pure.
+
+The paper aggregates the confidences of the pairwise verdicts; how is a reconstruction (see
+method.md). A sample gives at most one preference; every sample that gives none is counted under
+its reason. Ties break by candidate id, which is a hash of the text, so neither the order of the
+candidates nor that of the ratings can change a preference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import permutations
+
+from pydantic import BaseModel, ConfigDict
+
+from srccore import scoring
+from srccore.config import CurationConfig
+from srccore.errors import UserError
+from srccore.records import CandidateSet, Category, Preference, Rating, Sample
+from srccore.response import gives_answer
+from srccore.scoring import FoldedPair
+
+__all__ = ["CurationFigures", "CurationResult", "Reason", "curate", "values"]
+
+
+class Reason(StrEnum):
+    """Why a sample gives no preference; the first that holds, in this order."""
+
+    TOO_FEW_CANDIDATES = "too_few_candidates"
+    EQUAL_TEXTS = "equal_texts"
+    SMALL_MARGIN = "small_margin"
+    CHOSEN_ANSWER_WRONG = "chosen_answer_wrong"
+    REJECTED_ANSWER_RIGHT = "rejected_answer_right"
+    """Under ``answer_gate: strict``."""
+    NOT_KEPT = "not_kept"
+    """Cut by ``keep_fraction``."""
+
+
+class CurationFigures(BaseModel):
+    """What the report shows of a curation. A mean over nothing is null."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: int
+    preferences: int
+    by_category: dict[Category, int]
+    """Preferences of each category."""
+    length_difference: float | None
+    """Mean of chosen minus rejected, in tokens."""
+    mean_margin: float | None
+    """Over the preferences, as is ``mean_confidence``."""
+    mean_confidence: float | None
+    swap_consistency: float | None
+    """Over all ratings."""
+    margins: tuple[float, ...]
+    """Of every sample with two candidates, given a preference or not: `min_margin` is set by it."""
+    confidences: tuple[float, ...]
+    """Of the same samples, in the same order."""
+
+
+@dataclass(frozen=True)
+class CurationResult:
+    """The preferences in the order of the candidate sets, and why there are not more."""
+
+    preferences: tuple[Preference, ...]
+    reasons: dict[Reason, int]
+    """Samples that gave none; every reason is listed."""
+    figures: CurationFigures
+
+
+def values(
+    candidate_ids: Sequence[str], folded: Mapping[tuple[str, str], FoldedPair]
+) -> dict[str, float]:
+    """Weighs what all others say of each candidate: ``v_i = sum_j c_ij * m_ij / (N - 1)``.
+
+    Dividing by the sum of c instead would cancel the confidence: two candidates of which R-Scorer
+    is unsure would get the full margin (reconstruction).
+
+    Args:
+        candidate_ids: The candidates of one sample, at least two.
+        folded: The verdicts of `scoring.fold_ratings`.
+
+    Returns:
+        The value of each candidate, in [-1, 1].
+    """
+    return {
+        candidate: math.fsum(
+            folded[candidate, other].certainty * folded[candidate, other].margin
+            for other in candidate_ids
+            if other != candidate
+        )
+        / (len(candidate_ids) - 1)
+        for candidate in candidate_ids
+    }
+
+
+def curate(
+    samples: Mapping[str, Sample],
+    candidate_sets: Iterable[CandidateSet],
+    ratings: Iterable[Rating],
+    config: CurationConfig,
+) -> CurationResult:
+    """Picks a preference for each sample whose ratings are clear enough.
+
+    Args:
+        samples: The samples by id.
+        candidate_sets: What the search found.
+        ratings: Both orders of every pair of every candidate set.
+        config: Least margin, answer gate, share to keep.
+
+    Returns:
+        The preferences, the reasons for dropping, the report's figures.
+
+    Raises:
+        UserError: A sample is unknown, or its ratings do not fit its candidates.
+    """
+    by_sample: defaultdict[str, list[Rating]] = defaultdict(list)
+    for rating in ratings:
+        by_sample[rating.sample_id].append(rating)
+    sets = list(candidate_sets)
+    found: list[Preference] = []
+    good: list[Preference] = []
+    dropped: Counter[Reason] = Counter()
+    for candidate_set in sets:
+        sample = _sample_of(samples, candidate_set)
+        if len(candidate_set.candidates) < 2:
+            dropped[Reason.TOO_FEW_CANDIDATES] += 1
+            continue
+        preference = _best_against_worst(candidate_set, by_sample[sample.id])
+        found.append(preference)
+        reason = _why_not(preference, sample, config)
+        if reason is None:
+            good.append(preference)
+        else:
+            dropped[reason] += 1
+    kept = _keep(good, samples, config.keep_fraction)
+    dropped[Reason.NOT_KEPT] = len(good) - len(kept)
+    return CurationResult(
+        preferences=tuple(kept),
+        reasons={reason: dropped[reason] for reason in Reason},
+        figures=_figures(samples, len(sets), kept, found, by_sample),
+    )
+
+
+def _sample_of(samples: Mapping[str, Sample], candidate_set: CandidateSet) -> Sample:
+    sample = samples.get(candidate_set.sample_id)
+    if sample is None:
+        raise UserError(
+            f"The candidates name sample {candidate_set.sample_id}, which the data set lacks.",
+            "Give the data set that the search ran on.",
+        )
+    return sample
+
+
+def _best_against_worst(candidate_set: CandidateSet, ratings: Sequence[Rating]) -> Preference:
+    by_id = {candidate.id: candidate for candidate in candidate_set.candidates}
+    folded = scoring.fold_ratings(ratings)
+    if folded.keys() != set(permutations(by_id, 2)):
+        raise UserError(
+            f"The ratings of sample {candidate_set.sample_id} do not cover all pairs of its "
+            f"{len(by_id)} candidates, or name others.",
+            "Give the candidates and the ratings of one round and all its shards.",
+        )
+    value = values(list(by_id), folded)
+    # One ranking for both ends: even where all values are equal, the two differ.
+    ranked = sorted(by_id, key=lambda candidate: (-value[candidate], candidate))
+    chosen, rejected = ranked[0], ranked[-1]
+    certainties = [
+        verdict.certainty
+        for (first, second), verdict in folded.items()
+        if first < second and {first, second} & {chosen, rejected}
+    ]
+    return Preference(
+        sample_id=candidate_set.sample_id,
+        chosen=by_id[chosen],
+        rejected=by_id[rejected],
+        margin=value[chosen] - value[rejected],
+        confidence=math.fsum(certainties) / len(certainties),
+    )
+
+
+def _why_not(preference: Preference, sample: Sample, config: CurationConfig) -> Reason | None:
+    if preference.chosen.text.split() == preference.rejected.text.split():
+        return Reason.EQUAL_TEXTS
+    if preference.margin < config.min_margin:
+        return Reason.SMALL_MARGIN
+    if config.answer_gate != "off" and not gives_answer(preference.chosen.text, sample.answer):
+        return Reason.CHOSEN_ANSWER_WRONG
+    if config.answer_gate == "strict" and gives_answer(preference.rejected.text, sample.answer):
+        return Reason.REJECTED_ANSWER_RIGHT
+    return None
+
+
+def _keep(
+    preferences: Sequence[Preference], samples: Mapping[str, Sample], fraction: float
+) -> list[Preference]:
+    """Cuts every category by the same fraction, so that their mixture stays as it was."""
+    by_category: defaultdict[Category, list[Preference]] = defaultdict(list)
+    for preference in preferences:
+        by_category[samples[preference.sample_id].category].append(preference)
+    kept: set[str] = set()
+    for group in by_category.values():
+        group.sort(key=lambda each: (-each.margin * each.confidence, each.sample_id))
+        # 0.1 * 30 is a little more than 3 in floating point: that is no reason to keep 4.
+        count = math.ceil(fraction * len(group) - 1e-9)
+        kept.update(each.sample_id for each in group[:count])
+    return [each for each in preferences if each.sample_id in kept]
+
+
+def _figures(
+    samples: Mapping[str, Sample],
+    sample_count: int,
+    kept: Sequence[Preference],
+    found: Sequence[Preference],
+    ratings: Mapping[str, Sequence[Rating]],
+) -> CurationFigures:
+    categories = Counter(samples[each.sample_id].category for each in kept)
+    return CurationFigures(
+        samples=sample_count,
+        preferences=len(kept),
+        by_category={category: categories[category] for category in Category},
+        length_difference=_mean(
+            [each.chosen.token_count - each.rejected.token_count for each in kept]
+        ),
+        mean_margin=_mean([each.margin for each in kept]),
+        mean_confidence=_mean([each.confidence for each in kept]),
+        swap_consistency=scoring.swap_consistency(
+            rating for group in ratings.values() for rating in group
+        ),
+        margins=tuple(each.margin for each in found),
+        confidences=tuple(each.confidence for each in found),
+    )
+
+
+def _mean(numbers: Sequence[float]) -> float | None:
+    return math.fsum(numbers) / len(numbers) if numbers else None

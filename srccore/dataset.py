@@ -1,0 +1,661 @@
+"""Data sets: samples with their images, read, checked, written, drawn 2:1:1, split and sharded.
+
+Two formats, one set of columns (``id, category, image, question, answer``, and where there are
+any ``rationale`` and ``facts``):
+
+* Parquet in Hugging Face layout: a ``.parquet`` file, or a folder of them, read in the order of
+  their names. ``image`` is ``struct<bytes, path>`` or plain binary; the path is never opened.
+* JSON Lines: a folder with ``samples.jsonl``, or a ``.jsonl`` file. ``image`` is a path relative
+  to the file's folder and must stay in it.
+
+Rows count from 1: a JSON Lines file's lines, or the rows of all Parquet files together. Images
+stay encoded, on disk, until one is asked for: a data set may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from pydantic import ValidationError
+
+from srccore.errors import UserError
+from srccore.records import Category, Sample
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "DataSet",
+    "RowProblem",
+    "ValidationReport",
+    "draw",
+    "open_data",
+    "shard",
+    "split",
+    "validate",
+    "write_data",
+]
+
+MIXTURE = {Category.PERCEPTION: 2, Category.CHART: 1, Category.MATH: 1}
+"""Parts of each category in a draw (paper)."""
+
+_REQUIRED = ("id", "category", "question", "answer")
+_KNOWN = ("image", *Sample.model_fields)
+# Pillow's other readers are rarely used and less safe (EPS starts Ghostscript).
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_GROUP_ROWS = 256
+_CACHE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """One thing that is wrong with one row."""
+
+    row: int
+    """Counts from 1."""
+    id: str | None
+    """The sample's id, where the row has one."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """What `validate` found."""
+
+    rows: int
+    """All rows, bad ones too."""
+    by_category: Mapping[Category, int]
+    """Rows of each category, bad ones too; rows of unknown category count nowhere."""
+    problems: tuple[RowProblem, ...]
+    """Every problem in the order of the rows; a row may have several."""
+
+
+class DataSet:
+    """Samples and their images; made by `open_data`.
+
+    Images are decoded when asked for and not kept. Of a Parquet file's encoded images up to about
+    256 MiB of recently used row groups are kept.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        samples: Sequence[Sample],
+        places: Mapping[str, _Place],
+        images: _Images,
+        *,
+        whole: bool = True,
+    ) -> None:
+        self.path = path
+        self.samples = tuple(samples)
+        self._by_id = {sample.id: sample for sample in self.samples}
+        self._places = places
+        self._images = images
+        self._whole = whole
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample(self, sample_id: str) -> Sample:
+        """The sample of that id.
+
+        Raises:
+            UserError: The data set has no such sample.
+        """
+        try:
+            return self._by_id[sample_id]
+        except KeyError:
+            raise UserError(
+                f"The data set {self.path} has no sample {sample_id!r}.",
+                "Give the data set that the records were made from.",
+            ) from None
+
+    def image(self, sample_id: str) -> Image:
+        """The sample's image: RGB, turned upright where its EXIF data say so.
+
+        Raises:
+            UserError: There is no such sample, or its image does not decode.
+        """
+        from PIL import ImageOps
+
+        place = self._places[self.sample(sample_id).id]
+        try:
+            with self._images.opened(place) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+        except _ImageError as error:
+            raise UserError(
+                f"Sample {sample_id!r} of {self.path}: {error}.", _advice(self.path)
+            ) from None
+
+    def encoded(self, sample_id: str) -> bytes:
+        """The sample's image as it is stored, for `write_data`.
+
+        Raises:
+            UserError: There is no such sample.
+        """
+        with self._images.stream(self._places[self.sample(sample_id).id]) as file:
+            return file.read()
+
+    def subset(self, ids: Iterable[str]) -> DataSet:
+        """The data set of these samples, each once, in the order of ``ids``.
+
+        Raises:
+            UserError: The data set has no sample of one of the ids.
+        """
+        samples = [self.sample(sample_id) for sample_id in dict.fromkeys(ids)]
+        return DataSet(self.path, samples, self._places, self._images, whole=False)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of all files of the data set, image files too; where they lie does not matter.
+
+        A subset's also covers its ids. Reads every byte once, when first asked for.
+        """
+        images = (place for place in self._places.values() if isinstance(place, Path))
+        total = hashlib.sha256()
+        for path in dict.fromkeys([*_files(self.path), *images]):
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        if not self._whole:
+            total.update(json.dumps([sample.id for sample in self.samples]).encode())
+        return total.hexdigest()
+
+
+def open_data(path: Path, *, max_image_pixels: int = 40_000_000) -> DataSet:
+    """Opens a data set and checks every row; of the images only what their headers say.
+
+    Args:
+        path: A Parquet file, a folder of them, a JSON Lines file or a folder with one.
+        max_image_pixels: Width times height above which an image is refused.
+
+    Returns:
+        The data set, its samples in the order of the rows.
+
+    Raises:
+        UserError: The path is no data set, or a row is bad; the first bad row is told.
+    """
+    images = _Images(max_image_pixels)
+    samples: list[Sample] = []
+    places: dict[str, _Place] = {}
+    for row, sample, reasons in _checked_rows(path, images, decode=False):
+        if sample is None or row.place is None:
+            raise UserError(f"Row {row.number} of {path}: {'; '.join(reasons)}.", _advice(path))
+        samples.append(sample)
+        places[sample.id] = row.place
+    return DataSet(path, samples, places, images)
+
+
+def validate(path: Path, *, max_image_pixels: int = 40_000_000) -> ValidationReport:
+    """Checks a data set as `open_data` does, decodes every image, and lists every problem.
+
+    Args:
+        path: As for `open_data`.
+        max_image_pixels: As for `open_data`.
+
+    Returns:
+        The counts and the problems.
+
+    Raises:
+        UserError: The path is no data set, or a Parquet file cannot be read.
+    """
+    rows = 0
+    by_category: Counter[Category] = Counter()
+    problems: list[RowProblem] = []
+    for row, _, reasons in _checked_rows(path, _Images(max_image_pixels), decode=True):
+        rows += 1
+        category, sample_id = row.values.get("category"), row.values.get("id")
+        if isinstance(category, str) and category in list(Category):
+            by_category[Category(category)] += 1
+        problems += [
+            RowProblem(row.number, sample_id if isinstance(sample_id, str) else None, reason)
+            for reason in reasons
+        ]
+    return ValidationReport(rows, dict(by_category), tuple(problems))
+
+
+def write_data(path: Path, rows: Iterable[tuple[Sample, bytes]]) -> int:
+    """Writes a Parquet file in Hugging Face layout, whole or not at all.
+
+    ``datasets.load_dataset("parquet", data_files=...)`` sees its images as an Image feature.
+
+    Args:
+        path: The file to write, ending in ``.parquet``; its folder must exist.
+        rows: Samples, each with its encoded image (PNG, JPEG, ...). Read once, 256 at a time.
+
+    Returns:
+        How many rows were written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = _schema()
+    temporary = path.with_name(path.name + ".tmp")
+    count = 0
+    remaining = iter(rows)
+    try:
+        # Dictionaries would only make a detour for texts and images that hardly repeat.
+        with pq.ParquetWriter(temporary, schema, use_dictionary=["category"]) as writer:
+            while group := list(itertools.islice(remaining, _GROUP_ROWS)):
+                values = [
+                    sample.model_dump(mode="json") | {"image": {"bytes": encoded, "path": None}}
+                    for sample, encoded in group
+                ]
+                writer.write_table(pa.Table.from_pylist(values, schema=schema))
+                count += len(group)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def draw(samples: Iterable[Sample], count: int, *, seed: int, start: int = 0) -> list[Sample]:
+    """Draws the paper's mixture: perception, chart and math as 2:1:1.
+
+    Each category is put in the order of a hash of seed and id, and draw number ``start`` takes
+    the next slice of it: draws 0, 1, 2 share no sample while the category lasts, then it begins
+    again. The order of ``samples`` does not matter. Where a category has fewer samples than its
+    share, it gives all it has and the others fill in, by their parts.
+
+    Args:
+        samples: What to draw from, ids distinct.
+        count: How many; where there are fewer, all are drawn, since none comes twice in a draw.
+        seed: Of the order.
+        start: Number of the draw, from 0: the round.
+
+    Returns:
+        The drawn samples, categories interleaved, in the order of the hash.
+
+    Raises:
+        UserError: There are no samples, or ``count`` or ``start`` is out of range.
+    """
+    if count < 1 or start < 0:
+        raise UserError(
+            f"Draw {start} of {count} samples is not possible.",
+            "Draw one or more samples, and count the draws from 0.",
+        )
+
+    def order(sample: Sample) -> str:
+        return hashlib.sha256(f"{seed}/{sample.id}".encode()).hexdigest()
+
+    ordered = sorted(samples, key=order)
+    if not ordered:
+        raise UserError("There are no samples to draw from.", "Give a data set that has some.")
+    drawn: list[Sample] = []
+    pools = {name: [s for s in ordered if s.category is name] for name in Category}
+    sizes = {name: len(pool) for name, pool in pools.items()}
+    for name, quota in _quotas(sizes, count).items():
+        pool = pools[name]
+        drawn += [pool[(start * quota + i) % len(pool)] for i in range(quota)]
+    return sorted(drawn, key=order)
+
+
+def split(
+    samples: Iterable[Sample], shares: Mapping[str, float], seed: int
+) -> dict[str, list[Sample]]:
+    """Splits samples by a hash of seed and id: adding samples never moves others.
+
+    Args:
+        samples: What to split.
+        shares: Name of each split and its share, relative to their sum. Their order matters.
+        seed: Of the hash.
+
+    Returns:
+        The splits by name. Disjoint, together complete; each in the order of ``samples``. Their
+        sizes are near the shares, not equal to them.
+
+    Raises:
+        UserError: The shares are not numbers of at least 0 with a sum above 0.
+    """
+    total = sum(shares.values())
+    if any(share < 0 for share in shares.values()) or not (math.isfinite(total) and total > 0):
+        raise UserError(
+            f"The shares {dict(shares)} cannot be split by.",
+            "Give each split a share of 0 or more, and one at least more than 0.",
+        )
+    names = list(shares)
+    bounds = [bound / total for bound in itertools.accumulate(shares.values())][:-1]
+    parts: dict[str, list[Sample]] = {name: [] for name in names}
+    for sample in samples:
+        # 53 bits: the quotient is exact, so it never rounds up to 1.
+        place = (_number(f"split/{seed}/{sample.id}") >> 11) / 2**53
+        parts[names[bisect.bisect_right(bounds, place)]].append(sample)
+    return parts
+
+
+def shard(samples: Iterable[Sample], index: int, count: int) -> list[Sample]:
+    """Takes one of ``count`` shards by a hash of the id: adding samples never moves others.
+
+    Args:
+        samples: What to shard.
+        index: Which shard, from 0.
+        count: How many shards there are.
+
+    Returns:
+        The shard's samples in the order of ``samples``; it may be empty. All shards together are
+        complete and disjoint.
+
+    Raises:
+        UserError: There is no shard ``index`` of ``count``.
+    """
+    if not 0 <= index < count:
+        raise UserError(
+            f"There is no shard {index} of {count}.",
+            "Shards count from 0; their number must be 1 or more.",
+        )
+    return [sample for sample in samples if _number(f"shard/{sample.id}") % count == index]
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _quotas(sizes: Mapping[Category, int], count: int) -> dict[Category, int]:
+    """How many samples each category gives; the same in every draw, so slices do not overlap."""
+    quotas: dict[Category, int] = {}
+    left = [name for name in MIXTURE if sizes[name]]
+    while left:
+        shares = _largest_remainder(count - sum(quotas.values()), left)
+        short = [name for name in left if shares[name] > sizes[name]]
+        if not short:
+            return quotas | shares
+        quotas |= {name: sizes[name] for name in short}
+        left = [name for name in left if name not in short]
+    return quotas
+
+
+def _largest_remainder(count: int, names: Sequence[Category]) -> dict[Category, int]:
+    parts = sum(MIXTURE[name] for name in names)
+    shares = {name: count * MIXTURE[name] // parts for name in names}
+    by_remainder = sorted(names, key=lambda name: -(count * MIXTURE[name] % parts))
+    for name in by_remainder[: count - sum(shares.values())]:
+        shares[name] += 1
+    return shares
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Where the image of a Parquet row is."""
+
+    file: Path
+    group: int
+    index: int
+
+
+_Place = Path | _Cell
+
+
+@dataclass(frozen=True)
+class _Row:
+    number: int
+    values: Mapping[str, Any]
+    """The columns without ``image``; null values are left out."""
+    place: _Place | None
+    """None where the row names no image that may be opened."""
+    reasons: tuple[str, ...] = ()
+    """What is wrong already: then the rest is not worth checking, or the image's path is bad."""
+    readable: bool = True
+
+
+class _ImageError(Exception):
+    """Why an image cannot be used, without a full stop."""
+
+
+class _Images:
+    """Opens images by their places, and refuses large ones before they are decoded."""
+
+    def __init__(self, max_pixels: int) -> None:
+        self._max_pixels = max_pixels
+        self._group = lru_cache(maxsize=1)(_read_images)
+
+    def keep(self, largest_group: int) -> None:
+        """Fits the number of row groups that are kept to the bytes of the largest."""
+        kept = max(1, _CACHE_BYTES // max(1, largest_group))
+        self._group = lru_cache(maxsize=kept)(_read_images)
+
+    def stream(self, place: _Place) -> BinaryIO:
+        if isinstance(place, Path):
+            return place.open("rb")
+        value = self._group(place.file, place.group)[place.index].as_py()
+        encoded = value.get("bytes") if isinstance(value, dict) else value
+        if isinstance(encoded, bytes):
+            return io.BytesIO(encoded)
+        if value is None:
+            raise _ImageError("image is missing")
+        raise _ImageError("image holds no bytes (a path alone is not opened; embed the images)")
+
+    @contextmanager
+    def opened(self, place: _Place) -> Iterator[Image]:
+        """The image, not decoded yet; what goes wrong inside the block is an `_ImageError` too."""
+        import PIL.Image
+
+        try:
+            with self.stream(place) as file, warnings.catch_warnings():
+                # The limit is checked below, where the message can name it.
+                warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+                with PIL.Image.open(file, formats=_FORMATS) as image:
+                    width, height = image.size
+                    if width * height > self._max_pixels:
+                        raise _ImageError(
+                            f"image is too large: {width} x {height} pixels, "
+                            f"more than {self._max_pixels}"
+                        )
+                    yield image
+        except (_ImageError, UserError, MemoryError):
+            raise
+        except PIL.Image.DecompressionBombError:
+            raise _ImageError(f"image is too large: more than {self._max_pixels} pixels") from None
+        except PIL.UnidentifiedImageError:
+            raise _ImageError(f"image is none of {', '.join(_FORMATS)}, or corrupt") from None
+        except Exception as error:  # Pillow's readers raise all kinds on broken bytes.
+            raise _ImageError(f"image is corrupt ({error})") from error
+
+
+def _checked_rows(
+    path: Path, images: _Images, *, decode: bool
+) -> Iterator[tuple[_Row, Sample | None, list[str]]]:
+    """Every row with its sample, or None and the reasons why there is none."""
+    first_rows: dict[str, int] = {}
+    for row in _rows(path, images):
+        reasons = list(row.reasons)
+        sample = None
+        if row.readable:
+            sample, more = _sample(row.values)
+            reasons += more
+        sample_id = row.values.get("id")
+        if isinstance(sample_id, str) and sample_id:
+            first = first_rows.setdefault(sample_id, row.number)
+            if first != row.number:
+                reasons.append(f"id {sample_id!r} is that of row {first} already")
+        if row.place is not None:
+            try:
+                with images.opened(row.place) as image:
+                    if decode:
+                        image.load()
+            except _ImageError as error:
+                reasons.append(str(error))
+        yield row, None if reasons else sample, reasons
+
+
+def _sample(values: Mapping[str, Any]) -> tuple[Sample | None, list[str]]:
+    reasons = {name: f"{name} is missing" for name in _REQUIRED if name not in values}
+    for name in ("id", "question", "answer"):
+        if isinstance(text := values.get(name), str) and not text.strip():
+            reasons[name] = f"{name} is empty"
+    category = values.get("category")
+    if isinstance(category, str) and category not in list(Category):
+        reasons["category"] = f"category {category!r} is unknown (known: {', '.join(Category)})"
+    for name in sorted(values.keys() - set(_KNOWN)):
+        reasons[name] = f"there is no column {name!r} (known: {', '.join(_KNOWN)})"
+    sample = None
+    try:
+        sample = Sample.model_validate(values)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            where = ".".join(str(part) for part in detail["loc"])
+            # The reasons above are plainer than pydantic's for the same column.
+            if detail["loc"][0] not in reasons:
+                reasons[where] = f"{where}: {detail['msg']}"
+    return sample, list(reasons.values())
+
+
+def _rows(path: Path, images: _Images) -> Iterator[_Row]:
+    files = _files(path)
+    if files[0].suffix == ".jsonl":
+        return _json_rows(files[0])
+    return _parquet_rows(files, images)
+
+
+def _files(path: Path) -> list[Path]:
+    """The JSON Lines file, or the Parquet files in order."""
+    if path.is_dir():
+        lines, tables = path / "samples.jsonl", sorted(path.glob("*.parquet"))
+        found = [lines] * lines.is_file() + tables
+        if tables and found != tables:
+            raise UserError(
+                f"{path} holds both samples.jsonl and .parquet files.", "Give the one you mean."
+            )
+    else:
+        found = [path] * (path.is_file() and path.suffix in (".jsonl", ".parquet"))
+    if not found:
+        raise UserError(
+            f"{path} is not a data set.",
+            "Give a .parquet or .jsonl file, or a folder with .parquet files or samples.jsonl.",
+        )
+    return found
+
+
+def _json_rows(path: Path) -> Iterator[_Row]:
+    root = path.parent.resolve()
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _json_row(number, line, root)
+
+
+def _json_row(number: int, line: bytes, root: Path) -> _Row:
+    try:
+        values = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        return _Row(number, {}, None, (f"the line is not JSON ({error})",), readable=False)
+    if not isinstance(values, dict):
+        return _Row(number, {}, None, ("the line is not a JSON object",), readable=False)
+    name = values.pop("image", None)
+    values = {key: value for key, value in values.items() if value is not None}
+    try:
+        return _Row(number, values, _inside(root, name))
+    except _ImageError as error:
+        return _Row(number, values, None, (str(error),))
+
+
+def _inside(root: Path, name: object) -> Path:
+    """The image file of that name, resolved; nothing outside the root is ever opened."""
+    if name is None:
+        raise _ImageError("image is missing")
+    if not isinstance(name, str) or not name:
+        raise _ImageError("image is not a path")
+    try:
+        path = (root / name).resolve()
+        if Path(name).is_absolute() or not path.is_relative_to(root):
+            raise _ImageError(f"image path {name!r} leaves the data set's folder")
+        if not path.is_file():
+            raise _ImageError(f"image file {name!r} is missing")
+    # A zero byte, a circle of links, a name too long, a folder without permission.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _ImageError(f"image path {name!r} cannot be followed ({error})") from None
+    return path
+
+
+def _parquet_rows(files: Sequence[Path], images: _Images) -> Iterator[_Row]:
+    import pyarrow.parquet as pq
+
+    metadata = {}
+    for path in files:
+        with _reading_parquet(path):
+            metadata[path] = pq.read_metadata(path)
+    groups = [(path, group) for path in files for group in range(metadata[path].num_row_groups)]
+    images.keep(max((metadata[p].row_group(g).total_byte_size for p, g in groups), default=0))
+    number = itertools.count(1)
+    for path, group in groups:
+        with _reading_parquet(path), pq.ParquetFile(path, memory_map=True) as file:
+            names = file.schema_arrow.names
+            texts = file.read_row_group(group, columns=[n for n in names if n != "image"])
+        for index, values in enumerate(texts.to_pylist()):
+            if "image" in names:
+                row = _Row(next(number), _without_nulls(values), _Cell(path, group, index))
+            else:
+                row = _Row(next(number), _without_nulls(values), None, ("image is missing",))
+            yield row
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow fills absent fields of a struct with nulls; without them the defaults hold."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _read_images(path: Path, group: int) -> Any:
+    import pyarrow.parquet as pq
+
+    with _reading_parquet(path), pq.ParquetFile(path, memory_map=True) as file:
+        return file.read_row_group(group, columns=["image"]).column("image")
+
+
+@contextmanager
+def _reading_parquet(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"The Parquet file {path} cannot be read ({error}).", "Write or copy it again."
+        ) from None
+
+
+def _schema() -> Any:
+    """The Arrow schema of `write_data`, with the features that `datasets` looks for."""
+    import pyarrow as pa
+
+    text = {"dtype": "string", "_type": "Value"}
+    truth = {"dtype": "bool", "_type": "Value"}
+    fact = dict.fromkeys(("subject", "relation", "value"), text)
+    features = {
+        **dict.fromkeys(("id", "category"), text),
+        "image": {"_type": "Image"},
+        **dict.fromkeys(("question", "answer", "rationale"), text),
+        # A list in brackets is the form that all versions of `datasets` read.
+        "facts": [{**fact, "aliases": [text], "visual": truth, "needed": truth}],
+    }
+    fact_type = pa.struct(
+        [(name, pa.string()) for name in fact]
+        + [("aliases", pa.list_(pa.string())), ("visual", pa.bool_()), ("needed", pa.bool_())]
+    )
+    types = {
+        "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        "facts": pa.list_(fact_type),
+    }
+    return pa.schema(
+        [(name, types.get(name, pa.string())) for name in features],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+
+
+def _advice(path: Path) -> str:
+    return f"Mend the row; `srccore data validate {path}` lists every bad row."

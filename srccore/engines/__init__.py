@@ -1,0 +1,1 @@
+"""Engines run the models: they sample sentences and read next-token distributions."""

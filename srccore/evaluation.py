@@ -1,0 +1,288 @@
+"""The figures of method.md from responses to held-out samples. Pure, over texts.
+
+Rationales are checked by program, against the sample's facts. A sample without facts has no
+verdict on its rationale here: the figures that need one leave it out, ``judged`` says how many
+samples they stand on, and they are null where it is 0.
+
+Every figure is a ratio of two sums over the samples, so one bootstrap serves them all: resample
+the samples once, then two matrix products. The bootstrap speaks of the choice of samples only,
+not of other training seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from srccore.errors import UserError
+from srccore.facts import check_rationale
+from srccore.records import Category, Response, Sample
+from srccore.response import parse, same_answer
+
+__all__ = [
+    "FIGURE_NAMES",
+    "Change",
+    "FigureSet",
+    "Figures",
+    "Outcome",
+    "figures",
+    "judge_responses",
+    "paired_change",
+]
+
+FIGURE_NAMES = (
+    "accuracy",
+    "rationale_accuracy",
+    "aligned_accuracy",
+    "spurious_correctness",
+    "consistency",
+    "format_rate",
+    "mean_tokens",
+)
+"""The figures that have intervals. All are fractions but ``mean_tokens``."""
+
+Interval = tuple[float, float]
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one response is worth."""
+
+    sample_id: str
+    category: Category
+    parsed: bool
+    answer_right: bool
+    rationale_right: bool | None
+    """None where the sample has no facts to check against, as is ``consistent``."""
+    consistent: bool | None
+    """The answer derived from the rationale alone equals the answer given."""
+    token_count: int
+
+
+class Change(BaseModel):
+    """A figure after minus before, on the same samples."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    difference: float
+    interval: Interval
+    """Paired bootstrap, 95 %."""
+
+
+class FigureSet(BaseModel):
+    """The figures over some samples, as fractions in 0..1; null where they are not defined."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n: int
+    judged: int
+    """Samples with facts: on these the four figures that look at rationales stand."""
+    accuracy: float
+    rationale_accuracy: float | None
+    aligned_accuracy: float | None
+    """The headline: answer and rationale are right."""
+    spurious_correctness: float | None
+    """Share of the right answers whose rationale is wrong; null where no answer is right."""
+    consistency: float | None
+    format_rate: float
+    mean_tokens: float
+    interval: dict[str, Interval]
+    """95 % bootstrap percentile interval by figure; a null figure has none."""
+
+
+class Figures(FigureSet):
+    """The figures of one policy on the held-out split."""
+
+    round: int
+    """0 is the policy before the first round."""
+    change: dict[str, Change] | None
+    """Against the policy before, by figure that both have; null where there is none before."""
+    by_category: dict[Category, FigureSet]
+
+
+def judge_responses(samples: Sequence[Sample], responses: Mapping[str, Response]) -> list[Outcome]:
+    """Judges one response to each sample.
+
+    Args:
+        samples: The held-out samples.
+        responses: A response by sample id, for these samples and no others.
+
+    Returns:
+        One outcome per sample, in the order of the samples. A response that does not parse is
+        wrong in every respect.
+
+    Raises:
+        UserError: The responses are to other samples.
+    """
+    ids = {sample.id for sample in samples}
+    if odd := sorted(ids ^ responses.keys()):
+        lacking = "no response" if odd[0] in ids else "a response, but is not in the split"
+        raise UserError(
+            f"The responses are not to the evaluated samples: {odd[0]} has {lacking} "
+            f"({len(odd)} such in all).",
+            "Evaluate all shards of the responses with the data set they were made on.",
+        )
+    return [_judge(sample, responses[sample.id]) for sample in samples]
+
+
+def figures(
+    outcomes: Sequence[Outcome],
+    *,
+    round: int,
+    previous: Sequence[Outcome] | None,
+    resamples: int,
+    seed: int,
+) -> Figures:
+    """Sums outcomes up, with intervals, by category and against the policy before.
+
+    Args:
+        outcomes: At least one.
+        round: The round that made the policy; 0 before the first.
+        previous: The outcomes of the policy before on the same samples, if there is one.
+        resamples: Bootstrap resamples.
+        seed: Of the bootstrap; same seed, same intervals, whatever the order of the outcomes.
+
+    Returns:
+        The figures.
+
+    Raises:
+        UserError: There are no outcomes, or the earlier ones are of other samples.
+    """
+    if not outcomes:
+        raise UserError("There are no responses to evaluate.", "Use a held-out split with samples.")
+    groups = {
+        category: [outcome for outcome in outcomes if outcome.category is category]
+        for category in Category
+    }
+    change = None if previous is None else paired_change(previous, outcomes, resamples, seed)
+    return Figures(
+        **_figure_set(outcomes, resamples, seed).model_dump(),
+        round=round,
+        change=change,
+        by_category={
+            category: _figure_set(group, resamples, seed)
+            for category, group in groups.items()
+            if group
+        },
+    )
+
+
+def paired_change(
+    before: Sequence[Outcome], after: Sequence[Outcome], resamples: int, seed: int
+) -> dict[str, Change]:
+    """Compares two policies on the same samples by the paired bootstrap.
+
+    Args:
+        before: The outcomes of one policy.
+        after: The outcomes of the other, in any order.
+        resamples: Bootstrap resamples.
+        seed: Of the bootstrap.
+
+    Returns:
+        The change by figure, for the figures that both policies have.
+
+    Raises:
+        UserError: The two were evaluated on other samples.
+    """
+    if {each.sample_id for each in before} != {each.sample_id for each in after}:
+        raise UserError(
+            "The two evaluations are of other samples, so they cannot be compared pair by pair.",
+            "Evaluate both policies on one held-out split.",
+        )
+    weights = _resample(len(after), resamples, seed)
+    everything = np.ones((1, len(after)))
+    difference = _ratios(everything, after)[0] - _ratios(everything, before)[0]
+    resampled = _ratios(weights, after) - _ratios(weights, before)
+    return {
+        name: Change(difference=float(difference[column]), interval=_interval(resampled[:, column]))
+        for column, name in enumerate(FIGURE_NAMES)
+        if not np.isnan(difference[column])
+    }
+
+
+def _judge(sample: Sample, response: Response) -> Outcome:
+    parsed = parse(response.text)
+    rationale_right = consistent = False if sample.facts else None
+    if parsed is not None and sample.facts:
+        check = check_rationale(parsed.rationale, sample.facts)
+        derived = check.derived_answer
+        rationale_right = check.is_sound
+        consistent = derived is not None and same_answer(derived, parsed.answer)
+    return Outcome(
+        sample_id=sample.id,
+        category=sample.category,
+        parsed=parsed is not None,
+        answer_right=parsed is not None and same_answer(parsed.answer, sample.answer),
+        rationale_right=rationale_right,
+        consistent=consistent,
+        token_count=response.token_count,
+    )
+
+
+def _figure_set(outcomes: Sequence[Outcome], resamples: int, seed: int) -> FigureSet:
+    (point,) = _ratios(np.ones((1, len(outcomes))), outcomes)
+    resampled = _ratios(_resample(len(outcomes), resamples, seed), outcomes)
+    numbers = {
+        name: None if np.isnan(number) else float(number)
+        for name, number in zip(FIGURE_NAMES, point, strict=True)
+    }
+    interval = {
+        name: _interval(resampled[:, column])
+        for column, name in enumerate(FIGURE_NAMES)
+        if numbers[name] is not None
+    }
+    judged = sum(outcome.rationale_right is not None for outcome in outcomes)
+    return FigureSet.model_validate(
+        {"n": len(outcomes), "judged": judged, **numbers, "interval": interval}
+    )
+
+
+def _resample(n: int, resamples: int, seed: int) -> Matrix:
+    """Draws how often each sample stands in each resample; shape (resamples, n)."""
+    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    drawn += n * np.arange(resamples)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=resamples * n)
+    return counts.reshape(resamples, n).astype(np.float64)
+
+
+def _ratios(weights: Matrix, outcomes: Sequence[Outcome]) -> Matrix:
+    """Computes the figures under weights on the samples.
+
+    Args:
+        weights: Shape (resamples, n), over the samples in the order of their ids.
+        outcomes: In any order.
+
+    Returns:
+        Shape (resamples, figures), in the order of `FIGURE_NAMES`; NaN where nothing counts.
+    """
+    rows = [_row(outcome) for outcome in sorted(outcomes, key=lambda each: each.sample_id)]
+    table = np.array(rows, dtype=np.float64)  # (n, figures, 2)
+    over, under = weights @ table[:, :, 0], weights @ table[:, :, 1]
+    # Sums of whole numbers are exact, so equal outcomes give equal ratios to the last bit.
+    return np.divide(over, under, out=np.full_like(over, np.nan), where=under > 0)
+
+
+def _row(outcome: Outcome) -> list[tuple[int, int]]:
+    """What one sample adds above and below the line of each of `FIGURE_NAMES`."""
+    right = outcome.answer_right
+    judged = outcome.rationale_right is not None
+    sound = outcome.rationale_right is True
+    return [
+        (right, 1),
+        (sound, judged),
+        (right and sound, judged),
+        (right and judged and not sound, right and judged),
+        (outcome.consistent is True, judged),
+        (outcome.parsed, 1),
+        (outcome.token_count, 1),
+    ]
+
+
+def _interval(resampled: NDArray[np.float64]) -> Interval:
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,104 @@
+"""Exports a round's policy in Hugging Face layout, with a model card that says what it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from srccore.errors import UserError
+from srccore.loop import load_run, policy_of_round
+from srccore.manifest import read_manifest
+
+__all__ = ["export_policy"]
+
+CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+base_model: {base}
+tags: [self-rationale-calibration, dpo, llava]
+---
+
+# {name}, round {round}
+
+{what} of `{base}`, calibrated by {rounds} of Self-Rationale Calibration (arXiv 2509.13919) with
+srccore {version}. It writes a rationale before its answer; the last line is `Answer: ...`.
+
+## Figures on the held-out split
+
+{figures}
+
+## Data
+
+{data}
+
+## Hashes
+
+{hashes}
+
+## Configuration
+
+```yaml
+{config}```
+"""
+EMBEDDED_DATA = (
+    "The embedded little world of srccore (emoji art, gapminder, handwritten digits; see its "
+    "NOTICE). The base model's flaws were built in: the gain shows that the machinery works, not "
+    "what a real model gains."
+)
+
+
+def export_policy(run: Path, number: int, out: Path, *, adapter: bool = False) -> None:
+    """Writes the policy that a round ended with.
+
+    Args:
+        run: The run folder.
+        number: The round; 0 is stage 1.
+        out: The folder to write; must not exist or be empty.
+        adapter: Write one LoRA adapter instead of a merged checkpoint.
+
+    Raises:
+        UserError: The run has not finished the round, or the folder holds something.
+    """
+    from srccore.policy import read_policy
+    from srccore.training.checkpoints import export_adapter, export_merged
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty.", "Give another folder.")
+    path = policy_of_round(run, number)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The folder {out} cannot be written ({error.strerror}).", "Give another folder."
+        ) from None
+    export = export_adapter if adapter else export_merged
+    export(read_policy(path), out, _card(run, number, path, adapter=adapter))
+
+
+def _card(run: Path, number: int, policy: Path, *, adapter: bool) -> str:
+    config = load_run(run)
+    manifest = read_manifest(policy.parent)
+    figures = json.loads((run / "figures.json").read_text(encoding="utf-8"))
+    evaluation = next(row for row in figures if row["round"] == number)
+    rows = ["| figure | value | 95 % interval |", "| --- | --- | --- |"]
+    for name, interval in evaluation["interval"].items():
+        if evaluation.get(name) is not None and interval:
+            low, high = interval
+            rows.append(
+                f"| {name.replace('_', ' ')} | {evaluation[name]:.3f} | {low:.3f} to {high:.3f} |"
+            )
+    is_embedded = config.data.source == "embedded"
+    return CARD.format(
+        name=config.name,
+        round=number,
+        rounds=f"{number} round{'' if number == 1 else 's'}",
+        base=config.model.path,
+        what="A LoRA adapter" if adapter else "A merged checkpoint",
+        version=manifest.versions["srccore"],
+        figures="\n".join([*rows, f"\n{evaluation['n']} samples, greedy."]),
+        data=EMBEDDED_DATA if is_embedded else f"`{config.data.source}`",
+        hashes="\n".join(f"* {name}: `{value}`" for name, value in manifest.inputs.items()),
+        config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
+    )

@@ -1,0 +1,343 @@
+"""The whole algorithm on one machine: rounds of search, score, curate, align, evaluate.
+
+`run` is the algorithm; `_Wiring` says which folder feeds which stage. `pipelines/` wires the same
+stages on a cluster. Every stage skips itself where its work is done, so the same call goes on
+after an interruption, and more rounds can be asked of a finished run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from srccore import stages
+from srccore.config import RunConfig
+from srccore.errors import UserError
+from srccore.manifest import write_json
+from srccore.stages import Figures, Progress
+
+__all__ = ["Observer", "load_run", "policy_of_round", "run"]
+
+CHANGEABLE = ("rounds", "threads", "device")
+"""What may differ between two calls on one run folder."""
+
+
+class Observer(Protocol):
+    """Is told what the loop does."""
+
+    def stage(self, name: str, round_number: int | None) -> AbstractContextManager[Progress]:
+        """Opens a stage; what it yields is told of progress."""
+        ...
+
+    def figures(self, figures: list[Figures]) -> None:
+        """Is shown the figures of all rounds so far."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Is told something that the user should know."""
+        ...
+
+
+def run(config: RunConfig, out: Path, observer: Observer) -> list[Figures]:
+    """Carries a run from its data to its last round.
+
+    Args:
+        config: The run.
+        out: The run folder.
+        observer: Is told of progress.
+
+    Returns:
+        The figures after stage 1 (round 0) and after every round.
+
+    Raises:
+        UserError: The folder is another run's, or an input is bad.
+    """
+    _open_run(config, out)
+    _set_threads(config.threads)
+    wiring = _Wiring(config, out, observer)
+    wiring.prepare_data()
+    policy = wiring.tune_rationale()
+    wiring.evaluate(policy, 0)
+    scorer = wiring.train_scorer(policy)
+    for number in range(1, config.rounds + 1):
+        found = [wiring.search(policy, number, shard) for shard in range(config.shards)]
+        rated = [wiring.score(found[shard], scorer, shard) for shard in range(config.shards)]
+        preferences = wiring.curate(found, rated, number)
+        aligned = wiring.align(preferences, policy, number)
+        policy = wiring.keep_or_go_back(policy, aligned, number)
+        wiring.evaluate(policy, number)
+    return wiring.figures
+
+
+def load_run(out: Path) -> RunConfig:
+    """Reads the configuration of a run folder.
+
+    Raises:
+        UserError: It is none.
+    """
+    path = out / "run.json"
+    try:
+        return RunConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        raise UserError(
+            f"{out} is no run folder: its run.json is missing or not readable.",
+            "Give the folder that srccore run --out made.",
+        ) from None
+
+
+def policy_of_round(out: Path, number: int) -> Path:
+    """The ``policy.json`` that a round of a run ended with; 0 is stage 1.
+
+    Raises:
+        UserError: The run has not finished that round.
+    """
+    folder = out / f"round-{number}" / "evaluate"
+    kept = out / f"round-{number}" / "kept.json"
+    if not (folder / "manifest.json").exists():
+        rounds = [
+            path.parents[1].name for path in sorted(out.glob("round-*/evaluate/manifest.json"))
+        ]
+        raise UserError(
+            f"The run {out} has not finished round {number}.",
+            f"It has finished {', '.join(rounds) or 'none'}; srccore run goes on with it.",
+        )
+    if kept.exists() and not json.loads(kept.read_text(encoding="utf-8"))["aligned"]:
+        return policy_of_round(out, number - 1)
+    return out / (f"round-{number}/train-dpo" if number else "tune-rationale") / "policy.json"
+
+
+def _open_run(config: RunConfig, out: Path) -> None:
+    path = out / "run.json"
+    wanted = config.model_dump(mode="json")
+    if path.exists():
+        found = load_run(out).model_dump(mode="json")
+        changed = [name for name in wanted if wanted[name] != found[name]]
+        if blocking := [name for name in changed if name not in CHANGEABLE]:
+            raise UserError(
+                f"The folder {out} holds a run of another configuration: "
+                f"{', '.join(blocking)} differ.",
+                "Give another --out, or the same configuration; nothing was changed.",
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            f"{out} exists and is no run folder.", "Give another --out; nothing was changed."
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, wanted)
+    except OSError as error:
+        raise UserError(
+            f"The folder {out} cannot be written ({error.strerror}).",
+            "Give another --out, or make room and see to its permissions.",
+        ) from None
+
+
+def _set_threads(threads: int | None) -> None:
+    """Binds torch, whether it was imported before or is imported by the first stage that works."""
+    if threads is None:
+        return
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@dataclass
+class _Wiring:
+    """Which folder feeds which stage."""
+
+    config: RunConfig
+    out: Path
+    observer: Observer
+    figures: list[Figures] = field(default_factory=list)
+
+    def _round(self, number: int) -> Path:
+        return self.out / f"round-{number}"
+
+    def _split(self, name: str) -> Path:
+        return self.out / "data" / f"{name}.parquet"
+
+    def prepare_data(self) -> None:
+        with self.observer.stage("prepare-data", None) as progress:
+            stages.prepare_data(self.config.data, self.out / "data", progress)
+
+    def tune_rationale(self) -> Path:
+        train = self._split("train")
+        rationales = self.out / "augment-rationales"
+        folder = self.out / "tune-rationale"
+        with self.observer.stage("augment-rationales", None) as progress:
+            stages.augment_rationales(
+                self.config.augmentation, data=train, out=rationales, progress=progress
+            )
+        with self.observer.stage("tune-rationale", None) as progress:
+            stages.tune_rationale(
+                self.config.rationale,
+                model=self.config.model,
+                data=train,
+                rationales=rationales,
+                out=folder,
+                seed=self.config.seed,
+                device=self.config.device,
+                progress=progress,
+            )
+        return folder / "policy.json"
+
+    def train_scorer(self, policy: Path) -> Path:
+        """Trained once, before round 1, on responses of the stage-1 policy."""
+        annotation = self.config.annotation
+        train = self._split("train")
+        sampled = self.out / "sample-responses"
+        pairs = self.out / "annotate-ratings"
+        folder = self.out / "train-scorer"
+        sampling = self.config.search.model_copy(
+            update={
+                "strategy": "sample",
+                "samples": annotation.samples,
+                "candidates": annotation.candidates,
+                "temperature": annotation.temperature,
+            }
+        )
+        with self.observer.stage("sample-responses", None) as progress:
+            stages.search_candidates(
+                sampling,
+                data=train,
+                policy=policy,
+                out=sampled,
+                seed=self.config.seed,
+                round_number=0,
+                device=self.config.device,
+                progress=progress,
+            )
+        with self.observer.stage("annotate-ratings", None) as progress:
+            stages.annotate_ratings(
+                annotation,
+                data=train,
+                candidates=sampled,
+                out=pairs,
+                seed=self.config.seed,
+                progress=progress,
+            )
+        with self.observer.stage("train-scorer", None) as progress:
+            stages.train_scorer(
+                self.config.scorer,
+                model=self.config.rating_model,
+                data=train,
+                labelled_pairs=pairs,
+                out=folder,
+                seed=self.config.seed,
+                validation_share=annotation.validation_share,
+                device=self.config.device,
+                progress=progress,
+            )
+        return folder
+
+    def search(self, policy: Path, number: int, shard: int) -> Path:
+        folder = self._round(number) / f"search-candidates-{shard}"
+        with self.observer.stage("search-candidates", number) as progress:
+            stages.search_candidates(
+                self.config.search,
+                data=self._split("calibration"),
+                policy=policy,
+                out=folder,
+                seed=self.config.seed,
+                round_number=number,
+                shard=(shard, self.config.shards),
+                device=self.config.device,
+                progress=progress,
+            )
+        return folder
+
+    def score(self, candidates: Path, scorer: Path, shard: int) -> Path:
+        folder = candidates.with_name(f"score-candidates-{shard}")
+        number = int(candidates.parent.name.removeprefix("round-"))
+        with self.observer.stage("score-candidates", number) as progress:
+            stages.score_candidates(
+                self.config.scoring,
+                data=self._split("calibration"),
+                candidates=candidates,
+                scorer=scorer,
+                scorer_model=self.config.rating_model,
+                out=folder,
+                device=self.config.device,
+                progress=progress,
+            )
+        return folder
+
+    def curate(self, candidates: list[Path], ratings: list[Path], number: int) -> Path:
+        folder = self._round(number) / "curate-preference"
+        with self.observer.stage("curate-preference", number) as progress:
+            stages.curate_preference(
+                self.config.curation,
+                data=self._split("calibration"),
+                candidates=candidates,
+                ratings=ratings,
+                out=folder,
+                progress=progress,
+            )
+        return folder
+
+    def align(self, preferences: Path, policy: Path, number: int) -> Path:
+        folder = self._round(number) / "train-dpo"
+        with self.observer.stage("train-dpo", number) as progress:
+            stages.train_dpo(
+                self.config.dpo,
+                data=self._split("calibration"),
+                preferences=preferences,
+                policy=policy,
+                out=folder,
+                seed=self.config.seed + number,
+                device=self.config.device,
+                progress=progress,
+            )
+        return folder / "policy.json"
+
+    def keep_or_go_back(self, before: Path, aligned: Path, number: int) -> Path:
+        """Under ``keep_previous``, goes back where calibration figures fall (reconstruction)."""
+        if self.config.on_regression == "continue":
+            return aligned
+        earlier = self._check(before, number, "before", None)
+        later = self._check(aligned, number, "after", earlier)
+        change = json.loads((later / "figures.json").read_text())["change"]["aligned_accuracy"]
+        is_kept = change["interval"][1] >= 0
+        write_json(self._round(number) / "kept.json", {"aligned": is_kept, "change": change})
+        if not is_kept:
+            self.observer.note(
+                f"Round {number} lowered aligned accuracy on the calibration split by "
+                f"{-change['difference']:.1%}: the policy before it is kept."
+            )
+        return aligned if is_kept else before
+
+    def _check(self, policy: Path, number: int, name: str, previous: Path | None) -> Path:
+        folder = self._round(number) / f"check-{name}"
+        self._evaluate(policy, number, folder, self._split("calibration"), previous)
+        return folder
+
+    def evaluate(self, policy: Path, number: int) -> None:
+        previous = self._round(number - 1) / "evaluate" if number else None
+        folder = self._round(number) / "evaluate"
+        found = self._evaluate(policy, number, folder, self._split("heldout"), previous)
+        self.figures.append(found)
+        write_json(self.out / "figures.json", self.figures)
+        self.observer.figures(self.figures)
+
+    def _evaluate(
+        self, policy: Path, number: int, folder: Path, data: Path, previous: Path | None
+    ) -> Figures:
+        with self.observer.stage("evaluate", number) as progress:
+            return stages.evaluate(
+                self.config.evaluation,
+                data=data,
+                policy=policy,
+                out=folder,
+                seed=self.config.seed,
+                round_number=number,
+                previous=previous,
+                device=self.config.device,
+                progress=progress,
+            )

@@ -1,0 +1,205 @@
+"""A stage's output folder: what went in, what came out, and whether it is finished.
+
+A folder opens with ``stage.json`` (the key: a hash of all that went in) and is finished by
+``manifest.json``, written last. A finished folder of the same key is not made again; an unfinished
+one goes on from what it holds; a folder of another key is never touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+import srccore
+from srccore.errors import UserError
+
+__all__ = ["Manifest", "StageFolder", "read_manifest", "write_json"]
+
+MANIFEST = "manifest.json"
+STARTED = "stage.json"
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "numpy")
+
+
+class Manifest(BaseModel):
+    """What a finished stage says of itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    stage: str
+    key: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    """Hash of each input."""
+    outputs: dict[str, str]
+    """Hash of each file written, by its path in the folder."""
+    figures: dict[str, Any]
+    versions: dict[str, str]
+    seconds: float
+    peak_memory_mb: float
+    """Greatest resident memory of the process until the stage's end, in MiB."""
+
+
+class StageFolder:
+    """The output folder of one stage, from its beginning to its manifest."""
+
+    def __init__(
+        self,
+        stage: str,
+        out: Path,
+        *,
+        config: BaseModel | None = None,
+        inputs: Mapping[str, Path | str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Opens the folder, or refuses it.
+
+        Args:
+            stage: The stage's name.
+            out: The folder; made where it is missing.
+            config: The stage's configuration.
+            inputs: Files and folders that are read (hashed), or texts that name something.
+            settings: Further arguments on which the output depends.
+
+        Raises:
+            UserError: An input is missing, the folder belongs to something else, or it cannot be
+                written.
+        """
+        self.stage = stage
+        self.path = out
+        self._config = {**(config.model_dump(mode="json") if config else {}), **(settings or {})}
+        self._inputs = {name: _hash_input(name, value) for name, value in (inputs or {}).items()}
+        self._key = _digest(
+            json.dumps([stage, srccore.__version__, self._config, self._inputs], sort_keys=True)
+        )
+        self._began = time.monotonic()
+        self.manifest = self._open()
+
+    @property
+    def figures(self) -> dict[str, Any] | None:
+        """The figures of a finished stage; None where there is work to do."""
+        return self.manifest.figures if self.manifest else None
+
+    def _open(self) -> Manifest | None:
+        started = self.path / STARTED
+        try:
+            if started.exists():
+                found = json.loads(started.read_text(encoding="utf-8")).get("key")
+            elif self.path.exists() and any(self.path.iterdir()):
+                found = None
+            else:
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_json(started, {"stage": self.stage, "key": self._key})
+                return None
+        except OSError as error:
+            raise UserError(
+                f"The folder {self.path} cannot be written ({error.strerror}).",
+                "Give another folder, or make room and see to its permissions.",
+            ) from None
+        if found != self._key:
+            raise UserError(
+                f"The folder {self.path} holds something else than {self.stage} of these inputs "
+                "and this configuration.",
+                "Give another folder, or delete this one; nothing was changed.",
+            )
+        path = self.path / MANIFEST
+        return read_manifest(self.path) if path.exists() else None
+
+    def finish(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes the manifest, last of all.
+
+        Args:
+            figures: What the stage tells of its work.
+
+        Returns:
+            The figures, as JSON keeps them.
+        """
+        outputs = {
+            str(path.relative_to(self.path)): _hash_file(path)
+            for path in sorted(self.path.rglob("*"))
+            if path.is_file() and path.name not in (MANIFEST, STARTED)
+        }
+        self.manifest = Manifest(
+            stage=self.stage,
+            key=self._key,
+            config=self._config,
+            inputs=self._inputs,
+            outputs=outputs,
+            figures=json.loads(json.dumps(figures)),
+            versions=_versions(),
+            seconds=round(time.monotonic() - self._began, 3),
+            peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        )
+        write_json(self.path / MANIFEST, self.manifest.model_dump(mode="json"))
+        return self.manifest.figures
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads the manifest of a finished stage.
+
+    Raises:
+        UserError: There is none, or it is not one.
+    """
+    path = folder / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        raise UserError(
+            f"{folder} is no finished stage: its {MANIFEST} is missing or not readable.",
+            "Run the stage that makes it to its end first.",
+        ) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _hash_input(name: str, value: Path | str) -> str:
+    """A finished stage by its outputs, a file by its bytes, any other text as it stands."""
+    if isinstance(value, str):
+        return value
+    if (value / MANIFEST).is_file():
+        return _digest(json.dumps(read_manifest(value).outputs, sort_keys=True))
+    if value.is_file():
+        owner = value.parent / MANIFEST
+        if owner.is_file():
+            known = read_manifest(value.parent).outputs.get(value.name)
+            if known:
+                return known
+        return _hash_file(value)
+    if value.is_dir():
+        files = sorted(path for path in value.rglob("*") if path.is_file())
+        return _digest("\n".join(f"{path.relative_to(value)} {_hash_file(path)}" for path in files))
+    raise UserError(f"The input {name} is missing: {value}.", "Check the path.")
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"srccore": srccore.__version__, "python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

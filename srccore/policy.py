@@ -1,0 +1,418 @@
+"""A policy: a base checkpoint plus LoRA adapters, folded into its weights in order at load.
+
+Assumes LLaVA-1.5 and LLaVA-NeXT checkpoints in Hugging Face layout with safetensors weights; code
+from a checkpoint is never run. The words of a prompt and of a response are made here and nowhere
+else, so that training and inference see the same token ids.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from srccore.config import ModelConfig
+from srccore.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Adapter",
+    "LoadedPolicy",
+    "Policy",
+    "fold_adapters",
+    "load_policy",
+    "load_processor",
+    "prompt_text",
+    "read_adapter",
+    "read_policy",
+    "resolve_model_path",
+    "response_text",
+    "write_policy",
+]
+
+EMBEDDED = {"embedded:lvlm": "lvlm", "embedded:rating": "rating"}
+VERSION = 1
+POLICY_FILE = "policy.json"
+
+# What an adapter may say and still be folded as scale * B @ A.
+_PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "fan_in_fan_out": (False,),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+}
+
+
+class Policy(BaseModel):
+    """The LVLM being calibrated, by reference: a base model and adapter folders in order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    base: ModelConfig
+    adapters: tuple[str, ...] = ()
+    """PEFT adapter folders; absolute once read."""
+
+    def with_adapter(self, adapter: Path) -> Policy:
+        """Returns this policy with one more adapter on top."""
+        return self.model_copy(update={"adapters": (*self.adapters, str(adapter.resolve()))})
+
+
+class _PolicyFile(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    record: Literal["policy"]
+    version: Literal[1]
+    policy: Policy
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A policy in memory: the model with all adapters folded in, and its processor."""
+
+    model: Any
+    """``LlavaForConditionalGeneration`` or ``LlavaNextForConditionalGeneration``, in eval mode."""
+    processor: Any
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A plain LoRA adapter as it lies on disk."""
+
+    scale: float
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    """By module name: A of shape (rank, inputs) and B of shape (outputs, rank)."""
+    target_modules: str | list[str]
+
+
+def write_policy(path: Path, policy: Policy) -> None:
+    """Writes a policy file; adapters are named relative to its folder, so a run can be moved.
+
+    Args:
+        path: The file, or the folder that shall hold ``policy.json``.
+        policy: The policy.
+    """
+    if path.is_dir():
+        path = path / POLICY_FILE
+    folder = path.parent.resolve()
+    adapters = tuple(os.path.relpath(Path(name).resolve(), folder) for name in policy.adapters)
+    written = _PolicyFile(
+        record="policy",
+        version=VERSION,
+        policy=policy.model_copy(update={"adapters": adapters}),
+    )
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(written.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_policy(path: Path) -> Policy:
+    """Reads a policy file.
+
+    Args:
+        path: The file, or the folder that holds ``policy.json``.
+
+    Returns:
+        The policy, with absolute adapter paths.
+
+    Raises:
+        UserError: The file is missing, of another version, or not a policy.
+    """
+    if path.is_dir():
+        path = path / POLICY_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"The policy {path} cannot be read ({error.strerror}).",
+            "Give a folder that a training stage wrote.",
+        ) from None
+    try:
+        policy = _PolicyFile.model_validate_json(text).policy
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UserError(
+            f"{path} is not a policy of version {VERSION}: {name}: {first['msg']}.",
+            "Give a policy.json written by this version of srccore.",
+        ) from None
+    folder = path.parent.resolve()
+    adapters = tuple(str((folder / name).resolve()) for name in policy.adapters)
+    return policy.model_copy(update={"adapters": adapters})
+
+
+def resolve_model_path(path: str) -> str:
+    """Finds a checkpoint.
+
+    Args:
+        path: ``embedded:lvlm``, ``embedded:rating``, a folder, or a hub id.
+
+    Returns:
+        A folder, or the hub id as it is.
+
+    Raises:
+        UserError: The folder is no checkpoint with safetensors weights, or the name is none.
+    """
+    if path.startswith("embedded:"):
+        if path not in EMBEDDED:
+            raise UserError(
+                f"There is no embedded model {path!r}.", f"Write {' or '.join(EMBEDDED)}."
+            )
+        from srccore.embedded.model import MODELS
+
+        folder = MODELS / EMBEDDED[path]
+    else:
+        folder = Path(path).expanduser()
+        looks_like_hub_id = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
+        if not folder.exists() and looks_like_hub_id:
+            return path
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"The folder {folder} holds no config.json, so it is no model checkpoint.",
+            "Give a folder in Hugging Face layout, or a hub id.",
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"The checkpoint {folder} holds no *.safetensors weights.",
+            "Convert it with save_pretrained; pickled weights are not read.",
+        )
+    return str(folder)
+
+
+def load_processor(base: ModelConfig) -> Any:
+    """Loads a checkpoint's processor, with the chat template that the configuration names.
+
+    Images go through PIL where torchvision is missing (`AutoProcessor` chooses so by itself).
+
+    Args:
+        base: The checkpoint.
+
+    Returns:
+        A ``LlavaProcessor`` or ``LlavaNextProcessor``.
+
+    Raises:
+        UserError: The checkpoint or the template does not exist.
+    """
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(
+        resolve_model_path(base.path), revision=base.revision, trust_remote_code=False
+    )
+    if base.chat_template is not None:
+        processor.chat_template = _template(base.chat_template)
+    return processor
+
+
+def load_policy(policy: Policy, device: str = "cpu") -> LoadedPolicy:
+    """Loads the base model and folds the adapters into its weights.
+
+    Args:
+        policy: The policy.
+        device: ``cpu`` or ``cuda`` (or ``cuda:N``).
+
+    Returns:
+        The model in eval mode and its processor.
+
+    Raises:
+        UserError: A checkpoint, template or adapter is missing, or an adapter is not plain LoRA.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    model = AutoModelForImageTextToText.from_pretrained(
+        resolve_model_path(policy.base.path),
+        revision=policy.base.revision,
+        dtype=getattr(torch, policy.base.dtype),
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    model.to(device)
+    fold_adapters(model, policy.adapters)
+    return LoadedPolicy(model=model.eval(), processor=load_processor(policy.base))
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Reads a PEFT adapter folder.
+
+    Args:
+        path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        The adapter, on the CPU.
+
+    Raises:
+        UserError: A file is missing, or the adapter is more than plain LoRA on linear layers.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except OSError as error:
+        raise UserError(
+            f"The adapter {folder} cannot be read ({error}).",
+            "Give a folder with adapter_config.json and adapter_model.safetensors.",
+        ) from None
+    for name, allowed in _PLAIN_LORA.items():
+        if config.get(name, allowed[0]) not in allowed:
+            raise UserError(
+                f"The adapter {folder} has {name} = {config[name]!r}, which cannot be folded.",
+                "Train a plain LoRA adapter on the language model's linear layers.",
+            )
+    scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, half = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if half not in ("A.weight", "B.weight") or tensor.dim() != 2:
+            raise UserError(
+                f"The adapter {folder} holds {key}, which is no LoRA matrix of a linear layer.",
+                "Train a plain LoRA adapter on the language model's linear layers.",
+            )
+        halves.setdefault(module, {})[half[0]] = tensor
+    pairs = {module: (half["A"], half["B"]) for module, half in halves.items()}
+    return Adapter(scale=scale, pairs=pairs, target_modules=config["target_modules"])
+
+
+def fold_adapters(model: Any, adapters: Sequence[str | Path]) -> None:
+    """Adds adapters to a model's weights, in place.
+
+    The deltas of all adapters are summed in float32 and cast once (reconstruction): folding into
+    bfloat16 one by one would lose small ones.
+
+    Args:
+        model: The base model.
+        adapters: Adapter folders, in the order in which they were trained.
+
+    Raises:
+        UserError: An adapter is not plain LoRA, or does not fit the model.
+    """
+    import torch
+
+    read = [(path, read_adapter(path)) for path in adapters]
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for name in dict.fromkeys(name for _, adapter in read for name in adapter.pairs):
+            deltas = []
+            for path, adapter in read:
+                if name not in adapter.pairs:
+                    continue
+                weight = getattr(modules.get(name), "weight", None)
+                a, b = adapter.pairs[name]
+                if weight is None or weight.shape != (b.shape[0], a.shape[1]):
+                    raise UserError(
+                        f"The adapter {path} does not fit the base model at {name}.",
+                        "Fold an adapter into the base model that it was trained on.",
+                    )
+                deltas.append((adapter.scale, a, b))
+            weight = modules[name].weight
+            total = weight.float()
+            for scale, a, b in deltas:
+                total = total + scale * (
+                    b.to(weight.device, torch.float32) @ a.to(weight.device, torch.float32)
+                )
+            weight.copy_(total.to(weight.dtype))
+
+
+def prompt_text(processor: Any, question: str) -> str:
+    """Writes the prompt of a question about one image, ready for the processor.
+
+    Tokenise it with ``add_special_tokens=False``: the template has written the BOS.
+
+    Args:
+        processor: The policy's processor.
+        question: The question.
+
+    Returns:
+        The prompt with one ``<image>`` placeholder, up to where the response begins.
+    """
+    asked = _without_image_token(processor, question)
+    content = [{"type": "image"}, {"type": "text", "text": asked}]
+    text: str = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    return text
+
+
+def response_text(processor: Any, response: str) -> str:
+    """Writes a response as it follows the prompt, with the token that ends it.
+
+    Outer white space of the response does not count. The text is made to be tokenised apart from
+    the prompt (``add_special_tokens=False``), as TRL does, to the ids of the whole: a tokenizer
+    that puts a space before every text (Llama's) is not given the template's space as well. So
+    join token ids, never the two texts.
+
+    Args:
+        processor: The policy's processor.
+        response: What the policy said or shall say.
+
+    Returns:
+        The text of the response, end-of-turn token included.
+
+    Raises:
+        UserError: The chat template writes no end after a response, or changes the prompt.
+    """
+    question = "What is shown?"
+    prompt = prompt_text(processor, question)
+    said = _without_image_token(processor, response)
+    whole: str = processor.apply_chat_template(
+        [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+            {"role": "assistant", "content": [{"type": "text", "text": said}]},
+        ],
+        tokenize=False,
+    )
+    rest = whole.removeprefix(prompt)
+    # Some templates write a line break behind the end of a turn; a model stops before it.
+    text = rest.rstrip("\n")
+    tokenizer = processor.tokenizer
+    ids = _encode(tokenizer, text)
+    special = tokenizer.added_tokens_decoder
+    if not whole.startswith(prompt) or ids[-1] not in special or not special[ids[-1]].special:
+        raise UserError(
+            "The checkpoint's chat template writes no end-of-turn token after a response, "
+            "or writes the prompt otherwise there, so the policy would not learn to stop.",
+            "Name a template of srccore/presets/templates as model.chat_template.",
+        )
+    before, wanted = _encode(tokenizer, prompt), _encode(tokenizer, prompt + text)
+    for candidate in (text, text.removeprefix(" ")):
+        if before + _encode(tokenizer, candidate) == wanted:
+            return candidate
+    raise UserError(
+        "The chat template's prompt does not end on a token boundary.",
+        "Name a template of srccore/presets/templates as model.chat_template.",
+    )
+
+
+def _without_image_token(processor: Any, text: str) -> str:
+    """Data sets for LLaVA often carry the placeholder in the question: one image, one token."""
+    return text.replace(processor.image_token, "").strip()
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def _template(name: str) -> str:
+    folder = resources.files("srccore") / "presets" / "templates"
+    names = sorted(entry.name.removesuffix(".jinja") for entry in folder.iterdir())
+    if name not in names:
+        raise UserError(f"There is no chat template {name!r}.", f"Write {' or '.join(names)}.")
+    return (folder / f"{name}.jinja").read_text(encoding="utf-8")

@@ -1,0 +1,337 @@
+"""What R-Scorer is asked, and how its ratings are read: pure, over a `RatingEngine`.
+
+R-Scorer sees no image: the text it judges against stands in its prompt. Every ordered pair of a
+sample's candidates is rated, and the two orders of a pair are folded into one verdict, in which a
+rating that flips with the order counts for less. All sums are exact (`math.fsum`), so the order
+of candidates, pairs and levels cannot matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+from srccore.engines.base import RatingEngine
+from srccore.errors import UserError
+from srccore.facts import gold_rationale
+from srccore.records import RATING_LEVELS, Candidate, CandidateSet, LabelledPair, Rating, Sample
+from srccore.response import gives_answer
+
+__all__ = [
+    "MAX_CANDIDATES",
+    "FoldedPair",
+    "certainty_of",
+    "fold",
+    "fold_ratings",
+    "mean_mass",
+    "pair_schedule",
+    "preference_of",
+    "rate_candidates",
+    "rating_prompt",
+    "swap_consistency",
+    "validate",
+    "verdict",
+]
+
+MAX_CANDIDATES = 8
+"""Most candidates of one sample: all ordered pairs are rated, 56 of them (reconstruction)."""
+
+
+@dataclass(frozen=True)
+class FoldedPair:
+    """Both orders of a pair as one verdict, seen from its first candidate."""
+
+    margin: float
+    """In [-1, 1]: how much better the first candidate is."""
+    certainty: float
+    """In [0, 1]: how sure R-Scorer is, and how little the order matters to it."""
+
+
+def rating_prompt(sample: Sample, first_text: str, second_text: str) -> str:
+    """Writes the user message in which R-Scorer reads two responses (reconstruction).
+
+    Args:
+        sample: The sample; its reference rationale, or else its needed facts, are what the
+            responses are judged against besides the reference answer.
+        first_text: The first response.
+        second_text: The second response.
+
+    Returns:
+        Five lines with short labels, for a small model reads them. The chat template does the rest.
+    """
+    facts = sample.rationale or gold_rationale(sample.facts) or "none"
+    lines = {
+        "Question": sample.question,
+        "Reference": sample.answer,
+        "Facts": facts,
+        "First": first_text,
+        "Second": second_text,
+    }
+    return "\n".join(f"{label}: {' '.join(text.splitlines())}" for label, text in lines.items())
+
+
+def pair_schedule(candidates: Sequence[Candidate]) -> list[tuple[Candidate, Candidate]]:
+    """Lists the pairs to rate: all ordered ones (reconstruction).
+
+    Args:
+        candidates: The candidates of one sample.
+
+    Returns:
+        ``N * (N - 1)`` pairs; none for fewer than two candidates.
+
+    Raises:
+        UserError: There are more than `MAX_CANDIDATES`.
+    """
+    if len(candidates) > MAX_CANDIDATES:
+        raise UserError(
+            f"A sample has {len(candidates)} candidates, but at most {MAX_CANDIDATES} are rated.",
+            f"Search again with search.candidates={MAX_CANDIDATES} or fewer.",
+        )
+    return list(permutations(candidates, 2))
+
+
+def rate_candidates(
+    engine: RatingEngine, samples_and_sets: Sequence[tuple[Sample, CandidateSet]]
+) -> list[Rating]:
+    """Rates all ordered pairs of candidates of some samples, in one call of the engine.
+
+    Args:
+        engine: R-Scorer.
+        samples_and_sets: Samples, each with what the search found for it.
+
+    Returns:
+        The ratings, sample by sample in the schedule's order.
+
+    Raises:
+        UserError: A sample has more candidates than the schedule takes.
+    """
+    pairs = [
+        (sample, first, second)
+        for sample, candidate_set in samples_and_sets
+        for first, second in pair_schedule(candidate_set.candidates)
+    ]
+    if not pairs:
+        return []
+    return _rate(engine, pairs)
+
+
+def _rate(
+    engine: RatingEngine, pairs: Sequence[tuple[Sample, Candidate, Candidate]]
+) -> list[Rating]:
+    distributions = engine.next_token_distribution(
+        [rating_prompt(sample, first.text, second.text) for sample, first, second in pairs],
+        [str(level) for level in RATING_LEVELS],
+    )
+    ratings = []
+    for (sample, first, second), distribution in zip(pairs, distributions, strict=True):
+        one, two, three, four, five = distribution.probabilities
+        rating = Rating(
+            sample_id=sample.id,
+            first=first.id,
+            second=second.id,
+            probabilities=(one, two, three, four, five),
+            mass=distribution.mass,
+        )
+        ratings.append(rating)
+    return ratings
+
+
+def validate(
+    engine: RatingEngine, samples: Mapping[str, Sample], pairs: Sequence[LabelledPair]
+) -> dict[str, float | int | None]:
+    """Compares R-Scorer with the teacher on pairs that it was not trained on (reconstruction).
+
+    Args:
+        engine: R-Scorer.
+        samples: The samples by id.
+        pairs: The teacher's ratings; each is read in both orders.
+
+    Returns:
+        ``teacher_agreement``, three-way, over both orders; ``teacher_agreement_both_right``, the
+        same over pairs whose answers are both right; ``swap_consistency``; ``rating_mass``;
+        ``length_slope``, rating per word of length difference, by least squares through 0;
+        ``validation_pairs`` and ``validation_pairs_both_right``.
+    """
+    asked = []
+    for pair in pairs:
+        sample = samples[pair.sample_id]
+        first, second = (_response_as_candidate(text) for text in (pair.first, pair.second))
+        asked += [(sample, first, second), (sample, second, first)]
+    ratings = _rate(engine, asked) if asked else []
+    agrees, agrees_both_right, lengths, means = [], [], [], []
+    for number, (sample, first, second) in enumerate(asked):
+        pair = pairs[number // 2]
+        wanted = pair.rating - 3 if number % 2 == 0 else 3 - pair.rating
+        found = verdict(ratings[number].probabilities)
+        agrees.append(found == (wanted > 0) - (wanted < 0))
+        if all(gives_answer(text.text, sample.answer) for text in (first, second)):
+            agrees_both_right.append(agrees[-1])
+        lengths.append(len(first.text.split()) - len(second.text.split()))
+        means.append(_mean(ratings[number].probabilities))
+    square = math.fsum(length * length for length in lengths)
+    slope = math.fsum(n * m for n, m in zip(lengths, means, strict=True)) / square if square else 0
+    return {
+        "teacher_agreement": _share(agrees),
+        "teacher_agreement_both_right": _share(agrees_both_right),
+        "swap_consistency": swap_consistency(ratings),
+        "rating_mass": mean_mass(ratings),
+        "length_slope": slope,
+        "validation_pairs": len(pairs),
+        "validation_pairs_both_right": len(agrees_both_right) // 2,
+    }
+
+
+def _response_as_candidate(text: str) -> Candidate:
+    return Candidate(id=text, text=text, log_probability=0.0, token_count=1)
+
+
+def _share(values: Sequence[bool]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def preference_of(probabilities: Sequence[float]) -> float:
+    """How much the first candidate is preferred: ``(sum_r r * p_r - 3) / 2`` (reconstruction).
+
+    Args:
+        probabilities: Over the rating tokens 1..5.
+
+    Returns:
+        A number in [-1, 1], exactly negated where the probabilities are reversed.
+    """
+    return _mean(probabilities) / 2
+
+
+def certainty_of(probabilities: Sequence[float]) -> float:
+    """How sure a rating is: ``max(0, 1 - sd / sqrt 2)`` (reconstruction).
+
+    The standard deviation knows that {1, 5} is less sure than {4, 5}; entropy does not.
+
+    Args:
+        probabilities: Over the rating tokens 1..5.
+
+    Returns:
+        A number in [0, 1]: 1 for a sure rating, 0 for a uniform or a wider one.
+    """
+    mean = _mean(probabilities)
+    squares = [
+        probability * (level - 3 - mean) ** 2
+        for level, probability in zip(RATING_LEVELS, probabilities, strict=True)
+    ]
+    variance = math.fsum(squares) / math.fsum(probabilities)
+    return max(0.0, 1 - math.sqrt(variance / 2))
+
+
+def fold(forward: Rating, backward: Rating) -> FoldedPair:
+    """Folds the two orders of a pair into one verdict (reconstruction).
+
+    ``m = (m_ij - m_ji) / 2`` and ``c = (c_ij + c_ji) / 2 * (1 - |m_ij + m_ji| / 2)``.
+
+    Args:
+        forward: First against second.
+        backward: Second against first.
+
+    Returns:
+        The verdict, seen from the first candidate of ``forward``.
+    """
+    there = preference_of(forward.probabilities)
+    back = preference_of(backward.probabilities)
+    certainty = (certainty_of(forward.probabilities) + certainty_of(backward.probabilities)) / 2
+    return FoldedPair((there - back) / 2, certainty * (1 - abs(there + back) / 2))
+
+
+def fold_ratings(ratings: Iterable[Rating]) -> dict[tuple[str, str], FoldedPair]:
+    """Folds all ratings of one sample.
+
+    Args:
+        ratings: Both orders of every pair, in any order.
+
+    Returns:
+        The verdict by (first, second); (second, first) holds it with the margin negated.
+
+    Raises:
+        UserError: An order of a pair is missing, or is there twice.
+    """
+    by_pair: dict[tuple[str, str], Rating] = {}
+    for rating in ratings:
+        if (rating.first, rating.second) in by_pair:
+            raise UserError(
+                f"Sample {rating.sample_id} has two ratings of {rating.first} against "
+                f"{rating.second}.",
+                "Give every file of ratings once, of one round.",
+            )
+        by_pair[rating.first, rating.second] = rating
+    for (first, second), rating in by_pair.items():
+        if (second, first) not in by_pair:
+            raise UserError(
+                f"Sample {rating.sample_id} has no rating of {second} against {first}, "
+                "only of the other order.",
+                "Score the sample's candidates again: both orders of a pair are needed.",
+            )
+    return {
+        (first, second): fold(rating, by_pair[second, first])
+        for (first, second), rating in by_pair.items()
+    }
+
+
+def verdict(probabilities: Sequence[float]) -> int:
+    """Reads a rating three-way (reconstruction).
+
+    Args:
+        probabilities: Over the rating tokens 1..5.
+
+    Returns:
+        1 where the first is better ({4, 5} together are likeliest), -1 where the second is
+        ({1, 2}), 0 where they are equal ({3}, or a tie).
+    """
+    one, two, equal, four, five = probabilities
+    better, worse = four + five, one + two
+    if better > max(equal, worse):
+        return 1
+    if worse > max(equal, better):
+        return -1
+    return 0
+
+
+def swap_consistency(ratings: Iterable[Rating]) -> float | None:
+    """Share of the pairs on which the two orders agree three-way.
+
+    Args:
+        ratings: Of any number of samples; a pair with one order only is left out.
+
+    Returns:
+        A fraction, or None where no pair has both orders.
+    """
+    verdicts = {
+        (rating.sample_id, rating.first, rating.second): verdict(rating.probabilities)
+        for rating in ratings
+    }
+    agree = [
+        found == -verdicts[sample_id, second, first]
+        for (sample_id, first, second), found in verdicts.items()
+        if first < second and (sample_id, second, first) in verdicts
+    ]
+    return sum(agree) / len(agree) if agree else None
+
+
+def mean_mass(ratings: Iterable[Rating]) -> float | None:
+    """Mean share of the full softmax that lies on the rating tokens: a health figure.
+
+    Args:
+        ratings: Of any number of samples.
+
+    Returns:
+        A fraction, or None where there are no ratings.
+    """
+    masses = [rating.mass for rating in ratings]
+    return math.fsum(masses) / len(masses) if masses else None
+
+
+def _mean(probabilities: Sequence[float]) -> float:
+    """Mean of the rating minus 3; centred, so that mirrored ratings negate it exactly."""
+    weighted = [
+        (level - 3) * probability
+        for level, probability in zip(RATING_LEVELS, probabilities, strict=True)
+    ]
+    return math.fsum(weighted) / math.fsum(probabilities)

@@ -1,0 +1,158 @@
+"""`train-scorer`: R-Scorer, a text-only language model trained on one rating token per prompt."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from srccore.config import LoraSettings, ModelConfig, ScorerConfig
+from srccore.errors import UserError
+from srccore.policy import resolve_model_path
+from srccore.records import RATING_LEVELS
+from srccore.training import (
+    Progress,
+    TrainingOutcome,
+    final_mean,
+    lora_config,
+    progress_callbacks,
+    quiet,
+    step_figures,
+    train,
+    training_arguments,
+    training_device,
+)
+
+__all__ = ["RatingExample", "ScorerOutcome", "train_scorer"]
+
+TEXT_MODEL_TARGETS = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+@dataclass(frozen=True)
+class RatingExample:
+    """A user message of `srccore.scoring.rating_prompt`, and the rating that follows it."""
+
+    prompt: str
+    rating: int
+
+
+@dataclass(frozen=True)
+class ScorerOutcome:
+    """What a scorer run did."""
+
+    training: TrainingOutcome
+    rating_accuracy: float
+    """Share of ratings that were the likeliest token, mean over the last steps."""
+
+
+def train_scorer(
+    base: ModelConfig,
+    examples: Sequence[RatingExample],
+    config: ScorerConfig,
+    out: Path,
+    *,
+    seed: int,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> ScorerOutcome:
+    """Trains R-Scorer; the loss is on the rating token only (reconstruction).
+
+    The paper fine-tunes Qwen2.5-1.5B. All weights are trained, or a LoRA adapter that is merged
+    at the end. Weights are held in float32 while all of them are trained: bfloat16 would round
+    small updates away.
+
+    Args:
+        base: The text model to start from.
+        examples: Prompts and ratings. The tokenizer's chat template is laid around a prompt, by the
+            engine's own function, so training and scoring see the same token ids.
+        config: The stage's section of the preset.
+        out: An existing folder; ``out/model`` is written in Hugging Face layout.
+        seed: Seeds order, dropout and adapter.
+        device: ``cpu`` or ``cuda``.
+        progress: Told of every optimiser step.
+
+    Returns:
+        Steps, losses, accuracy at the end, and how many examples were too long.
+
+    Raises:
+        UserError: A rating is not one token, or no example fits into the context.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from srccore.engines.transformers import single_token
+
+    path = resolve_model_path(base.path)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=base.revision, trust_remote_code=False)
+    ratings = {level: single_token(tokenizer, str(level)) for level in RATING_LEVELS}
+    on_gpu = device.startswith("cuda")
+    dtype = getattr(torch, base.dtype) if on_gpu and config.lora else torch.float32
+    with quiet(), tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=base.revision,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+        model.to(training_device(device))
+        rows = _rows(examples, tokenizer, ratings, model.config.max_position_embeddings)
+        arguments = training_arguments(
+            config,
+            out=Path(scratch),
+            seed=seed,
+            device=device,
+            dtype=base.dtype,
+            bar=progress is None,
+        )
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(**arguments),
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=tokenizer,
+            peft_config=lora_config(config.lora, _targets(config.lora)) if config.lora else None,
+            callbacks=progress_callbacks(progress),
+        )
+        samples = len(rows["input_ids"])
+        outcome = train(trainer, samples=samples, skipped=len(examples) - samples)
+        if trainer.is_world_process_zero():
+            trained = trainer.accelerator.unwrap_model(trainer.model)
+            if config.lora:
+                trained = trained.merge_and_unload()
+            trained.to(getattr(torch, base.dtype)).save_pretrained(out / "model")
+            tokenizer.save_pretrained(out / "model")
+    return ScorerOutcome(
+        training=outcome,
+        rating_accuracy=final_mean(step_figures(trainer, "mean_token_accuracy")),
+    )
+
+
+def _rows(
+    examples: Sequence[RatingExample], tokenizer: Any, ratings: dict[int, int], limit: int
+) -> dict[str, list[list[int]]]:
+    """Token ids and labels of the examples that fit; only the rating token has a label."""
+    from srccore.engines.transformers import encode_rating_prompt
+
+    ids, labels = [], []
+    for example in examples:
+        prompt = encode_rating_prompt(tokenizer, example.prompt)
+        if len(prompt) < limit:
+            rating = ratings[example.rating]
+            ids.append([*prompt, rating])
+            labels.append([-100] * len(prompt) + [rating])
+    if not ids:
+        raise UserError(
+            f"None of {len(examples)} rating prompts fits into the model's {limit} tokens.",
+            "Give at least one pair, or a rating model with a longer context.",
+        )
+    return {"input_ids": ids, "labels": labels}
+
+
+def _targets(lora: LoraSettings) -> str:
+    """The default pattern names the language model inside an LVLM; here it is the whole model."""
+    default = LoraSettings.model_fields["target_modules"].default
+    return TEXT_MODEL_TARGETS if lora.target_modules == default else lora.target_modules

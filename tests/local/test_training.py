@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("trl")
+
+import tiny_models  # noqa: E402
+from tokenizers.normalizers import Prepend  # noqa: E402
+
+from srccore.config import (  # noqa: E402
+    DpoConfig,
+    LoraSettings,
+    ModelConfig,
+    RationaleTuningConfig,
+    ScorerConfig,
+)
+from srccore.embedded.model import RATING_TEMPLATE  # noqa: E402
+from srccore.engines.transformers import encode_rating_prompt, single_token  # noqa: E402
+from srccore.errors import UserError  # noqa: E402
+from srccore.policy import (  # noqa: E402
+    Policy,
+    load_policy,
+    load_processor,
+    prompt_text,
+    read_adapter,
+    response_text,
+)
+from srccore.training.dpo import PreferenceExample, train_dpo  # noqa: E402
+from srccore.training.rationale import RationaleExample, tune_rationale  # noqa: E402
+from srccore.training.scorer import RatingExample, train_scorer  # noqa: E402
+
+pytest_plugins = ("tiny_models",)
+LORA = LoraSettings(rank=2, alpha=4)
+QUESTION, RESPONSE, OTHER = tiny_models.QUESTION, tiny_models.RESPONSE, tiny_models.OTHER
+
+
+def rationale_config(**changes: Any) -> RationaleTuningConfig:
+    values = {"samples": 4, "learning_rate": 0.01, "batch_size": 2, "lora": LORA, **changes}
+    return RationaleTuningConfig(**values)
+
+
+def dpo_config(**changes: Any) -> DpoConfig:
+    return DpoConfig(**{"learning_rate": 0.01, "batch_size": 2, "lora": LORA, **changes})
+
+
+def rationale_examples() -> list[RationaleExample]:
+    # Images of different shapes are split differently by LLaVA-NeXT.
+    shapes = [(30, 20), (20, 60), (24, 24), (50, 50)]
+    return [
+        RationaleExample(QUESTION, RESPONSE, lambda shape=shape: tiny_models.image(*shape))  # type: ignore[misc]
+        for shape in shapes
+    ]
+
+
+def preferences() -> list[PreferenceExample]:
+    return [
+        PreferenceExample(example.question, example.response, OTHER + " It is.", example.image)
+        for example in rationale_examples()
+    ]
+
+
+class Batches:
+    """Keeps what a collator feeds to the model."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, collator: type) -> None:
+        self.seen: list[dict[str, Any]] = []
+        original = collator.torch_call  # type: ignore[attr-defined]
+
+        def torch_call(this: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:
+            batch: dict[str, Any] = original(this, examples)
+            self.seen.append({name: value.clone() for name, value in batch.items()})
+            return batch
+
+        patch.setattr(collator, "torch_call", torch_call)
+
+
+def inference_ids(processor: Any, picture: Any, response: str) -> tuple[list[int], list[int]]:
+    """What an engine reads as the prompt, and the ids of a response that follows, with its end."""
+    prompt = processor(
+        images=[[picture]],
+        text=[prompt_text(processor, QUESTION)],
+        add_special_tokens=False,
+        return_tensors="pt",
+    )["input_ids"][0].tolist()
+    encode = processor.tokenizer.encode
+    tail = encode(response_text(processor, response), add_special_tokens=False)
+    assert tail[-1] == processor.tokenizer.eos_token_id
+    return prompt, tail
+
+
+def rows(batch: dict[str, Any]) -> list[list[int]]:
+    pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    return [ids[mask.bool()].tolist() for ids, mask in pairs]
+
+
+def test_rationale_tuning_sees_the_ids_of_inference_and_learns_the_response_only(
+    base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    batches = Batches(monkeypatch, DataCollatorForVisionLanguageModeling)
+    told: list[tuple[int, int]] = []
+    examples = rationale_examples()
+    outcome = tune_rationale(
+        Policy(base=base),
+        examples,
+        rationale_config(),
+        tmp_path,
+        seed=0,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert (outcome.steps, outcome.samples, outcome.skipped) == (2, 4, 0)
+    assert math.isfinite(outcome.last_loss)
+    assert told == [(1, 2), (2, 2)]
+    processor = load_processor(base)
+    expected = [inference_ids(processor, example.image(), RESPONSE) for example in examples]
+    assert sorted(row for batch in batches.seen for row in rows(batch)) == sorted(
+        prompt + tail for prompt, tail in expected
+    )
+    learnt = [labels[labels != -100].tolist() for b in batches.seen for labels in b["labels"]]
+    assert learnt == [expected[0][1]] * 4
+    if "next" in base.path:
+        assert len({len(prompt) for prompt, _ in expected}) > 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+    check_adapter(base, tmp_path / "adapter")
+
+
+def check_adapter(base: ModelConfig, path: Path) -> None:
+    """Only the language model's linear layers have changed, and all of them have."""
+    before = load_policy_weights(base)
+    changed = {
+        name
+        for name, weight in load_policy(
+            Policy(base=base).with_adapter(path)
+        ).model.named_parameters()
+        if not torch.equal(weight, before[name])
+    }
+    assert changed == {f"{name}.weight" for name in read_adapter(path).pairs}
+    assert all("language_model.layers" in name for name in changed)
+    assert len(changed) == 2 * 7
+
+
+def load_policy_weights(base: ModelConfig) -> dict[str, Any]:
+    return dict(load_policy(Policy(base=base)).model.named_parameters())
+
+
+def test_dpo_sees_the_ids_of_inference_and_starts_from_its_reference(
+    base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+    batches = Batches(monkeypatch, DataCollatorForVisionPreference)
+    policy = Policy(base=base).with_adapter(tiny_models.adapter(base, tmp_path / "first", 2, 1))
+    out = tmp_path / "dpo"
+    out.mkdir()
+    examples = preferences()[:2]
+    # A learning rate of next to nothing: every step sees the reference itself.
+    outcome = train_dpo(policy, examples, dpo_config(learning_rate=1e-12, epochs=2), out, seed=0)
+    assert outcome.training.steps == 2
+    assert outcome.reward_margin == pytest.approx(0, abs=1e-5)
+    loaded = load_policy(policy)
+    expected, sums = [], []
+    for example in examples:
+        for response in (example.chosen, example.rejected):
+            prompt, tail = inference_ids(loaded.processor, example.image(), response)
+            expected.append(prompt + tail)
+            sums.append(log_probability(loaded, example.image(), response))
+    assert sorted(rows(batches.seen[0])) == sorted(expected)
+    # The incoming adapter is part of the reference: these are the folded policy's values.
+    assert outcome.chosen_log_probability == pytest.approx((sums[0] + sums[2]) / 2, rel=1e-4)
+    assert outcome.rejected_log_probability == pytest.approx((sums[1] + sums[3]) / 2, rel=1e-4)
+    # Both log ratios are 0, so the loss is -log sigmoid(0) + 0.02 x the mean token loss of the
+    # two chosen responses.
+    chosen = [inference_ids(loaded.processor, e.image(), e.chosen)[1] for e in examples]
+    tokens = sum(len(ids) for ids in chosen)
+    wanted = math.log(2) - 0.02 * (sums[0] + sums[2]) / tokens
+    assert outcome.training.last_loss == pytest.approx(wanted, rel=1e-4)
+
+
+def log_probability(loaded: Any, picture: Any, response: str) -> float:
+    prompt, tail = inference_ids(loaded.processor, picture, response)
+    batch = loaded.processor(
+        images=[[picture]],
+        text=[prompt_text(loaded.processor, QUESTION)],
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+    batch["input_ids"] = torch.tensor([prompt + tail])
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    with torch.no_grad():
+        logits = loaded.model(**batch).logits[0, -len(tail) - 1 : -1]
+    chosen = logits.log_softmax(-1)[torch.arange(len(tail)), torch.tensor(tail)]
+    return float(chosen.sum())
+
+
+def test_dpo_learns_to_prefer_and_changes_the_language_model_only(
+    base: ModelConfig, tmp_path: Path
+) -> None:
+    outcome = train_dpo(Policy(base=base), preferences(), dpo_config(epochs=3), tmp_path, seed=0)
+    assert outcome.training.steps == 6
+    assert outcome.reward_margin > 0
+    assert outcome.reward_accuracy == 1
+    check_adapter(base, tmp_path / "adapter")
+
+
+def test_a_sample_longer_than_the_context_is_skipped_and_counted(
+    base: ModelConfig, tmp_path: Path
+) -> None:
+    long = RationaleExample(QUESTION, RESPONSE * 80, tiny_models.image)
+    examples = [*rationale_examples()[:2], long]
+    outcome = tune_rationale(Policy(base=base), examples, rationale_config(), tmp_path, seed=0)
+    assert (outcome.samples, outcome.skipped) == (2, 1)
+    with pytest.raises(UserError, match="None of 1 training samples"):
+        tune_rationale(Policy(base=base), [long], rationale_config(), tmp_path, seed=0)
+
+
+def test_the_same_seed_gives_the_same_adapter(base: ModelConfig, tmp_path: Path) -> None:
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        tune_rationale(
+            Policy(base=base), rationale_examples(), rationale_config(), tmp_path / name, seed=3
+        )
+        found.append(read_adapter(tmp_path / name / "adapter").pairs)
+    for module, (a, b) in found[0].items():
+        assert torch.equal(a, found[1][module][0])
+        assert torch.equal(b, found[1][module][1])
+
+
+@pytest.mark.parametrize("change", ["gradient_checkpointing", "gradient_accumulation_steps"])
+def test_savings_of_memory_change_no_adapter(
+    base: ModelConfig, tmp_path: Path, change: str
+) -> None:
+    # Two batches of 1 accumulated are one batch of 2: all responses have equally many tokens.
+    saving: dict[str, Any] = {
+        "gradient_checkpointing": {"gradient_checkpointing": True},
+        "gradient_accumulation_steps": {"gradient_accumulation_steps": 2, "batch_size": 1},
+    }[change]
+    found = []
+    for name, changes in (("plain", {}), ("saving", saving)):
+        (tmp_path / name).mkdir()
+        config = dpo_config(lora=LORA, **changes)
+        train_dpo(Policy(base=base), preferences(), config, tmp_path / name, seed=3)
+        found.append(read_adapter(tmp_path / name / "adapter").pairs)
+    for module, matrices in found[0].items():
+        for left, right in zip(matrices, found[1][module], strict=True):
+            torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-3)
+
+
+def test_training_says_nothing_of_its_own(
+    base: ModelConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tune_rationale(Policy(base=base), rationale_examples(), rationale_config(), tmp_path, seed=0)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture(scope="module")
+def rating_base(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("rating")
+    words = tiny_models.tokenizer("embedded")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    words.chat_template = RATING_TEMPLATE
+    words.save_pretrained(folder)
+    return ModelConfig(path=str(folder))
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_scorer_learns_one_token_per_prompt(
+    rating_base: ModelConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lora: LoraSettings | None,
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    batches = Batches(monkeypatch, DataCollatorForLanguageModeling)
+    examples = [
+        RatingExample(f"First: {RESPONSE}{' More.' * number}", 1 + 4 * (number % 2))
+        for number in range(4)
+    ]
+    too_long = RatingExample(RESPONSE * 40, 3)
+    config = ScorerConfig(learning_rate=0.02, batch_size=2, epochs=10, lora=lora)
+    outcome = train_scorer(rating_base, [*examples, too_long], config, tmp_path, seed=0)
+    assert (outcome.training.samples, outcome.training.skipped) == (4, 1)
+    assert outcome.training.last_loss < outcome.training.first_loss
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    one, five = single_token(tokenizer, "1"), single_token(tokenizer, "5")
+    prompts = [encode_rating_prompt(tokenizer, example.prompt) for example in examples]
+    for batch in batches.seen:
+        for ids, labels, mask in zip(
+            batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
+        ):
+            learnt = labels != -100
+            assert learnt.sum() == 1
+            # The rating is the last token: no EOS follows it.
+            last = int(mask.sum()) - 1
+            assert learnt[last]
+            assert ids[last] == labels[last]
+            assert int(labels[last]) in (one, five)
+            assert ids[:last].tolist() in prompts
+            assert (ids == tokenizer.bos_token_id).sum() == 1
+    before = AutoModelForCausalLM.from_pretrained(rating_base.path).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert set(after) == set(before)
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    if lora:
+        assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_rating_of_two_tokens_is_refused(rating_base: ModelConfig, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copytree(rating_base.path, tmp_path, dirs_exist_ok=True)
+    words = AutoTokenizer.from_pretrained(rating_base.path)
+    words.backend_tokenizer.normalizer = Prepend("&&")
+    words.save_pretrained(tmp_path)
+    base = ModelConfig(path=str(tmp_path))
+    config = ScorerConfig(learning_rate=0.02)
+    with pytest.raises(UserError, match="'1' as "):
+        train_scorer(base, [RatingExample("First", 1)], config, tmp_path, seed=0)

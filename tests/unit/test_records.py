@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from srccore.errors import UserError
+from srccore.records import (
+    Candidate,
+    CandidateSet,
+    Fact,
+    Rating,
+    Response,
+    read_records,
+    write_records,
+)
+
+RESPONSES = [
+    Response(sample_id="a", text="one\ntwo\u2028three \u00e9", token_count=3, finished=True),
+    Response(sample_id="b", text="", token_count=0, finished=False),
+]
+
+
+def rating(*probabilities: float) -> Rating:
+    return Rating.model_validate(
+        {
+            "sample_id": "s",
+            "first": "a",
+            "second": "b",
+            "probabilities": probabilities,
+            "mass": 1.0,
+        }
+    )
+
+
+def test_a_record_file_holds_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    assert write_records(path, Response, iter(RESPONSES)) == 2
+    assert list(read_records(path, Response)) == RESPONSES
+    assert [each.name for each in tmp_path.iterdir()] == ["responses.jsonl"]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_survives_the_json_form(text: str) -> None:
+    record = Response(sample_id="a", text=text, token_count=1, finished=True)
+    line = record.model_dump_json()
+    assert "\n" not in line
+    assert "\r" not in line
+    assert Response.model_validate_json(line) == record
+
+
+def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    write_records(path, Response, RESPONSES)
+    with pytest.raises(ZeroDivisionError):
+        write_records(path, Response, (RESPONSES[1 // number] for number in (1, 0)))
+    assert list(read_records(path, Response)) == RESPONSES
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("", "not a record file"),
+        ("[]\n", "not a record file"),
+        ('{"record": "ratings", "version": 1}\n', "holds ratings version 1"),
+        ('{"record": "responses", "version": 2}\n', "holds responses version 2"),
+        ('{"record": "responses", "version": 1}\n{}\n', "Line 2 .* sample_id"),
+        ('{"record": "responses", "version": 1}\nnot json\n', "Line 2 .* the line"),
+    ],
+)
+def test_a_file_that_is_not_understood_is_refused(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    path = tmp_path / "responses.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        list(read_records(path, Response))
+
+
+def test_a_rating_is_a_distribution() -> None:
+    assert rating(0.2, 0.2, 0.2, 0.2, 0.2).mass == 1
+    nan = float("nan")
+    for bad in ((0, 0, 0, 0, 0), (0.5, 0.5, 0.5, 0, 0), (-1, 2, 0, 0, 0), (nan, 0, 0, 0, 1)):
+        with pytest.raises(ValidationError, match="no distribution"):
+            rating(*bad)
+
+
+def test_two_candidates_of_one_id_are_refused() -> None:
+    candidate = Candidate(id="a", text="x", log_probability=-1, token_count=1)
+    with pytest.raises(ValidationError, match="two candidates of one id"):
+        CandidateSet(sample_id="s", candidates=(candidate, candidate))
+
+
+def test_a_fact_reads_as_a_sentence() -> None:
+    assert Fact(subject="the red bar", relation="is", value="3").sentence == "The red bar is 3."

@@ -1,0 +1,187 @@
+"""The search, worked out by hand over a toy engine with known probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srccore.config import SearchConfig
+from srccore.engines.base import Continuation, Draw, Prompt
+from srccore.search import Beam, search_candidates, select, similarity, stable_hash
+
+# A toy policy: behind each prefix stand sentences with their probabilities. A sentence in
+# capitals ends the response. Every sentence is one token.
+TREE = {
+    "": {" red is 3.": 0.6, " blue is 5.": 0.4},
+    " red is 3.": {" so seven.": 0.5, " STOP A": 0.5},
+    " blue is 5.": {" STOP B": 0.9, " STOP C": 0.1},
+    " red is 3. so seven.": {" STOP D": 1.0},
+}
+
+
+class ToyEngine:
+    """Draws by inverse sampling from `TREE`, each draw by its own seed."""
+
+    def __init__(self, tree: dict[str, dict[str, float]] = TREE) -> None:
+        self.tree = tree
+        self.calls: list[int] = []
+        self.opened = 0
+
+    def open(self, prompts: Sequence[Prompt]) -> list[str]:
+        self.opened += len(prompts)
+        return [""] * len(prompts)
+
+    def extend(
+        self, draws: Sequence[Draw], *, max_tokens: int, whole: bool = False
+    ) -> list[Continuation]:
+        self.calls.append(len(draws))
+        return [self._draw(draw, whole) for draw in draws]
+
+    def _draw(self, draw: Draw, whole: bool) -> Continuation:
+        rng = np.random.Generator(np.random.Philox(key=draw.seed))
+        prefix, text, tokens, score = draw.node, "", 0, 0.0
+        while True:
+            options = self.tree[prefix + text]
+            heights = np.cumsum(list(options.values()))
+            sentence = list(options)[int(np.searchsorted(heights, rng.random() * heights[-1]))]
+            score += math.log(options[sentence])
+            text, tokens = text + sentence, tokens + 1
+            if "STOP" in sentence:
+                return Continuation(text, tokens, score, "end", None)
+            if not whole:
+                return Continuation(text, tokens, score, "sentence", prefix + text)
+
+
+def _config(**changes: object) -> SearchConfig:
+    values: dict[str, object] = {
+        "samples": 1,
+        "width": 4,
+        "branch": 40,  # Enough draws to meet every child.
+        "diverse": 0,
+        "candidates": 4,
+        "similarity": 1.0,
+    }
+    return SearchConfig.model_validate(values | changes)
+
+
+def _search(config: SearchConfig, ids: Sequence[str] = ("s",), round_number: int = 1):
+    engine = ToyEngine()
+    prompts = [(name, Prompt(None, "?")) for name in ids]  # type: ignore[arg-type]
+    found = search_candidates(engine, prompts, config, seed=0, round_number=round_number)
+    return engine, found
+
+
+def test_all_responses_of_the_toy_are_found_and_ranked_by_mean_log_probability() -> None:
+    _, (found,) = _search(_config())
+    # red.A: ln .6 + ln .5 = -1.204, mean -.602     blue.B: ln .4 + ln .9 = -1.022, mean -.511
+    # red.seven.D: ln .6 + ln .5 + ln 1 = -1.204, mean -.401
+    # blue.C: ln .4 + ln .1 = -3.219, mean -1.609
+    # Round 2 keeps the best four of {seven -.602, A -.602, B -.511, C -1.609}: all of them; A, B
+    # and C are finished, so the pool holds three, and D joins it in round 3.
+    assert [candidate.text for candidate in found.candidates] == [
+        "red is 3. so seven. STOP D",
+        "blue is 5. STOP B",
+        "red is 3. STOP A",
+        "blue is 5. STOP C",
+    ]
+    assert [round(c.log_probability, 3) for c in found.candidates] == [
+        -1.204,
+        -1.022,
+        -1.204,
+        -3.219,
+    ]
+    assert [c.token_count for c in found.candidates] == [3, 2, 2, 2]
+
+
+def test_a_round_draws_width_times_branch_at_the_root_and_branch_per_beam_after() -> None:
+    engine, _ = _search(_config())
+    # Root: 4 * 40. Round 2: two beams (red, blue), 40 each. Round 3: one beam (seven).
+    assert engine.calls == [160, 80, 40]
+    assert engine.opened == 1
+
+
+def test_the_search_ends_when_the_pool_is_full_and_cuts_a_surplus_by_rank() -> None:
+    engine, (found,) = _search(_config(candidates=2))
+    # After round 2 the pool holds A, B and C; the two best stay.
+    assert [candidate.text[-1] for candidate in found.candidates] == ["B", "A"]
+    assert len(engine.calls) == 2
+
+
+def test_equal_ranks_are_broken_by_the_hash_of_the_text() -> None:
+    # Round 2, width 2: B -.511 comes first; A and seven tie at -.602.
+    _, (found,) = _search(_config(width=2, branch=80, candidates=2))
+    tied = min(" red is 3. so seven.", " red is 3. STOP A", key=stable_hash)
+    third = "A" if tied.endswith("A") else "D"
+    assert {candidate.text[-1] for candidate in found.candidates} == {"B", third}
+
+
+def test_beams_that_live_at_max_sentences_get_one_draw_to_the_end() -> None:
+    _, (found,) = _search(_config(max_sentences=2))
+    assert "red is 3. so seven. STOP D" in [candidate.text for candidate in found.candidates]
+    assert found.unfinished == 0
+
+
+def test_the_draws_of_a_sample_depend_on_no_other_sample() -> None:
+    narrow = _config(width=2, branch=1, candidates=2)
+    ids = [f"sample {number}" for number in range(20)]
+    together = _search(narrow, ids)[1]
+    alone = [_search(narrow, [name])[1][0] for name in ids]
+    assert together == alone
+    assert len({record.candidates for record in together}) > 1
+
+
+def test_another_round_draws_afresh() -> None:
+    narrow = _config(width=1, branch=1, candidates=2)
+    ids = [f"sample {number}" for number in range(20)]
+    first, second = (
+        [record.candidates[0].text for record in _search(narrow, ids, number)[1]]
+        for number in (1, 2)
+    )
+    assert first != second
+
+
+def test_plain_sampling_draws_whole_responses_once() -> None:
+    engine, (found,) = _search(_config(strategy="sample", candidates=8))
+    assert engine.calls == [8]
+    assert 1 <= len(found.candidates) <= 4
+
+
+def test_near_identical_siblings_count_as_one_and_the_likelier_stays() -> None:
+    config = _config(similarity=0.9)
+    # {the, cat, sits} both: index 1.
+    likely, unlikely = Beam(" the cat sits.", -1.0, 4), Beam(" The cat, sits.", -2.0, 4)
+    assert select([[unlikely, likely]], config) == [likely]
+
+
+def test_the_diverse_place_goes_to_the_beam_least_like_those_kept() -> None:
+    config = _config(width=2, diverse=1)
+    best = Beam("a b c", -1.0, 3)
+    # Similarity to `best`: a b d: 2/4; x y z: 0/6. The second is far less likely, and stays.
+    near, far = Beam("a b d", -1.2, 3), Beam("x y z", -9.0, 3)
+    assert select([[near, best, far]], config) == [best, far]
+
+
+def test_the_jaccard_index_of_word_sets() -> None:
+    assert similarity("The red bar is 3.", "the red bar is 5") == pytest.approx(4 / 6)
+    assert similarity("", "") == 1.0
+
+
+@given(
+    st.lists(
+        st.tuples(st.text("abc ", min_size=1, max_size=6), st.floats(-9, 0)),
+        max_size=12,
+        unique_by=lambda pair: pair[0],
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_what_is_kept_does_not_depend_on_the_order_of_siblings(drawn, random) -> None:
+    beams = [Beam(text, score, 2) for text, score in drawn]
+    shuffled = beams[:]
+    random.shuffle(shuffled)
+    config = _config(similarity=0.9, diverse=1)
+    assert select([beams], config) == select([shuffled], config)
