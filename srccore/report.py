@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import difflib
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -337,7 +338,7 @@ def _overall(data: ReportData, rounds: Sequence[RoundFigures], key: str) -> Chan
 
 
 def _verdict(change: Change | None, figure: Figure) -> str:
-    """``better`` or ``worse`` where the interval excludes no change, else ``open``."""
+    """``better`` or ``worse`` where the interval excludes zero, else ``open``."""
     if change is None or change.interval is None:
         return "open"
     low, high = change.interval
@@ -484,7 +485,7 @@ def _histograms(
     largest = max(max(values) for _, values in filled)
     limit = next((edge for edge in (0.25, 0.5, 1.0) if largest <= edge < widest), widest)
     shares = [_shares(values, limit, bins) for _, values in filled]
-    top = max(max(heights) for heights in shares)
+    top = math.ceil(10 * max(max(heights) for heights in shares)) / 10
     to_x, to_y = _scale(0, limit, LEFT, RIGHT), _scale(0, top, BOTTOM, TOP)
     edges = [limit * number / bins for number in range(bins + 1)]
     charts = []

@@ -1,9 +1,10 @@
 """Makes the LVLM of preset `tiny`: ``python -m srccore.embedded pretrain --out DIR``.
 
-Two phases on the pretraining split. First the vision tower learns to name what is where, by a
-linear head per place (a head start that saves most of the time a language-model loss would need).
-Then the whole LLaVA learns to talk about its little world as the wild does: rationales with
-concentrated flaws (`srccore.embedded.flaws`), brief answers, short questions on what is seen.
+Three phases on the pretraining split. First the vision tower and the projector learn to name what
+is seen in the patches where it is seen (a head start that saves most of the time a language-model
+loss would need). Then the whole LLaVA learns to say what it sees, and
+last to talk about its little world as the wild does: rationales with concentrated flaws
+(`srccore.embedded.flaws`), brief answers, short questions.
 Assumes two cores and about half an hour; every step is seeded.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from torch import Tensor, nn
 
 from srccore.embedded import flaws
 from srccore.embedded.model import (
+    BOS,
     EOS,
     MEAN,
     PAD,
+    PATCH,
     STD,
     build_processor,
     build_tokenizer,
@@ -31,12 +35,12 @@ from srccore.embedded.model import (
 )
 from srccore.embedded.world import COLOURS, IMAGE_SIZE, Item, make_item, world_facts
 from srccore.records import Category
+from srccore.training.checkpoints import save_in_public_names
 
 __all__ = ["pretrain"]
 
-DIGIT_TASKS = ("total", "product", "larger", "parity")
-OBJECT_TASKS = ("kind", "count")
 BATCH = 32
+COLUMNS = IMAGE_SIZE // PATCH
 EXPLAIN = " Explain."
 BRIEF_TO_PLAIN_QUESTION = 0.4
 """How often the plain question is answered briefly: stage 1 teaches to reason first."""
@@ -48,6 +52,7 @@ def pretrain(
     seed: int,
     items: int,
     vision_steps: int,
+    seeing_steps: int,
     steps: int,
     report: Callable[[str], None] = print,
 ) -> None:
@@ -58,7 +63,8 @@ def pretrain(
         seed: The seed of data, order and initial weights.
         items: How many items of the pretraining split to make and go round.
         vision_steps: Optimiser steps of the first phase, of 64 images each.
-        steps: Optimiser steps of the second phase, of `BATCH` images each.
+        seeing_steps: Optimiser steps of the second phase, of `BATCH` images each.
+        steps: Optimiser steps of the third phase, likewise.
         report: Takes a line of progress.
     """
     torch.manual_seed(seed)
@@ -69,10 +75,12 @@ def pretrain(
     world = [make_item(seed, "pretrain", number) for number in range(items)]
     images = np.stack([np.asarray(item.image) for item in world])
     report(f"{items} items made in {time.monotonic() - began:.0f} s")
-    _train_vision(model.model.vision_tower, world, images, vision_steps, seed, report)
-    _train_language(model, tokenizer, world, images, steps, seed, report)
+    _train_vision(model, world, images, vision_steps, seed, report)
+    # One after the other: to see, to say what is seen, to talk as the wild does.
+    for phase, count, write in ((1, seeing_steps, seeing), (2, steps, talking)):
+        _train_language(model, tokenizer, world, images, count, seed + phase, write, report)
     out.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(out)
+    save_in_public_names(model.half(), out)
     processor.save_pretrained(out)
 
 
@@ -86,49 +94,59 @@ def _pixels(images: np.ndarray, chosen: list[int], rng: random.Random | None = N
     return (pixels - mean) / std
 
 
-def _places(item: Item) -> dict[str, str]:
-    """What the vision heads shall name, by place; bars of a colour that is absent count too."""
-    if item.task in DIGIT_TASKS:
-        return {f"digit {place}": value for place, value in item.seen.items()}
-    if item.task in OBJECT_TASKS:
-        # Two objects and three objects lie in different places.
-        number = len(item.seen)
-        return {f"object {place} of {number}": name for place, name in item.seen.items()}
-    if item.task == "trend":
-        return {f"line {end}": value for end, value in item.seen.items()}
+@dataclass(frozen=True)
+class _Sight:
+    """Something to be named: its kind, its name, and the columns of patches where it is seen."""
+
+    kind: str
+    name: str
+    columns: slice
+
+
+def _sights(item: Item) -> list[_Sight]:
+    """What the patches shall name. A kind has one head, wherever it is seen."""
+    seen = list(item.seen.items())
+    width = COLUMNS // len(seen)
+    parts = [slice(number * width, (number + 1) * width) for number in range(len(seen))]
     if item.task in ("capital", "continent"):
-        return {"flag": item.seen["flag"]}
-    return {f"bar {colour}": item.seen.get(colour, "0") for colour in COLOURS}
+        return [_Sight("flag", item.seen["flag"], slice(None))]
+    if item.task in ("kind", "count"):
+        return [_Sight("object", name, part) for (_, name), part in zip(seen, parts, strict=True)]
+    if item.task in ("total", "product", "larger", "parity"):
+        return [_Sight("digit", name, part) for (_, name), part in zip(seen, parts, strict=True)]
+    if item.task == "trend":
+        ends = {"start": slice(0, 2), "end": slice(COLUMNS - 2, COLUMNS)}
+        return [_Sight(f"line {end}", item.seen[end], columns) for end, columns in ends.items()]
+    return [
+        _Sight(kind, name, part)
+        for (colour, value), part in zip(seen, parts, strict=True)
+        for kind, name in (("colour", colour), ("height", value))
+    ]
 
 
 class _Heads(nn.Module):
-    """One linear layer over all patches for each place."""
+    """One linear layer per kind of thing, over the mean of the image tokens where it is seen."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         countries = [key[len("capital of ") :] for key in world_facts() if key[:7] == "capital"]
-        objects = [key[len("kind of ") :] for key in world_facts() if key[:4] == "kind"]
-        heights = [str(value) for value in range(9)]
-        digits = [str(value) for value in range(10)]
-        self.classes = {
+        heights = [str(value) for value in range(1, 9)]
+        self.names = {
             "flag": countries,
-            **{f"bar {colour}": heights for colour in COLOURS},
-            **{f"line {end}": heights for end in ("start", "end")},
-            **{f"digit {place}": digits for place in ("left", "right")},
-            **{f"object {place} of 2": objects for place in ("left", "right")},
-            **{f"object {place} of 3": objects for place in ("left", "middle", "right")},
-        }
-        self.index = {
-            place: {value: number for number, value in enumerate(values)}
-            for place, values in self.classes.items()
+            "object": [key[len("kind of ") :] for key in world_facts() if key[:4] == "kind"],
+            "digit": [str(value) for value in range(10)],
+            "colour": list(COLOURS),
+            "height": heights,
+            "line start": heights,
+            "line end": heights,
         }
         self.layers = nn.ModuleDict(
-            {place: nn.Linear(width, len(values)) for place, values in self.classes.items()}
+            {kind: nn.Linear(width, len(names)) for kind, names in self.names.items()}
         )
 
 
 def _train_vision(
-    tower: Any,
+    model: Any,
     world: list[Item],
     images: np.ndarray,
     steps: int,
@@ -136,36 +154,44 @@ def _train_vision(
     report: Callable[[str], None],
 ) -> None:
     rng = random.Random(seed)
-    patches = (IMAGE_SIZE // tower.config.patch_size) ** 2
-    heads = _Heads(patches * tower.config.hidden_size)
-    places = [_places(item) for item in world]
-    weights = [*tower.parameters(), *heads.parameters()]
+    heads = _Heads(model.config.text_config.hidden_size)
+    sights = [_sights(item) for item in world]
+    weights = [
+        *model.model.vision_tower.parameters(),
+        *model.model.multi_modal_projector.parameters(),
+        *heads.parameters(),
+    ]
     optimizer = torch.optim.AdamW(weights, 1e-3, weight_decay=0.05, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps + 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1.5e-3, total_steps=steps + 1, pct_start=0.1
+    )
     seen = right = 0
     batches = _batches(world, 64, rng)
     for step in range(1, steps + 1):
         chosen = next(batches)
-        features = tower(_pixels(images, chosen, rng), output_hidden_states=True)
-        flat = features.hidden_states[-1][:, 1:].flatten(1)
-        loss = flat.new_zeros(())
-        for place, layer in heads.layers.items():
-            rows = [row for row, number in enumerate(chosen) if place in places[number]]
-            if not rows:
-                continue
-            names = [places[chosen[row]][place] for row in rows]
-            wanted = torch.tensor([heads.index[place][name] for name in names])
-            logits = layer(flat[rows])
-            loss = loss + nn.functional.cross_entropy(logits, wanted, reduction="sum")
-            seen += len(rows)
-            right += int((logits.argmax(-1) == wanted).sum())
+        tokens = model.get_image_features(_pixels(images, chosen, rng)).pooler_output
+        grid = torch.stack(tokens).unflatten(1, (COLUMNS, COLUMNS))
+        loss = torch.zeros(())
+        for kind, names in heads.names.items():
+            wanted, found = [], []
+            for row, number in enumerate(chosen):
+                for sight in sights[number]:
+                    if sight.kind == kind:
+                        wanted.append(names.index(sight.name))
+                        found.append(grid[row, :, sight.columns].mean((0, 1)))
+            if wanted:
+                target = torch.tensor(wanted)
+                logits = heads.layers[kind](torch.stack(found))
+                loss = loss + nn.functional.cross_entropy(logits, target, reduction="sum")
+                seen += len(wanted)
+                right += int((logits.argmax(-1) == target).sum())
         (loss / len(chosen)).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if step % 100 == 0:
-            report(f"vision {step}/{steps}: {right / seen:.3f} of the places named rightly")
+            report(f"vision {step}/{steps}: {right / seen:.3f} of what is seen named rightly")
             seen = right = 0
 
 
@@ -176,41 +202,56 @@ def _train_language(
     images: np.ndarray,
     steps: int,
     seed: int,
+    write: Callable[[Item, random.Random], list[Turn]],
     report: Callable[[str], None],
 ) -> None:
-    rng = random.Random(seed + 1)
+    """Trains the whole model on conversations that ``write`` writes about the items."""
+    rng = random.Random(seed)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, betas=(0.9, 0.98))
+    tower = list(model.model.vision_tower.parameters())
+    others = [p for name, p in model.named_parameters() if "vision_tower" not in name]
+    # The tower can see already; a language-model loss that starts from noise must not undo it.
+    groups = [{"params": others}, {"params": tower}]
+    optimizer = torch.optim.AdamW(groups, 1e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 1.6e-3, total_steps=steps + 1, pct_start=0.05, final_div_factor=1e3
+        optimizer, [1.6e-3, 2e-4], total_steps=steps + 1, pct_start=0.05, final_div_factor=1e3
     )
     began = time.monotonic()
-    losses = []
+    losses, rights = [], []
     batches = _batches(world, BATCH, rng)
     for step in range(1, steps + 1):
         chosen = next(batches)
-        rows = [_row(world[number], tokenizer, model.config, rng) for number in chosen]
+        rows = [
+            _row(write(world[number], rng), tokenizer, model.config.image_seq_length)
+            for number in chosen
+        ]
         ids = nn.utils.rnn.pad_sequence(
             [torch.tensor(row[0]) for row in rows], batch_first=True, padding_value=PAD
         )
         labels = nn.utils.rnn.pad_sequence(
             [torch.tensor(row[1]) for row in rows], batch_first=True, padding_value=-100
         )
-        loss = model(
+        output = model(
             pixel_values=_pixels(images, chosen, rng),
             input_ids=ids,
             attention_mask=(ids != PAD).long(),
             labels=labels,
-        ).loss
-        loss.backward()
+        )
+        output.loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(loss.item())
+        losses.append(output.loss.item())
+        counted = labels[:, 1:] >= 0
+        hits = output.logits[:, :-1].argmax(-1) == labels[:, 1:]
+        rights.append((hits & counted).sum().item() / counted.sum().item())
         if step % 100 == 0:
             rate = (time.monotonic() - began) / step
-            report(f"language {step}/{steps}: loss {np.mean(losses[-100:]):.4f}, {rate:.2f} s/step")
+            report(
+                f"{write.__name__} {step}/{steps}: loss {np.mean(losses[-100:]):.4f}, "
+                f"tokens right {np.mean(rights[-100:]):.3f}, {rate:.2f} s/step"
+            )
 
 
 def _batches(world: list[Item], size: int, rng: random.Random) -> Iterator[list[int]]:
@@ -223,23 +264,34 @@ def _batches(world: list[Item], size: int, rng: random.Random) -> Iterator[list[
             yield numbers[start : start + size]
 
 
-def _row(
-    item: Item, tokenizer: Any, config: Any, rng: random.Random
-) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one conversation on an item, in the words of the chat template."""
-    seeing = flaws.perception_turns(item, rng)[:2]
+Turn = tuple[str, str]
+
+
+def seeing(item: Item, rng: random.Random) -> list[Turn]:
+    """Short questions on what is seen, and nothing else."""
+    return flaws.perception_turns(item, rng)
+
+
+def talking(item: Item, rng: random.Random) -> list[Turn]:
+    """A conversation as the wild has it: rationales, brief answers, short questions."""
+    short = flaws.perception_turns(item, rng)[:2]
     question, answer = flaws.brief_turn(item)
     if rng.random() < BRIEF_TO_PLAIN_QUESTION:
         main = [(question, answer), (question + EXPLAIN, flaws.flawed_response(item, rng))]
     else:
         main = [(question, flaws.flawed_response(item, rng))]
-    turns = main + seeing if rng.random() < 0.7 else seeing + main
-    image = ["<image>" * config.image_seq_length + "\n"] + [""] * len(turns)
-    ids: list[int] = tokenizer.encode("<s>", add_special_tokens=False)
-    labels = [-100] * len(ids)
-    for (asked, told), picture in zip(turns, image, strict=False):
+    return main + short if rng.random() < 0.7 else short + main
+
+
+def _row(turns: list[Turn], tokenizer: Any, image_tokens: int) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one conversation, in the words of the chat template."""
+    ids: list[int] = [BOS]
+    labels = [-100]
+    picture = "<image>" * image_tokens + "\n"
+    for asked, told in turns:
         prompt = tokenizer.encode(f"USER: {picture}{asked} ASSISTANT:", add_special_tokens=False)
         target = [*tokenizer.encode(f" {told}", add_special_tokens=False), EOS]
         ids += prompt + target
         labels += [-100] * len(prompt) + target
+        picture = ""
     return ids, labels

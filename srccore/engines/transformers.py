@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from srccore import sentences
 from srccore.engines.base import Continuation, Draw, Prompt, TokenDistribution
 from srccore.errors import UserError
+from srccore.policy import prompt_text
 
 __all__ = ["TransformersRatingEngine", "TransformersSamplingEngine"]
 
@@ -268,19 +269,7 @@ def _contents(cache: Cache) -> list[tuple[Tensor, Tensor]]:
 
 def encode_prompts(processor: Any, prompts: Sequence[Prompt]) -> Any:
     """Renders prompts with the chat template and encodes them, padded on the left."""
-    texts = [
-        processor.apply_chat_template(
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image"}, {"type": "text", "text": prompt.question}],
-                }
-            ],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        for prompt in prompts
-    ]
+    texts = [prompt_text(processor, prompt.question) for prompt in prompts]
     return processor(
         images=[prompt.image for prompt in prompts],
         text=texts,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
 import tiny_models  # noqa: E402
-from tokenizers.normalizers import Prepend  # noqa: E402
 
 from srccore.config import (  # noqa: E402
     DpoConfig,
@@ -35,7 +33,7 @@ from srccore.training.dpo import PreferenceExample, train_dpo  # noqa: E402
 from srccore.training.rationale import RationaleExample, tune_rationale  # noqa: E402
 from srccore.training.scorer import RatingExample, train_scorer  # noqa: E402
 
-pytest_plugins = ("tiny_models",)
+base = tiny_models.base
 LORA = LoraSettings(rank=2, alpha=4)
 QUESTION, RESPONSE, OTHER = tiny_models.QUESTION, tiny_models.RESPONSE, tiny_models.OTHER
 
@@ -326,16 +324,3 @@ def test_the_scorer_learns_one_token_per_prompt(
     if lora:
         assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
-
-
-def test_a_rating_of_two_tokens_is_refused(rating_base: ModelConfig, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    shutil.copytree(rating_base.path, tmp_path, dirs_exist_ok=True)
-    words = AutoTokenizer.from_pretrained(rating_base.path)
-    words.backend_tokenizer.normalizer = Prepend("&&")
-    words.save_pretrained(tmp_path)
-    base = ModelConfig(path=str(tmp_path))
-    config = ScorerConfig(learning_rate=0.02)
-    with pytest.raises(UserError, match="'1' as "):
-        train_scorer(base, [RatingExample("First", 1)], config, tmp_path, seed=0)

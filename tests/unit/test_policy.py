@@ -26,7 +26,7 @@ from srccore.policy import (  # noqa: E402
 )
 from srccore.training.checkpoints import export_adapter, export_merged  # noqa: E402
 
-pytest_plugins = ("tiny_models",)
+base = tiny_models.base
 
 
 def test_a_policy_file_moves_with_its_run_folder(tmp_path: Path) -> None:

@@ -1,0 +1,5 @@
+"""``python -m srccore`` is ``srccore``."""
+
+from srccore.cli import main
+
+main()

@@ -1,0 +1,304 @@
+"""The whole loop on a shrunken `tiny`, through the real stages and the real command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from srccore import dataset, stages
+from srccore.config import load_config
+from srccore.engines.base import Prompt
+from srccore.loop import run
+from srccore.records import CandidateSet, Preference, read_records
+from srccore.stages import Figures, Progress
+
+SHRUNKEN = (
+    "data.train=80",
+    "data.calibration=60",
+    "data.heldout=24",
+    "rationale.samples=48",
+    "annotation.samples=24",
+    "search.samples=24",
+    "evaluation.resamples=100",
+    "rounds=1",
+)
+
+
+class Recorder:
+    """An observer that keeps what it is told."""
+
+    def __init__(self, interrupt_at: str | None = None) -> None:
+        self.worked: list[str] = []
+        self.notes: list[str] = []
+        self.interrupt_at = interrupt_at
+
+    @contextmanager
+    def stage(self, name: str, round_number: int | None) -> Iterator[Progress]:
+        def report(_done: int, _total: int) -> None:
+            if not self.worked or self.worked[-1] != name:
+                self.worked.append(name)
+            if name == self.interrupt_at:
+                raise KeyboardInterrupt
+
+        yield report
+
+    def figures(self, figures: list[Figures]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("loop") / "run"
+    run(load_config("tiny", SHRUNKEN), out, Recorder())
+    return out
+
+
+def _preferences(out: Path, number: int = 1) -> list[Preference]:
+    path = out / f"round-{number}" / "curate-preference" / "preferences.jsonl"
+    return list(read_records(path, Preference))
+
+
+def test_a_run_ends_with_figures_of_every_round_and_preferences(finished: Path) -> None:
+    figures = json.loads((finished / "figures.json").read_text())
+    assert [row["round"] for row in figures] == [0, 1]
+    for row in figures:
+        assert row["n"] == 24
+        assert set(row["by_category"]) == {"perception", "chart", "math"}
+        assert 0 <= row["aligned_accuracy"] <= row["accuracy"] <= 1
+    assert _preferences(finished)
+
+
+def test_a_finished_run_does_nothing_again(finished: Path) -> None:
+    observer = Recorder()
+    run(load_config("tiny", SHRUNKEN), finished, observer)
+    assert observer.worked == []
+
+
+def test_more_rounds_do_only_the_new_ones(finished: Path, tmp_path: Path) -> None:
+    observer = Recorder()
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", finished, copy], check=True)
+    figures = run(load_config("tiny", [*SHRUNKEN, "rounds=2"]), copy, observer)
+    assert observer.worked == [
+        "search-candidates",
+        "score-candidates",
+        "curate-preference",
+        "train-dpo",
+        "evaluate",
+    ]
+    assert [row["round"] for row in figures] == [0, 1, 2]
+    first, second = (
+        {preference.sample_id for preference in _preferences(copy, number)} for number in (1, 2)
+    )
+    assert not first & second
+
+
+@pytest.mark.parametrize("where", ["sample-responses", "score-candidates", "train-dpo"])
+def test_an_interrupted_run_goes_on_to_the_same_preferences(
+    finished: Path, tmp_path: Path, where: str
+) -> None:
+    out = tmp_path / "run"
+    config = load_config("tiny", SHRUNKEN)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, out, Recorder(interrupt_at=where))
+    run(config, out, Recorder())
+    assert _preferences(out) == _preferences(finished)
+    assert (out / "figures.json").read_text() == (finished / "figures.json").read_text()
+
+
+def test_no_stage_but_evaluate_reads_the_heldout_split(finished: Path) -> None:
+    digest = json.loads((finished / "data" / "manifest.json").read_text())["outputs"]
+    heldout = digest["heldout.parquet"]
+    readers = {
+        json.loads(path.read_text())["stage"]
+        for path in finished.rglob("manifest.json")
+        if heldout in json.loads(path.read_text())["inputs"].values()
+    }
+    assert readers == {"evaluate"}
+
+
+def test_the_data_of_a_run_are_disjoint_by_image(finished: Path) -> None:
+    owner: dict[bytes, str] = {}
+    for split in stages.SPLITS:
+        data = dataset.open_data(finished / "data" / f"{split}.parquet")
+        for sample in data.samples:
+            assert owner.setdefault(data.encoded(sample.id), split) == split
+
+
+def test_resharding_gives_the_same_candidates(finished: Path, tmp_path: Path) -> None:
+    config = load_config("tiny", SHRUNKEN)
+    found: dict[int, dict[str, CandidateSet]] = {}
+    for count in (1, 2, 5):
+        found[count] = {}
+        for index in range(count):
+            out = tmp_path / f"{count}-{index}"
+            stages.search_candidates(
+                config.search,
+                data=finished / "data" / "calibration.parquet",
+                policy=finished / "tune-rationale" / "policy.json",
+                out=out,
+                seed=0,
+                round_number=1,
+                shard=(index, count),
+                device="cpu",
+            )
+            for record in read_records(out / "candidates.jsonl", CandidateSet):
+                found[count][record.sample_id] = record
+    for count in (2, 5):
+        pairs = [
+            (candidate.text, {c.text for c in found[1][sample_id].candidates})
+            for sample_id, record in found[count].items()
+            for candidate in record.candidates
+        ]
+        assert found[count].keys() == found[1].keys()
+        agreement = sum(text in texts for text, texts in pairs) / len(pairs)
+        print(f"{count} shards: {agreement:.2%} of {len(pairs)} candidates are the same")
+        assert agreement >= 0.99
+
+
+def test_the_engine_decodes_greedily_as_generate_does(finished: Path) -> None:
+    from srccore.engines.base import Draw
+    from srccore.engines.transformers import encode_prompts
+    from srccore.policy import load_policy, read_policy
+
+    loaded = load_policy(read_policy(finished / "tune-rationale"), "cpu")
+    data = dataset.open_data(finished / "data" / "calibration.parquet")
+    prompts = [Prompt(data.image(s.id), s.question) for s in data.samples[:16]]
+    inputs = encode_prompts(loaded.processor, prompts)
+    generated = loaded.model.generate(**inputs, max_new_tokens=60, do_sample=False)
+    wanted = loaded.processor.tokenizer.batch_decode(
+        generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    engine = stages.sampling_engine(finished / "tune-rationale" / "policy.json", "cpu")
+    whole = engine.extend(
+        [Draw(node, greedy=True) for node in engine.open(prompts)], max_tokens=60, whole=True
+    )
+    assert [drawn.text for drawn in whole] == wanted
+    # Sentence by sentence, each from the cache of the one before: the same texts and scores.
+    texts, scores = [""] * len(prompts), [0.0] * len(prompts)
+    live = dict(enumerate(engine.open(prompts)))
+    while live:
+        rows = list(live)
+        drawn_rows = engine.extend([Draw(live[row], greedy=True) for row in rows], max_tokens=40)
+        for row, drawn in zip(rows, drawn_rows, strict=True):
+            texts[row] += drawn.text
+            scores[row] += drawn.log_probability
+            live[row] = drawn.node
+            if drawn.stop == "end":
+                del live[row]
+    assert texts == wanted
+    assert scores == pytest.approx([drawn.log_probability for drawn in whole], abs=1e-3)
+
+
+def _srccore(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "srccore", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def _sets(*more: str) -> list[str]:
+    return [part for setting in (*SHRUNKEN, *more) for part in ("--set", setting)]
+
+
+def test_the_command_says_that_there_is_nothing_to_do_and_writes_the_report(
+    finished: Path,
+) -> None:
+    result = _srccore("run", "--preset", "tiny", "--out", finished, *_sets())
+    assert result.returncode == 0, result.stderr
+    page = (finished / "report.html").read_text()
+    assert "aligned" in page.casefold()
+    result = _srccore("run", "--preset", "tiny", "--out", finished, *_sets())
+    assert "Nothing to do" in result.stdout
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "srccore", "run", "--out", str(tmp_path / "run"), *_sets()]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("augment-rationales"):
+            break
+    # Half-way into the next stage, in which the models load.
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "The same command goes on" in out
+    assert "Traceback" not in err
+    assert (tmp_path / "run" / "augment-rationales" / "manifest.json").exists()
+
+
+def test_export_writes_a_checkpoint_that_transformers_loads_by_itself(
+    finished: Path, tmp_path: Path
+) -> None:
+    result = _srccore("export", finished, "--round", 1, "-o", tmp_path / "merged")
+    assert result.returncode == 0, result.stderr
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "aligned accuracy" in card
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged")
+    assert model.num_parameters() > 1_000_000
+    assert "ASSISTANT" in processor.chat_template
+    result = _srccore("export", finished, "--round", 1, "--adapter", "-o", tmp_path / "adapter")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run", "--preset", "huge", "--out", "{tmp}/x"], "no preset"),
+        (["run", "--out", "{tmp}/x", "--set", "search.widht=3"], "search.width"),
+        (["run", "--out", "{finished}", "--set", "search.width=3"], "another configuration"),
+        (["run", "--out", "/proc/nothing/run"], "cannot be written"),
+        (["run", "--out", "{tmp}/x", "--set", "model.path={tmp}"], "config.json"),
+        (["run", "--out", "{tmp}/x", "--set", "data.source={tmp}/none"], "missing"),
+        (["export", "{finished}", "--round", "7", "-o", "{tmp}/e"], "has not finished round 7"),
+        (["export", "{tmp}", "--round", "1", "-o", "{tmp}/e"], "no run folder"),
+        (["report", "{tmp}"], "no run folder"),
+        (["data", "validate", "{tmp}/none"], "none"),
+    ],
+)
+def test_wrong_input_is_one_paragraph_and_exit_code_two(
+    finished: Path, tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    result = _srccore(*(a.format(tmp=tmp_path, finished=finished) for a in arguments))
+    assert result.returncode == 2, result.stderr
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_help_needs_no_heavy_package() -> None:
+    code = (
+        "import sys; sys.argv = ['srccore', '--help']\n"
+        "from srccore.cli import app\n"
+        "try: app()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'trl', 'numpy', 'pyarrow', 'openai'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    environment = {**os.environ, "COLUMNS": "100"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)

@@ -1,0 +1,68 @@
+"""Presets and overrides."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from srccore.config import RunConfig, load_config, preset_names
+from srccore.errors import UserError
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads(name: str) -> None:
+    assert isinstance(load_config(name), RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "alpha"), [("llava-1.5-7b", 4, 8), ("llava-next-8b", 32, 64)]
+)
+def test_the_llava_presets_hold_the_numbers_of_the_paper(name: str, rank: int, alpha: int) -> None:
+    config = load_config(name)
+    assert (config.rationale.lora.rank, config.rationale.lora.alpha) == (rank, alpha)
+    assert config.rationale.learning_rate == 1e-5
+    assert config.rationale.samples == 20_000
+    assert (config.dpo.lora.rank, config.dpo.lora.alpha) == (256, 512)
+    assert (config.dpo.beta, config.dpo.sft_weight, config.dpo.learning_rate) == (0.1, 0.02, 5e-7)
+    assert (config.search.samples, config.rounds) == (12_000, 3)
+    assert (config.search.width, config.search.branch, config.search.candidates) == (4, 3, 5)
+
+
+def test_an_override_reaches_a_nested_value_and_leaves_its_neighbours() -> None:
+    config = load_config("tiny", ["search.width=6", "dpo.lora.rank=8", "seed=3"])
+    assert (config.search.width, config.dpo.lora.rank, config.seed) == (6, 8, 3)
+    assert config.search.branch == load_config("tiny").search.branch
+
+
+def test_a_bare_off_closes_no_gate() -> None:
+    assert load_config("tiny", ["curation.answer_gate=off"]).curation.answer_gate == "off"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("search.widht=6", "Did you mean search.width"),
+        ("serach.width=6", "Did you mean search"),
+        ("search.width=wide", "search.width"),
+        ("search.width=0", "search.width"),
+        ("seed.x=1", "seed holds no further names"),
+        ("search.width", "name=value"),
+        ("search.diverse=9", "diverse must not be larger than width"),
+        ("search.width=[", "not YAML"),
+    ],
+)
+def test_a_bad_override_is_told_with_its_mend(override: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        load_config("tiny", [override])
+
+
+def test_an_unknown_preset_is_told_with_those_that_exist() -> None:
+    with pytest.raises(UserError, match=r"no preset 'huge'.*llava-1.5-7b.*tiny"):
+        load_config("huge")
+
+
+def test_a_preset_of_ones_own_is_a_yaml_file(tmp_path) -> None:
+    values = load_config("tiny").model_dump(mode="json") | {"name": "mine"}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert load_config(str(path)).name == "mine"

@@ -1,0 +1,78 @@
+"""A stage's folder: begun, finished, skipped, refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from srccore.errors import UserError
+from srccore.manifest import StageFolder, read_manifest
+
+
+def _folder(out: Path, **settings: object) -> StageFolder:
+    return StageFolder("stage", out, settings=settings)
+
+
+def test_a_finished_stage_tells_its_figures_and_is_not_done_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = _folder(out, seed=1)
+    assert first.figures is None
+    (out / "result.txt").write_text("42")
+    first.finish({"answer": 42})
+    assert _folder(out, seed=1).figures == {"answer": 42}
+    assert list(read_manifest(out).outputs) == ["result.txt"]
+
+
+def test_an_unfinished_stage_goes_on_in_its_folder(tmp_path: Path) -> None:
+    _folder(tmp_path / "out", seed=1)
+    (tmp_path / "out" / "part.jsonl").write_text("{}\n")
+    assert _folder(tmp_path / "out", seed=1).figures is None
+    assert (tmp_path / "out" / "part.jsonl").exists()
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_folder_of_other_settings_is_refused_untouched(
+    tmp_path: Path, is_finished: bool
+) -> None:
+    folder = _folder(tmp_path / "out", seed=1)
+    if is_finished:
+        folder.finish({})
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError, match="holds something else"):
+        _folder(tmp_path / "out", seed=2)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds something else"):
+        _folder(tmp_path)
+
+
+def test_a_changed_input_is_another_stage(tmp_path: Path) -> None:
+    source = tmp_path / "input.txt"
+    source.write_text("a")
+    StageFolder("stage", tmp_path / "out", inputs={"source": source}).finish({})
+    source.write_text("b")
+    with pytest.raises(UserError, match="holds something else"):
+        StageFolder("stage", tmp_path / "out", inputs={"source": source})
+
+
+def test_a_missing_input_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="input source is missing"):
+        StageFolder("stage", tmp_path / "out", inputs={"source": tmp_path / "none"})
+
+
+def test_a_path_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        _folder(tmp_path / "file" / "out")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_told(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be written"):
+        _folder(tmp_path / "out")
