@@ -135,7 +135,7 @@ def preference_trained(
         preferences=preferences,
         policy=policy,
         out=out,
-        seed=config.seed + number,
+        seed=config.seed,
         device=config.device,
     )
     return out / "policy.json"
@@ -167,7 +167,7 @@ def supervised(
             examples,
             RationaleTuningConfig(**settings, samples=len(examples)),
             out,
-            seed=config.seed + number,
+            seed=config.seed,
             device=config.device,
         )
         write_policy(out, start.with_adapter(out / "adapter"))

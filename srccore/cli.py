@@ -12,9 +12,10 @@ from typing import Annotated
 
 import typer
 
+from srccore import stage_commands
 from srccore.errors import UserError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "quiet"]
 
 app = typer.Typer(
     name="srccore",
@@ -28,22 +29,29 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+app.add_typer(stage_commands.app, name="stage")
 
 Preset = Annotated[
     str, typer.Option("--preset", help="A preset's name (see srccore presets) or a YAML file.")
 ]
 Overrides = Annotated[
     list[str],
-    typer.Option("--set", help="Override a setting by its dotted name: --set search.width=6."),
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        default_factory=list,
+        show_default=False,
+        help="Override a setting by its dotted name: --set search.width=6.",
+    ),
 ]
 
 
 @app.command("run", epilog="Example: srccore run --preset tiny --out runs/tiny --set rounds=4")
 def run_command(
     out: Annotated[Path, typer.Option("--out", help="The run folder; made where missing.")],
+    overrides: Overrides,
     preset: Preset = "tiny",
     seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
-    overrides: Overrides = [],  # noqa: B006 - typer reads the default
 ) -> None:
     """Carry a run through all stages and rounds, or go on with an interrupted one."""
     from srccore.collect import write_report
@@ -51,7 +59,7 @@ def run_command(
     from srccore.console import ConsoleObserver
     from srccore.loop import run
 
-    _quiet()
+    quiet()
     config = load_config(preset, [*overrides, *([f"seed={seed}"] if seed is not None else [])])
     observer = ConsoleObserver()
     try:
@@ -89,7 +97,7 @@ def export_command(
     """Write a round's policy as a checkpoint that transformers loads by itself."""
     from srccore.export import export_policy
 
-    _quiet()
+    quiet()
     export_policy(run, round_number, out, adapter=adapter)
     typer.echo(out)
 
@@ -120,7 +128,7 @@ def validate_command(
         raise typer.Exit(2)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Lets the libraries speak of errors only; a run has its own progress."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -21,7 +21,7 @@ from srccore.errors import UserError
 from srccore.manifest import write_json
 from srccore.stages import Figures, Progress
 
-__all__ = ["Observer", "load_run", "policy_of_round", "run"]
+__all__ = ["Observer", "load_run", "policy_of_round", "run", "set_threads"]
 
 CHANGEABLE = ("rounds", "threads", "device")
 """What may differ between two calls on one run folder."""
@@ -58,7 +58,7 @@ def run(config: RunConfig, out: Path, observer: Observer) -> list[Figures]:
         UserError: The folder is another run's, or an input is bad.
     """
     _open_run(config, out)
-    _set_threads(config.threads)
+    set_threads(config.threads)
     wiring = _Wiring(config, out, observer)
     wiring.prepare_data()
     policy = wiring.tune_rationale()
@@ -137,7 +137,7 @@ def _open_run(config: RunConfig, out: Path) -> None:
         ) from None
 
 
-def _set_threads(threads: int | None) -> None:
+def set_threads(threads: int | None) -> None:
     """Binds torch, whether it was imported before or is imported by the first stage that works."""
     if threads is None:
         return
@@ -291,7 +291,7 @@ class _Wiring:
                 preferences=preferences,
                 policy=policy,
                 out=folder,
-                seed=self.config.seed + number,
+                seed=self.config.seed,
                 device=self.config.device,
                 progress=progress,
             )

@@ -34,13 +34,21 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = MODELS / "lvlm",
     seed: Seed = 0,
     items: Annotated[int, typer.Option(help="Items of the pretraining split.")] = 30_000,
-    vision_steps: Annotated[int, typer.Option(help="Steps of the vision tower alone.")] = 1500,
-    steps: Annotated[int, typer.Option(help="Steps of the whole model.")] = 2500,
+    vision_steps: Annotated[int, typer.Option(help="Steps of the vision tower alone.")] = 1000,
+    seeing_steps: Annotated[int, typer.Option(help="Steps of saying what is seen.")] = 700,
+    steps: Annotated[int, typer.Option(help="Steps of talking as the wild does.")] = 1600,
 ) -> None:
     """Train the vision-language model from nothing (about 25 minutes on two cores)."""
     from srccore.embedded.pretrain import pretrain as run
 
-    run(out, seed=seed, items=items, vision_steps=vision_steps, steps=steps)
+    run(
+        out,
+        seed=seed,
+        items=items,
+        vision_steps=vision_steps,
+        seeing_steps=seeing_steps,
+        steps=steps,
+    )
 
 
 @app.command("pretrain-rating")

@@ -170,7 +170,7 @@ def _train_vision(
     for step in range(1, steps + 1):
         chosen = next(batches)
         tokens = model.get_image_features(_pixels(images, chosen, rng)).pooler_output
-        grid = torch.stack(tokens).unflatten(1, (COLUMNS, COLUMNS))
+        grid = torch.stack(tokens).reshape(len(chosen), COLUMNS, COLUMNS, -1)
         loss = torch.zeros(())
         for kind, names in heads.names.items():
             wanted, found = [], []
@@ -185,7 +185,7 @@ def _train_vision(
                 loss = loss + nn.functional.cross_entropy(logits, target, reduction="sum")
                 seen += len(wanted)
                 right += int((logits.argmax(-1) == target).sum())
-        (loss / len(chosen)).backward()
+        (loss / len(chosen)).backward()  # type: ignore[no-untyped-call]  # torch: none
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()

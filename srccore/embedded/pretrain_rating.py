@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def pretrain_rating(
         weight = (place >= starts).float() * (ids[:, 1:] != PAD)
         weight = torch.where(place == starts, RATING_WEIGHT, weight)
         loss = (each * weight).sum() / weight.sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -91,16 +92,16 @@ def pretrain_rating(
     tokenizer.save_pretrained(out)
 
 
-def _row(item: Item, tokenizer: object, rng: random.Random) -> tuple[list[int], int]:
+def _row(item: Item, tokenizer: Any, rng: random.Random) -> tuple[list[int], int]:
     """Token ids of a rated pair with its verdicts, and where the rating stands."""
     first, second = (_response(item, rng) for _ in range(2))
     ((_, rating, _),) = FactsTeacher().ratings([PairRequest(item.sample, first, second)])
     prompt = scoring.rating_prompt(item.sample, first, second)
-    text = tokenizer.apply_chat_template(  # type: ignore[attr-defined]
+    text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )
     verdicts = f"{rating}\nFirst:{_verdicts(item, first)}\nSecond:{_verdicts(item, second)}</s>"
-    encode = tokenizer.encode  # type: ignore[attr-defined]
+    encode = tokenizer.encode
     ids = encode(text, add_special_tokens=False)
     return ids + encode(verdicts, add_special_tokens=False), len(ids)
 

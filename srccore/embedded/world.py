@@ -285,7 +285,7 @@ def _draw_objects(rng: random.Random, task: str, _split: str) -> _Scene:
     kinds = _object_kinds()
     image = _background(rng, rng.choice(("light", "dark")))
     if task == "kind":
-        places = ("left", "right")
+        places: tuple[str, ...] = ("left", "right")
         names = rng.sample(sorted(kinds), 2)
         asked = rng.choice(places)
     else:

@@ -223,7 +223,7 @@ class _Chooser:
         return tokens, scores.gather(1, tokens[:, None])[:, 0]
 
 
-class _RoomyLayer(DynamicLayer):
+class _RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers is read without types
     """A cache layer that grows by blocks: appending a token does not copy all that came before."""
 
     BLOCK = 32
@@ -234,6 +234,10 @@ class _RoomyLayer(DynamicLayer):
         self.room = (keys, values)
         self.keys, self.values = keys, values
 
+    def _grown(self, old: Tensor, extra: int) -> Tensor:
+        room = old.new_empty(*old.shape[:2], extra, old.shape[3])
+        return torch.cat([old[:, :, : self.length], room], dim=2)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -243,10 +247,8 @@ class _RoomyLayer(DynamicLayer):
         end = self.length + key_states.shape[2]
         if end > self.room[0].shape[2]:
             extra = max(self.BLOCK, key_states.shape[2])
-            self.room = tuple(
-                torch.cat([old[:, :, : self.length], old.new_empty(*old.shape[:2], extra, new)], 2)
-                for old, new in ((old, old.shape[3]) for old in self.room)
-            )
+            keys, values = self.room
+            self.room = (self._grown(keys, extra), self._grown(values, extra))
         for room, new in zip(self.room, (key_states, value_states), strict=True):
             room[:, :, self.length : end] = new
         self.length = end

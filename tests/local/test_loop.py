@@ -8,61 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from shrunken import SETTINGS, Recorder, shrunken
 
 from srccore import dataset, stages
-from srccore.config import load_config
 from srccore.engines.base import Prompt
 from srccore.loop import run
 from srccore.records import CandidateSet, Preference, read_records
-from srccore.stages import Figures, Progress
-
-SHRUNKEN = (
-    "data.train=80",
-    "data.calibration=60",
-    "data.heldout=24",
-    "rationale.samples=48",
-    "annotation.samples=24",
-    "search.samples=24",
-    "evaluation.resamples=100",
-    "rounds=1",
-)
-
-
-class Recorder:
-    """An observer that keeps what it is told."""
-
-    def __init__(self, interrupt_at: str | None = None) -> None:
-        self.worked: list[str] = []
-        self.notes: list[str] = []
-        self.interrupt_at = interrupt_at
-
-    @contextmanager
-    def stage(self, name: str, round_number: int | None) -> Iterator[Progress]:
-        def report(_done: int, _total: int) -> None:
-            if not self.worked or self.worked[-1] != name:
-                self.worked.append(name)
-            if name == self.interrupt_at:
-                raise KeyboardInterrupt
-
-        yield report
-
-    def figures(self, figures: list[Figures]) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("loop") / "run"
-    run(load_config("tiny", SHRUNKEN), out, Recorder())
-    return out
 
 
 def _preferences(out: Path, number: int = 1) -> list[Preference]:
@@ -82,7 +36,7 @@ def test_a_run_ends_with_figures_of_every_round_and_preferences(finished: Path) 
 
 def test_a_finished_run_does_nothing_again(finished: Path) -> None:
     observer = Recorder()
-    run(load_config("tiny", SHRUNKEN), finished, observer)
+    run(shrunken(), finished, observer)
     assert observer.worked == []
 
 
@@ -90,7 +44,7 @@ def test_more_rounds_do_only_the_new_ones(finished: Path, tmp_path: Path) -> Non
     observer = Recorder()
     copy = tmp_path / "run"
     subprocess.run(["cp", "-r", finished, copy], check=True)
-    figures = run(load_config("tiny", [*SHRUNKEN, "rounds=2"]), copy, observer)
+    figures = run(shrunken("rounds=2"), copy, observer)
     assert observer.worked == [
         "search-candidates",
         "score-candidates",
@@ -110,7 +64,7 @@ def test_an_interrupted_run_goes_on_to_the_same_preferences(
     finished: Path, tmp_path: Path, where: str
 ) -> None:
     out = tmp_path / "run"
-    config = load_config("tiny", SHRUNKEN)
+    config = shrunken()
     with pytest.raises(KeyboardInterrupt):
         run(config, out, Recorder(interrupt_at=where))
     run(config, out, Recorder())
@@ -138,7 +92,7 @@ def test_the_data_of_a_run_are_disjoint_by_image(finished: Path) -> None:
 
 
 def test_resharding_gives_the_same_candidates(finished: Path, tmp_path: Path) -> None:
-    config = load_config("tiny", SHRUNKEN)
+    config = shrunken()
     found: dict[int, dict[str, CandidateSet]] = {}
     for count in (1, 2, 5):
         found[count] = {}
@@ -212,8 +166,8 @@ def _srccore(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _sets(*more: str) -> list[str]:
-    return [part for setting in (*SHRUNKEN, *more) for part in ("--set", setting)]
+def _sets() -> list[str]:
+    return [part for setting in SETTINGS for part in ("--set", setting)]
 
 
 def test_the_command_says_that_there_is_nothing_to_do_and_writes_the_report(
@@ -297,7 +251,7 @@ def test_help_needs_no_heavy_package() -> None:
         "from srccore.cli import app\n"
         "try: app()\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'trl', 'numpy', 'pyarrow', 'openai'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'trl', 'numpy', 'pyarrow'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     environment = {**os.environ, "COLUMNS": "100"}

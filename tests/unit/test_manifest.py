@@ -33,9 +33,7 @@ def test_an_unfinished_stage_goes_on_in_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
-def test_a_folder_of_other_settings_is_refused_untouched(
-    tmp_path: Path, is_finished: bool
-) -> None:
+def test_a_folder_of_other_settings_is_refused_untouched(tmp_path: Path, is_finished: bool) -> None:
     folder = _folder(tmp_path / "out", seed=1)
     if is_finished:
         folder.finish({})

@@ -1,0 +1,58 @@
+"""Preset `tiny`, small enough for a test, and an observer that remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from srccore.config import RunConfig, load_config
+from srccore.stages import Figures, Progress
+
+SETTINGS = (
+    "threads=1",
+    "data.train=80",
+    "data.calibration=60",
+    "data.heldout=24",
+    "rationale.samples=48",
+    "annotation.samples=24",
+    "search.samples=24",
+    "evaluation.resamples=100",
+    "rounds=1",
+)
+
+
+def shrunken(*more: str) -> RunConfig:
+    """The configuration, with further overrides."""
+    return load_config("tiny", [*SETTINGS, *more])
+
+
+class Recorder:
+    """An observer that keeps what it is told.
+
+    Args:
+        interrupt_at: The stage whose first progress is answered by Ctrl-C.
+    """
+
+    def __init__(self, interrupt_at: str | None = None) -> None:
+        self.worked: list[str] = []
+        self.notes: list[str] = []
+        self.interrupt_at = interrupt_at
+
+    @contextmanager
+    def stage(self, name: str, round_number: int | None) -> Iterator[Progress]:
+        """Remembers stages that work."""
+
+        def report(_done: int, _total: int) -> None:
+            if not self.worked or self.worked[-1] != name:
+                self.worked.append(name)
+            if name == self.interrupt_at:
+                raise KeyboardInterrupt
+
+        yield report
+
+    def figures(self, figures: list[Figures]) -> None:
+        """Needs none."""
+
+    def note(self, text: str) -> None:
+        """Remembers notes."""
+        self.notes.append(text)
