@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -99,11 +100,15 @@ class ConsoleObserver:
 
 def figures_table(figures: list[Figures]) -> Table:
     """The figures by round, in per cent, with half the width of their 95 % intervals."""
-    table = Table(title=f"Held-out figures, per cent, 95 % interval (n = {figures[0]['n']})")
+    table = Table(
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+        title=f"Held-out figures, per cent, 95 % interval (n = {figures[0]['n']})",
+    )
     table.add_column("after", no_wrap=True)
     for title in FIGURES.values():
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("tokens", justify="right")
+    table.add_column("tokens", justify="right", no_wrap=True)
     for row in figures:
         cells = []
         for name in FIGURES:

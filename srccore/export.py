@@ -66,6 +66,7 @@ def export_policy(run: Path, number: int, out: Path, *, adapter: bool = False) -
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty.", "Give another folder.")
+    load_run(run)
     path = policy_of_round(run, number)
     try:
         out.mkdir(parents=True, exist_ok=True)

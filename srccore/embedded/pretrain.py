@@ -5,7 +5,7 @@ is seen in the patches where it is seen (a head start that saves most of the tim
 loss would need). Then the whole LLaVA learns to say what it sees, and
 last to talk about its little world as the wild does: rationales with concentrated flaws
 (`srccore.embedded.flaws`), brief answers, short questions.
-Assumes two cores and about half an hour; every step is seeded.
+Assumes two cores and about twenty minutes; every step is seeded.
 """
 
 from __future__ import annotations

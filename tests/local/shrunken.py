@@ -17,6 +17,8 @@ SETTINGS = (
     "annotation.samples=24",
     "search.samples=24",
     "evaluation.resamples=100",
+    "curation.min_margin=0",
+    "curation.answer_gate=off",
     "rounds=1",
 )
 

@@ -256,3 +256,27 @@ def test_help_needs_no_heavy_package() -> None:
     )
     environment = {**os.environ, "COLUMNS": "100"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
+
+
+def test_a_stage_alone_does_what_the_run_does(finished: Path, tmp_path: Path) -> None:
+    result = _srccore(
+        *("stage", "search-candidates", *_sets(), "--round", 1, "--out", tmp_path / "found"),
+        *("--data", finished / "data" / "calibration.parquet"),
+        *("--policy", finished / "tune-rationale" / "policy.json"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["samples"] == 24
+    found = (tmp_path / "found" / "candidates.jsonl").read_text()
+    wanted = finished / "round-1" / "search-candidates-0" / "candidates.jsonl"
+    assert found == wanted.read_text()
+
+
+@pytest.mark.parametrize("shard", ["1", "2/2", "0/0", "x/y"])
+def test_a_shard_that_does_not_exist_is_told(finished: Path, tmp_path: Path, shard: str) -> None:
+    result = _srccore(
+        *("stage", "search-candidates", "--round", 1, "--out", tmp_path / "found"),
+        *("--data", finished / "data" / "calibration.parquet", "--shard", shard),
+        *("--policy", finished / "tune-rationale" / "policy.json"),
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
