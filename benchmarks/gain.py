@@ -24,6 +24,7 @@ from pathlib import Path
 from rich.console import Console
 
 from srccore import dataset, evaluation, stages
+from srccore.collect import overall_change
 from srccore.config import RunConfig, load_config
 from srccore.console import ConsoleObserver
 from srccore.engines.base import Draw, Prompt
@@ -60,7 +61,8 @@ def main() -> None:
         rows.append({"seed": seed, "arm": "src", "rounds": run(config, folder / "src", observer)})
         print(f"seed {seed}: src in {time.monotonic() - began:.0f} s", flush=True)
         rows[-1]["headroom"] = headroom(config, folder)
-        rows[-1]["change"] = overall_change(config, folder / "src")
+        changes = overall_change(folder / "src", config.rounds)
+        rows[-1]["change"] = {name: each.model_dump() for name, each in changes.items()}
         for arm in arguments.arms:
             began = time.monotonic()
             rows.append({"seed": seed, "arm": arm, "rounds": control(arm, config, folder)})
@@ -289,25 +291,6 @@ def headroom(config: RunConfig, folder: Path) -> dict:
         for key in ("all", sample.category.value):
             reached.setdefault(key, []).append(is_reached)
     return step.finish({key: statistics.mean(values) for key, values in reached.items()})
-
-
-def overall_change(config: RunConfig, source: Path) -> dict:
-    """Last round against stage 1, paired bootstrap."""
-    samples = dataset.open_data(source / "data" / "heldout.parquet").samples
-    before, after = (
-        evaluation.judge_responses(
-            samples,
-            {
-                record.sample_id: record
-                for record in read_records(
-                    source / f"round-{number}" / "evaluate" / "responses.jsonl", Response
-                )
-            },
-        )
-        for number in (0, config.rounds)
-    )
-    changes = evaluation.paired_change(before, after, config.evaluation.resamples, config.seed)
-    return {name: change.model_dump(mode="json") for name, change in changes.items()}
 
 
 def table(rows: list[dict]) -> str:

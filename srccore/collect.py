@@ -15,7 +15,7 @@ from srccore.loop import load_run
 from srccore.manifest import MANIFEST, Manifest, read_manifest
 from srccore.records import Preference, Rating, Response, Sample, read_records
 
-__all__ = ["collect", "write_report"]
+__all__ = ["collect", "overall_change", "write_report"]
 
 CARDS = 6
 """Sample cards of a round: the largest margins of each category in turn."""
@@ -61,7 +61,12 @@ def collect(run: Path) -> report.ReportData:
         finished=len(rounds) == config.rounds + 1,
         rounds_planned=config.rounds,
         rounds=tuple(report.RoundFigures.model_validate(figures) for figures in rounds),
-        overall_change=_overall_change(run, config, len(rounds) - 1),
+        overall_change={
+            name: report.Change.model_validate(change.model_dump())
+            for name, change in overall_change(run, len(rounds) - 1).items()
+        }
+        if len(rounds) > 1
+        else None,
         curation=tuple(_curation(manifests)),
         scorer=report.ScorerHealth.model_validate(scorer.figures["validation"]) if scorer else None,
         scoring=tuple(_scoring(manifests)),
@@ -103,14 +108,19 @@ def _figures(run: Path) -> list[dict[str, object]]:
     return found
 
 
-def _overall_change(
-    run: Path, config: RunConfig, last: int
-) -> dict[str, report.Change | None] | None:
-    """The last policy against the one after stage 1, by paired bootstrap."""
-    if last < 1:
-        return None
+def overall_change(run: Path, last: int) -> dict[str, evaluation.Change]:
+    """Compares the policy of a round with the one after stage 1, by paired bootstrap.
+
+    Args:
+        run: The run folder.
+        last: The round, 1 at least.
+
+    Returns:
+        The change by figure.
+    """
+    config = load_run(run)
     samples = dataset.open_data(run / "data" / "heldout.parquet").samples
-    first, final = (
+    before, after = (
         evaluation.judge_responses(
             samples,
             {
@@ -122,10 +132,7 @@ def _overall_change(
         )
         for number in (0, last)
     )
-    changes = evaluation.paired_change(first, final, config.evaluation.resamples, config.seed)
-    return {
-        name: report.Change.model_validate(change.model_dump()) for name, change in changes.items()
-    }
+    return evaluation.paired_change(before, after, config.evaluation.resamples, config.seed)
 
 
 def _curation(manifests: dict[Path, Manifest]) -> Iterator[report.RoundCuration]:
