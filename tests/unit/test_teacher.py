@@ -63,6 +63,13 @@ def pairs(count: int) -> list[PairRequest]:
     return [PairRequest(sample(f"s{number}"), GOOD, "Answer: 7") for number in range(count)]
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Says nothing of clients that hang up: the tests make them do so."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Does nothing."""
+
+
 class Reply:
     """What the server does with one request: a status and a body, or a dropped connection."""
 
@@ -105,7 +112,7 @@ class Server:
             def log_message(self, *args: object) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
