@@ -76,8 +76,7 @@ class TransformersSamplingEngine:
     def open(self, prompts: Sequence[Prompt]) -> list[_Node]:
         """Reads images and prompts in one forward pass."""
         inputs = encode_prompts(self._processor, prompts).to(self._model.device)
-        for name in ("pixel_values",):
-            inputs[name] = inputs[name].to(self._model.dtype)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
         mask = inputs["attention_mask"]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = _cache(())

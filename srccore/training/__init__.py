@@ -256,7 +256,7 @@ def progress_callbacks(progress: Progress | None) -> list[Any]:
         return []
     tell = progress
 
-    class Tell(TrainerCallback):  # type: ignore[misc]
+    class Tell(TrainerCallback):  # type: ignore[misc]  # transformers is read without types
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             tell(state.global_step, state.max_steps)
 

@@ -5,23 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("trl")
-
-import tiny_models  # noqa: E402
-
-from srccore.config import (  # noqa: E402
+from srccore.config import (
     DpoConfig,
     LoraSettings,
     ModelConfig,
     RationaleTuningConfig,
     ScorerConfig,
 )
-from srccore.embedded.model import RATING_TEMPLATE  # noqa: E402
-from srccore.engines.transformers import encode_rating_prompt, single_token  # noqa: E402
-from srccore.errors import UserError  # noqa: E402
-from srccore.policy import (  # noqa: E402
+from srccore.embedded.model import RATING_TEMPLATE
+from srccore.engines.transformers import encode_rating_prompt, single_token
+from srccore.errors import UserError
+from srccore.policy import (
     Policy,
     load_policy,
     load_processor,
@@ -29,9 +26,9 @@ from srccore.policy import (  # noqa: E402
     read_adapter,
     response_text,
 )
-from srccore.training.dpo import PreferenceExample, train_dpo  # noqa: E402
-from srccore.training.rationale import RationaleExample, tune_rationale  # noqa: E402
-from srccore.training.scorer import RatingExample, train_scorer  # noqa: E402
+from srccore.training.dpo import PreferenceExample, train_dpo
+from srccore.training.rationale import RationaleExample, tune_rationale
+from srccore.training.scorer import RatingExample, train_scorer
 
 base = tiny_models.base
 LORA = LoraSettings(rank=2, alpha=4)

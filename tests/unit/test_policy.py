@@ -5,16 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_models
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
-import tiny_models  # noqa: E402
-
-from srccore.config import ModelConfig  # noqa: E402
-from srccore.errors import UserError  # noqa: E402
-from srccore.policy import (  # noqa: E402
+from srccore.config import ModelConfig
+from srccore.errors import UserError
+from srccore.policy import (
     Policy,
     load_policy,
     load_processor,
@@ -24,7 +20,7 @@ from srccore.policy import (  # noqa: E402
     response_text,
     write_policy,
 )
-from srccore.training.checkpoints import export_adapter, export_merged  # noqa: E402
+from srccore.training.checkpoints import export_adapter, export_merged
 
 base = tiny_models.base
 
