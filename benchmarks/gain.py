@@ -28,6 +28,7 @@ from srccore.collect import overall_change
 from srccore.config import RunConfig, load_config
 from srccore.console import ConsoleObserver
 from srccore.engines.base import Draw, Prompt
+from srccore.hashing import stable_hash
 from srccore.loop import run
 from srccore.manifest import StageFolder
 from srccore.records import (
@@ -40,7 +41,7 @@ from srccore.records import (
     write_records,
 )
 from srccore.response import gives_answer
-from srccore.search import candidate_id, stable_hash
+from srccore.search import candidate_id
 
 ARMS = ("random", "answer", "sft")
 
@@ -101,7 +102,7 @@ def control(arm: str, config: RunConfig, folder: Path) -> list[dict]:
                     data=calibration,
                     candidates=place / "search",
                     scorer=source / "train-scorer",
-                    scorer_model=config.rating_model,
+                    rationales=source / "augment-rationales" / "calibration",
                     out=place / "score",
                     device=config.device,
                 )

@@ -5,7 +5,6 @@ Heavy packages are imported by the commands that need them, so that ``--help`` a
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,7 @@ import typer
 from srccore import stage_commands
 from srccore.errors import UserError
 
-__all__ = ["app", "main", "quiet"]
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="srccore",
@@ -56,10 +55,10 @@ def run_command(
     """Carry a run through all stages and rounds, or go on with an interrupted one."""
     from srccore.collect import write_report
     from srccore.config import load_config
-    from srccore.console import ConsoleObserver
+    from srccore.console import ConsoleObserver, quiet_libraries
     from srccore.loop import run
 
-    quiet()
+    quiet_libraries()
     config = load_config(preset, [*overrides, *([f"seed={seed}"] if seed is not None else [])])
     observer = ConsoleObserver()
     try:
@@ -75,14 +74,7 @@ def run_command(
     observer.note(f"Figures: {out / 'figures.json'}\nReport:  {page}")
 
 
-@app.command("report", epilog="Example: srccore report runs/tiny")
-def report_command(
-    run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
-) -> None:
-    """Write the report of a run anew."""
-    from srccore.collect import write_report
-
-    typer.echo(write_report(run))
+app.command("report", epilog="Example: srccore report runs/tiny")(stage_commands.report)
 
 
 @app.command("export", epilog="Example: srccore export runs/tiny --round 3 -o exported")
@@ -95,9 +87,10 @@ def export_command(
     ] = False,
 ) -> None:
     """Write a round's policy as a checkpoint that transformers loads by itself."""
+    from srccore.console import quiet_libraries
     from srccore.export import export_policy
 
-    quiet()
+    quiet_libraries()
     export_policy(run, round_number, out, adapter=adapter)
     typer.echo(out)
 
@@ -113,27 +106,18 @@ def presets_command() -> None:
 @data_app.command("validate", epilog="Example: srccore data validate data/train.parquet")
 def validate_command(
     path: Annotated[Path, typer.Argument(help="A Parquet file or a folder with samples.jsonl.")],
-    max_image_pixels: Annotated[int, typer.Option(help="Larger images are refused.")] = 40_000_000,
 ) -> None:
     """Check every row of a data set and list the bad ones."""
     from srccore.dataset import validate
 
-    report = validate(path, max_image_pixels=max_image_pixels)
+    report = validate(path)
     for problem in report.problems:
-        name = f" ({problem.id})" if problem.id else ""
+        name = f" ({problem.id!r})" if problem.id else ""
         typer.echo(f"row {problem.row}{name}: {problem.reason}")
     counts = ", ".join(f"{name} {count}" for name, count in report.by_category.items())
     typer.echo(f"{report.rows} rows: {counts or 'none'}; {len(report.problems)} problems")
     if report.problems:
         raise typer.Exit(2)
-
-
-def quiet() -> None:
-    """Lets the libraries speak of errors only; a run has its own progress."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def main() -> None:

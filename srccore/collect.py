@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
+from PIL import Image
 
 from srccore import dataset, evaluation, report
 from srccore.config import RunConfig
 from srccore.loop import load_run
 from srccore.manifest import MANIFEST, Manifest, read_manifest
-from srccore.records import Preference, Rating, Response, Sample, read_records
+from srccore.records import Preference, Rating, Sample, read_records
+from srccore.stages import read_outcomes
 
 __all__ = ["collect", "overall_change", "write_report"]
 
 CARDS = 6
 """Sample cards of a round: the largest margins of each category in turn."""
+THUMBNAIL = 240
+"""Pixels of the longer side of a card's image, twice what the page shows."""
 TINY_NOTE = (
     "The flaws in the embedded model's rationales were built in, to imitate those of real models. "
     "The size of the gain here shows that the machinery works, not what a real model gains."
@@ -85,7 +90,6 @@ def collect(run: Path) -> report.ReportData:
             str(folder.relative_to(run)): manifest.key for folder, manifest in manifests.items()
         },
         config_yaml=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
-        command=f"srccore run --preset {config.name} --seed {config.seed} --out {run}",
         notes=tuple(_notes(run, config)),
     )
 
@@ -121,16 +125,7 @@ def overall_change(run: Path, last: int) -> dict[str, evaluation.Change]:
     config = load_run(run)
     samples = dataset.open_data(run / "data" / "heldout.parquet").samples
     before, after = (
-        evaluation.judge_responses(
-            samples,
-            {
-                record.sample_id: record
-                for record in read_records(
-                    run / f"round-{number}" / "evaluate" / "responses.jsonl", Response
-                )
-            },
-        )
-        for number in (0, last)
+        read_outcomes(samples, run / f"round-{number}" / "evaluate") for number in (0, last)
     )
     return evaluation.paired_change(before, after, config.evaluation.resamples, config.seed)
 
@@ -187,7 +182,7 @@ def _cards(
                 sample_id=sample.id,
                 category=sample.category,
                 round=_round_of(folder) or 0,
-                image_png=data.encoded(sample.id),
+                image_png=_thumbnail(data.image(sample.id)),
                 question=sample.question,
                 reference_answer=sample.answer,
                 chosen=chosen.text,
@@ -200,6 +195,14 @@ def _cards(
                     if rating
                 ),
             )
+
+
+def _thumbnail(image: Image.Image) -> bytes:
+    """As PNG, small, whatever the data set holds: the page carries its images in itself."""
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _some(preferences: list[Preference], samples: dict[str, Sample]) -> list[Preference]:

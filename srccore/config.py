@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from srccore.errors import UserError
 
 __all__ = [
+    "MAX_CANDIDATES",
     "AnnotationConfig",
     "AugmentationConfig",
     "CurationConfig",
@@ -32,17 +33,43 @@ __all__ = [
     "ScorerConfig",
     "ScoringConfig",
     "SearchConfig",
+    "TextModelConfig",
+    "identity",
     "load_config",
     "preset_names",
 ]
 
 TeacherName = Literal["facts", "endpoint"]
+MAX_CANDIDATES = 8
+"""Most candidates of one sample: all ordered pairs are rated, 56 of them (reconstruction)."""
+OPERATIONAL = object()
+"""Marks a field that says how the work is done and not what comes out of it: see `identity`."""
 
 
 class Section(BaseModel):
     """Base of all configuration: frozen, no unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def identity(section: BaseModel) -> dict[str, Any]:
+    """What makes a configuration another one: all but the `OPERATIONAL` fields.
+
+    Args:
+        section: A configuration or a section of one.
+
+    Returns:
+        JSON-like values by dotted name.
+    """
+    found: dict[str, Any] = {}
+    dumped = section.model_dump(mode="json")
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            found |= {f"{name}.{inner}": each for inner, each in identity(value).items()}
+        elif OPERATIONAL not in info.metadata:
+            found[name] = dumped[name]
+    return found
 
 
 class DataConfig(Section):
@@ -61,17 +88,20 @@ class DataConfig(Section):
     """Samples from which the rounds draw."""
     heldout: int = Field(default=600, ge=4)
     """Samples that `evaluate` alone reads."""
-    max_image_pixels: int = Field(default=40_000_000, ge=1)
-    """Larger images are refused."""
 
 
-class ModelConfig(Section):
+class TextModelConfig(Section):
     """A pretrained checkpoint in Hugging Face layout."""
 
     path: str
     """A folder, a hub id, or ``embedded:lvlm`` / ``embedded:rating``."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class ModelConfig(TextModelConfig):
+    """A vision-language checkpoint."""
+
     chat_template: str | None = None
     """A template of `srccore/presets/templates`, where the checkpoint's own trains no EOS."""
 
@@ -98,19 +128,19 @@ class OptimizerSettings(Section):
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     warmup_ratio: float = Field(default=0.05, ge=0, le=1)
     gradient_checkpointing: bool = False
-    report_to: str = "none"
+    report_to: Annotated[str, OPERATIONAL] = "none"
     """Passed on to TRL: ``tensorboard``, ``wandb``, ..."""
 
 
 class EndpointConfig(Section):
     """An OpenAI-compatible endpoint. The key comes from the environment variable named here."""
 
-    url: str | None = None
+    url: Annotated[str | None, OPERATIONAL] = None
     model: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = Field(default=8, ge=1)
-    retries: int = Field(default=5, ge=0)
-    timeout: float = Field(default=120.0, gt=0)
+    api_key_env: Annotated[str, OPERATIONAL] = "OPENAI_API_KEY"
+    concurrency: Annotated[int, OPERATIONAL] = Field(default=8, ge=1)
+    retries: Annotated[int, OPERATIONAL] = Field(default=5, ge=0)
+    timeout: Annotated[float, OPERATIONAL] = Field(default=120.0, gt=0)
     """Seconds for one request."""
     temperature: float = Field(default=0.0, ge=0)
     max_tokens: int = Field(default=512, ge=1)
@@ -137,7 +167,7 @@ class AnnotationConfig(Section):
     endpoint: EndpointConfig = EndpointConfig()
     samples: int = Field(ge=1)
     """Samples of the train split that are sampled and annotated."""
-    candidates: int = Field(default=5, ge=2, le=8)
+    candidates: int = Field(default=5, ge=2, le=MAX_CANDIDATES)
     """Responses sampled for each of them."""
     temperature: float = Field(default=1.0, gt=0)
     pairs: int = Field(default=6, ge=1)
@@ -163,7 +193,7 @@ class SearchConfig(Section):
     width: int = Field(default=4, ge=1)
     branch: int = Field(default=3, ge=1)
     diverse: int = Field(default=1, ge=0)
-    candidates: int = Field(default=5, ge=2, le=8)
+    candidates: int = Field(default=5, ge=2, le=MAX_CANDIDATES)
     temperature: float = Field(default=0.8, gt=0)
     similarity: float = Field(default=0.9, gt=0, le=1)
     """Siblings whose word sets have this Jaccard index or more count as one."""
@@ -214,6 +244,9 @@ class EvaluationConfig(Section):
     max_tokens: int = Field(default=512, ge=1)
     resamples: int = Field(default=1000, ge=100)
     """Bootstrap resamples of an interval."""
+    judge: Literal["none", "endpoint"] = "none"
+    """Who judges rationales where the data have no facts; facts are always checked by program."""
+    endpoint: EndpointConfig = EndpointConfig()
 
 
 class RunConfig(Section):
@@ -221,17 +254,18 @@ class RunConfig(Section):
 
     name: str
     seed: int = 0
-    rounds: int = Field(default=3, ge=1)
+    rounds: Annotated[int, OPERATIONAL] = Field(default=3, ge=1)
     shards: int = Field(default=1, ge=1)
     """Parts of a round's samples that are searched and scored apart."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: Annotated[int | None, OPERATIONAL] = Field(default=None, ge=1)
     """CPU threads of torch; None leaves it alone."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], OPERATIONAL] = "auto"
     on_regression: Literal["continue", "keep_previous"] = "continue"
-    """What follows where a round's aligned accuracy falls by more than its interval."""
+    """What follows where a round's aligned accuracy on the calibration split falls by more than
+    its interval (its accuracy, where the data have no facts)."""
     data: DataConfig = DataConfig()
     model: ModelConfig
-    rating_model: ModelConfig
+    rating_model: TextModelConfig
     augmentation: AugmentationConfig = AugmentationConfig()
     rationale: RationaleTuningConfig
     annotation: AnnotationConfig
@@ -264,7 +298,13 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: No such preset, or an unknown or ill-typed name.
     """
-    values = yaml.safe_load(_preset_text(preset))
+    try:
+        values = yaml.safe_load(_preset_text(preset))
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"The preset {preset} is not YAML: {' '.join(str(error).split())}.",
+            "Start from a shipped one.",
+        ) from None
     if not isinstance(values, dict):
         raise UserError(f"The preset {preset} is not a YAML mapping.", "Start from a shipped one.")
     for override in overrides:
@@ -279,9 +319,21 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
             raise UserError(f"The value of --set {override} is not YAML.", "Quote it.") from None
         _override(values, name.split("."), value)
     try:
-        return RunConfig.model_validate(values)
+        return _with_absolute_folders(RunConfig.model_validate(values))
     except ValidationError as error:
         raise _explain(preset, error) from None
+
+
+def _with_absolute_folders(config: RunConfig) -> RunConfig:
+    """A run goes on from any working directory."""
+    update: dict[str, BaseModel] = {}
+    for section, name in (("data", "source"), ("model", "path"), ("rating_model", "path")):
+        values: BaseModel = getattr(config, section)
+        written = getattr(values, name)
+        path = Path(written).expanduser()
+        if not written.startswith("embedded") and path.exists():
+            update[section] = values.model_copy(update={name: str(path.resolve())})
+    return config.model_copy(update=update)
 
 
 def _preset_text(preset: str) -> str:

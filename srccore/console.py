@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from rich.table import Table
 from srccore.stages import Figures
 from srccore.stages import Progress as Report
 
-__all__ = ["ConsoleObserver", "figures_table"]
+__all__ = ["ConsoleObserver", "figures_table", "quiet_libraries"]
 
 FIGURES = {
     "aligned_accuracy": "aligned",
@@ -121,3 +122,11 @@ def figures_table(figures: list[Figures]) -> Table:
         after = f"round {row['round']}" if row["round"] else "stage 1"
         table.add_row(after, *cells, f"{row['mean_tokens']:.1f}")
     return table
+
+
+def quiet_libraries() -> None:
+    """Lets the libraries speak of errors only; a run has its own progress."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

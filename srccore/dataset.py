@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from pydantic import ValidationError
 
 from srccore.errors import UserError
+from srccore.hashing import stable_hash
 from srccore.records import Category, Sample
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ _KNOWN = ("image", *Sample.model_fields)
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _GROUP_ROWS = 256
 _CACHE_BYTES = 256 * 2**20
+MAX_IMAGE_PIXELS = 40_000_000
+"""Larger images are refused: decoding one could fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +100,12 @@ class DataSet:
         samples: Sequence[Sample],
         places: Mapping[str, _Place],
         images: _Images,
-        *,
-        whole: bool = True,
     ) -> None:
         self.path = path
         self.samples = tuple(samples)
         self._by_id = {sample.id: sample for sample in self.samples}
         self._places = places
         self._images = images
-        self._whole = whole
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -150,32 +150,21 @@ class DataSet:
         with self._images.stream(self._places[self.sample(sample_id).id]) as file:
             return file.read()
 
-    def subset(self, ids: Iterable[str]) -> DataSet:
-        """The data set of these samples, each once, in the order of ``ids``.
-
-        Raises:
-            UserError: The data set has no sample of one of the ids.
-        """
-        samples = [self.sample(sample_id) for sample_id in dict.fromkeys(ids)]
-        return DataSet(self.path, samples, self._places, self._images, whole=False)
-
     @cached_property
     def sha256(self) -> str:
         """Hash of all files of the data set, image files too; where they lie does not matter.
 
-        A subset's also covers its ids. Reads every byte once, when first asked for.
+        Reads every byte once, when first asked for.
         """
         images = (place for place in self._places.values() if isinstance(place, Path))
         total = hashlib.sha256()
         for path in dict.fromkeys([*_files(self.path), *images]):
             with path.open("rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
-        if not self._whole:
-            total.update(json.dumps([sample.id for sample in self.samples]).encode())
         return total.hexdigest()
 
 
-def open_data(path: Path, *, max_image_pixels: int = 40_000_000) -> DataSet:
+def open_data(path: Path, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> DataSet:
     """Opens a data set and checks every row; of the images only what their headers say.
 
     Args:
@@ -199,7 +188,7 @@ def open_data(path: Path, *, max_image_pixels: int = 40_000_000) -> DataSet:
     return DataSet(path, samples, places, images)
 
 
-def validate(path: Path, *, max_image_pixels: int = 40_000_000) -> ValidationReport:
+def validate(path: Path, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> ValidationReport:
     """Checks a data set as `open_data` does, decodes every image, and lists every problem.
 
     Args:
@@ -331,7 +320,7 @@ def split(
     parts: dict[str, list[Sample]] = {name: [] for name in names}
     for sample in samples:
         # 53 bits: the quotient is exact, so it never rounds up to 1.
-        place = (_number(f"split/{seed}/{sample.id}") >> 11) / 2**53
+        place = (stable_hash(f"split/{seed}/{sample.id}") >> 11) / 2**53
         parts[names[bisect.bisect_right(bounds, place)]].append(sample)
     return parts
 
@@ -356,11 +345,7 @@ def shard(samples: Iterable[Sample], index: int, count: int) -> list[Sample]:
             f"There is no shard {index} of {count}.",
             "Shards count from 0; their number must be 1 or more.",
         )
-    return [sample for sample in samples if _number(f"shard/{sample.id}") % count == index]
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return [sample for sample in samples if stable_hash(f"shard/{sample.id}") % count == index]
 
 
 def _quotas(sizes: Mapping[Category, int], count: int) -> dict[Category, int]:

@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict
 
 from srccore.errors import UserError
 from srccore.facts import check_rationale
-from srccore.records import Category, Response, Sample
-from srccore.response import parse, same_answer
+from srccore.records import Category, Judgement, Response, Sample
+from srccore.response import ParsedResponse, parse, same_answer
 
 __all__ = [
     "FIGURE_NAMES",
@@ -58,7 +58,7 @@ class Outcome:
     parsed: bool
     answer_right: bool
     rationale_right: bool | None
-    """None where the sample has no facts to check against, as is ``consistent``."""
+    """None where the sample has neither facts nor a judgement, as is ``consistent``."""
     consistent: bool | None
     """The answer derived from the rationale alone equals the answer given."""
     token_count: int
@@ -81,7 +81,7 @@ class FigureSet(BaseModel):
 
     n: int
     judged: int
-    """Samples with facts: on these the four figures that look at rationales stand."""
+    """Samples with facts or a judgement: the four figures that look at rationales stand on them."""
     accuracy: float
     rationale_accuracy: float | None
     aligned_accuracy: float | None
@@ -105,12 +105,17 @@ class Figures(FigureSet):
     by_category: dict[Category, FigureSet]
 
 
-def judge_responses(samples: Sequence[Sample], responses: Mapping[str, Response]) -> list[Outcome]:
-    """Judges one response to each sample.
+def judge_responses(
+    samples: Sequence[Sample],
+    responses: Mapping[str, Response],
+    judgements: Mapping[str, Judgement] | None = None,
+) -> list[Outcome]:
+    """Judges one response to each sample: by its facts, or else by what a judge said.
 
     Args:
         samples: The held-out samples.
         responses: A response by sample id, for these samples and no others.
+        judgements: A judgement by sample id, for samples without facts; may lack some.
 
     Returns:
         One outcome per sample, in the order of the samples. A response that does not parse is
@@ -127,7 +132,8 @@ def judge_responses(samples: Sequence[Sample], responses: Mapping[str, Response]
             f"({len(odd)} such in all).",
             "Evaluate all shards of the responses with the data set they were made on.",
         )
-    return [_judge(sample, responses[sample.id]) for sample in samples]
+    told = judgements or {}
+    return [_judge(sample, responses[sample.id], told.get(sample.id)) for sample in samples]
 
 
 def figures(
@@ -205,14 +211,17 @@ def paired_change(
     }
 
 
-def _judge(sample: Sample, response: Response) -> Outcome:
+def _judge(sample: Sample, response: Response, judgement: Judgement | None) -> Outcome:
     parsed = parse(response.text)
-    rationale_right = consistent = False if sample.facts else None
-    if parsed is not None and sample.facts:
-        check = check_rationale(parsed.rationale, sample.facts)
-        derived = check.derived_answer
+    rationale_right: bool | None = None
+    consistent: bool | None = None
+    if sample.facts:
+        check = check_rationale(parsed.rationale if parsed else "", sample.facts)
         rationale_right = check.is_sound
-        consistent = derived is not None and same_answer(derived, parsed.answer)
+        consistent = _is_consistent(check.derived_answer, parsed)
+    elif judgement is not None:
+        rationale_right = judgement.rationale_right
+        consistent = _is_consistent(judgement.derived_answer, parsed)
     return Outcome(
         sample_id=sample.id,
         category=sample.category,
@@ -222,6 +231,10 @@ def _judge(sample: Sample, response: Response) -> Outcome:
         consistent=consistent,
         token_count=response.token_count,
     )
+
+
+def _is_consistent(derived: str | None, parsed: ParsedResponse | None) -> bool:
+    return bool(derived) and parsed is not None and same_answer(str(derived), parsed.answer)
 
 
 def _figure_set(outcomes: Sequence[Outcome], resamples: int, seed: int) -> FigureSet:

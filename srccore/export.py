@@ -81,8 +81,8 @@ def export_policy(run: Path, number: int, out: Path, *, adapter: bool = False) -
 def _card(run: Path, number: int, policy: Path, *, adapter: bool) -> str:
     config = load_run(run)
     manifest = read_manifest(policy.parent)
-    figures = json.loads((run / "figures.json").read_text(encoding="utf-8"))
-    evaluation = next(row for row in figures if row["round"] == number)
+    path = run / f"round-{number}" / "evaluate" / "figures.json"
+    evaluation = json.loads(path.read_text(encoding="utf-8"))
     rows = ["| figure | value | 95 % interval |", "| --- | --- | --- |"]
     for name, interval in evaluation["interval"].items():
         if evaluation.get(name) is not None and interval:

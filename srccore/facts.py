@@ -5,7 +5,8 @@ is *supported* or *contradicted* by it. Arithmetic, comparison and parity are ex
 and built on numbers that are facts or were derived before, they are *supported*; otherwise they
 are an *invalid* step. Everything else is *unsupported*: nobody can verify it.
 
-A rationale is sound when it states every needed fact and each of its claims is supported.
+A rationale is sound when it states every needed fact and none of its claims is contradicted or
+invalid; a claim that nobody can verify takes nothing away.
 """
 
 from __future__ import annotations
@@ -62,11 +63,12 @@ class RationaleCheck:
 
     @property
     def is_sound(self) -> bool:
-        """Every needed fact is stated, and every claim is supported."""
+        """Every needed fact is stated, and no claim is contradicted or invalid."""
+        wrong = (Verdict.CONTRADICTED, Verdict.INVALID)
         return (
             bool(self.claims)
             and not self.missing
-            and all(claim.verdict is Verdict.SUPPORTED for claim in self.claims)
+            and not any(claim.verdict in wrong for claim in self.claims)
         )
 
     @property

@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Protocol
 
 from srccore import stages
-from srccore.config import RunConfig
+from srccore.config import RunConfig, identity
 from srccore.errors import UserError
 from srccore.manifest import write_json
+from srccore.policy import resolve_model_path
 from srccore.stages import Figures, Progress
 
 __all__ = ["Observer", "load_run", "policy_of_round", "run", "set_threads"]
-
-CHANGEABLE = ("rounds", "threads", "device")
-"""What may differ between two calls on one run folder."""
 
 
 class Observer(Protocol):
@@ -57,10 +55,15 @@ def run(config: RunConfig, out: Path, observer: Observer) -> list[Figures]:
     Raises:
         UserError: The folder is another run's, or an input is bad.
     """
+    for model in (config.model, config.rating_model):
+        resolve_model_path(model.path)
+    # Whoever asks for fewer rounds than are done loses none.
+    config = config.model_copy(update={"rounds": max([config.rounds, *_finished_rounds(out)])})
     _open_run(config, out)
     set_threads(config.threads)
     wiring = _Wiring(config, out, observer)
     wiring.prepare_data()
+    wiring.augment_rationales()
     policy = wiring.tune_rationale()
     wiring.evaluate(policy, 0)
     scorer = wiring.train_scorer(policy)
@@ -99,37 +102,38 @@ def policy_of_round(out: Path, number: int) -> Path:
     folder = out / f"round-{number}" / "evaluate"
     kept = out / f"round-{number}" / "kept.json"
     if not (folder / "manifest.json").exists():
-        rounds = [
-            path.parents[1].name for path in sorted(out.glob("round-*/evaluate/manifest.json"))
-        ]
+        finished = ", ".join(str(each) for each in _finished_rounds(out))
         raise UserError(
             f"The run {out} has not finished round {number}.",
-            f"It has finished {', '.join(rounds) or 'none'}; srccore run goes on with it.",
+            f"It has finished {finished or 'none'}; srccore run goes on with it.",
         )
     if kept.exists() and not json.loads(kept.read_text(encoding="utf-8"))["aligned"]:
         return policy_of_round(out, number - 1)
     return out / (f"round-{number}/train-dpo" if number else "tune-rationale") / "policy.json"
 
 
+def _finished_rounds(out: Path) -> list[int]:
+    found = (path.parents[1].name for path in out.glob("round-*/evaluate/manifest.json"))
+    return sorted(int(name.removeprefix("round-")) for name in found)
+
+
 def _open_run(config: RunConfig, out: Path) -> None:
     path = out / "run.json"
-    wanted = config.model_dump(mode="json")
-    if path.exists():
-        found = load_run(out).model_dump(mode="json")
-        changed = [name for name in wanted if wanted[name] != found[name]]
-        if blocking := [name for name in changed if name not in CHANGEABLE]:
-            raise UserError(
-                f"The folder {out} holds a run of another configuration: "
-                f"{', '.join(blocking)} differ.",
-                "Give another --out, or the same configuration; nothing was changed.",
-            )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"{out} exists and is no run folder.", "Give another --out; nothing was changed."
-        )
     try:
+        if path.exists():
+            wanted, found = identity(config), identity(load_run(out))
+            if changed := [name for name in wanted if wanted[name] != found.get(name)]:
+                raise UserError(
+                    f"The folder {out} holds a run of another configuration: "
+                    f"{', '.join(changed)} differ.",
+                    "Give another --out, or the same configuration; nothing was changed.",
+                )
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(
+                f"{out} exists and is no run folder.", "Give another --out; nothing was changed."
+            )
         out.mkdir(parents=True, exist_ok=True)
-        write_json(path, wanted)
+        write_json(path, config.model_dump(mode="json"))
     except OSError as error:
         raise UserError(
             f"The folder {out} cannot be written ({error.strerror}).",
@@ -167,20 +171,28 @@ class _Wiring:
         with self.observer.stage("prepare-data", None) as progress:
             stages.prepare_data(self.config.data, self.out / "data", progress)
 
+    def _rationales(self, split: str) -> Path:
+        return self.out / "augment-rationales" / split
+
+    def augment_rationales(self) -> None:
+        """Of the train split for stage 1 to learn, of both for R-Scorer to judge against."""
+        for split in ("train", "calibration"):
+            with self.observer.stage("augment-rationales", None) as progress:
+                stages.augment_rationales(
+                    self.config.augmentation,
+                    data=self._split(split),
+                    out=self._rationales(split),
+                    progress=progress,
+                )
+
     def tune_rationale(self) -> Path:
-        train = self._split("train")
-        rationales = self.out / "augment-rationales"
         folder = self.out / "tune-rationale"
-        with self.observer.stage("augment-rationales", None) as progress:
-            stages.augment_rationales(
-                self.config.augmentation, data=train, out=rationales, progress=progress
-            )
         with self.observer.stage("tune-rationale", None) as progress:
             stages.tune_rationale(
                 self.config.rationale,
                 model=self.config.model,
-                data=train,
-                rationales=rationales,
+                data=self._split("train"),
+                rationales=self._rationales("train"),
                 out=folder,
                 seed=self.config.seed,
                 device=self.config.device,
@@ -219,6 +231,7 @@ class _Wiring:
                 annotation,
                 data=train,
                 candidates=sampled,
+                rationales=self._rationales("train"),
                 out=pairs,
                 seed=self.config.seed,
                 progress=progress,
@@ -229,6 +242,7 @@ class _Wiring:
                 model=self.config.rating_model,
                 data=train,
                 labelled_pairs=pairs,
+                rationales=self._rationales("train"),
                 out=folder,
                 seed=self.config.seed,
                 validation_share=annotation.validation_share,
@@ -262,7 +276,7 @@ class _Wiring:
                 data=self._split("calibration"),
                 candidates=candidates,
                 scorer=scorer,
-                scorer_model=self.config.rating_model,
+                rationales=self._rationales("calibration"),
                 out=folder,
                 device=self.config.device,
                 progress=progress,
@@ -303,12 +317,14 @@ class _Wiring:
             return aligned
         earlier = self._check(before, number, "before", None)
         later = self._check(aligned, number, "after", earlier)
-        change = json.loads((later / "figures.json").read_text())["change"]["aligned_accuracy"]
+        changes = json.loads((later / "figures.json").read_text())["change"]
+        name = "aligned accuracy" if "aligned_accuracy" in changes else "accuracy"
+        change = changes[name.replace(" ", "_")]
         is_kept = change["interval"][1] >= 0
         write_json(self._round(number) / "kept.json", {"aligned": is_kept, "change": change})
         if not is_kept:
             self.observer.note(
-                f"Round {number} lowered aligned accuracy on the calibration split by "
+                f"Round {number} lowered {name} on the calibration split by "
                 f"{-change['difference']:.1%}: the policy before it is kept."
             )
         return aligned if is_kept else before
@@ -323,7 +339,10 @@ class _Wiring:
         folder = self._round(number) / "evaluate"
         found = self._evaluate(policy, number, folder, self._split("heldout"), previous)
         self.figures.append(found)
-        write_json(self.out / "figures.json", self.figures)
+        path = self.out / "figures.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        if known[: len(self.figures)] != self.figures:
+            write_json(path, self.figures)
         self.observer.figures(self.figures)
 
     def _evaluate(

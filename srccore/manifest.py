@@ -7,6 +7,7 @@ one goes on from what it holds; a folder of another key is never touched.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -21,12 +22,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import srccore
+from srccore.config import identity
 from srccore.errors import UserError
 
-__all__ = ["Manifest", "StageFolder", "read_manifest", "write_json"]
+__all__ = ["JOURNAL", "STARTED", "Manifest", "StageFolder", "read_manifest", "write_json"]
 
 MANIFEST = "manifest.json"
 STARTED = "stage.json"
+JOURNAL = "journal.jsonl"
+"""What an unfinished stage has done so far."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "numpy")
 
 
@@ -47,7 +51,8 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     seconds: float
     peak_memory_mb: float
-    """Greatest resident memory of the process until the stage's end, in MiB."""
+    """Greatest resident memory of the process while the stage ran, in MiB; where the kernel
+    cannot tell (it is not Linux's), since the process began."""
 
 
 class StageFolder:
@@ -77,12 +82,13 @@ class StageFolder:
         """
         self.stage = stage
         self.path = out
-        self._config = {**(config.model_dump(mode="json") if config else {}), **(settings or {})}
+        self._config = {**(identity(config) if config else {}), **(settings or {})}
         self._inputs = {name: _hash_input(name, value) for name, value in (inputs or {}).items()}
         self._key = _digest(
             json.dumps([stage, srccore.__version__, self._config, self._inputs], sort_keys=True)
         )
         self._began = time.monotonic()
+        _count_peak_memory_anew()
         self.manifest = self._open()
 
     @property
@@ -127,7 +133,7 @@ class StageFolder:
         outputs = {
             str(path.relative_to(self.path)): _hash_file(path)
             for path in sorted(self.path.rglob("*"))
-            if path.is_file() and path.name not in (MANIFEST, STARTED)
+            if path.is_file() and path.name not in (MANIFEST, STARTED, JOURNAL)
         }
         self.manifest = Manifest(
             stage=self.stage,
@@ -138,7 +144,7 @@ class StageFolder:
             figures=json.loads(json.dumps(figures)),
             versions=_versions(),
             seconds=round(time.monotonic() - self._began, 3),
-            peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            peak_memory_mb=_peak_memory_mb(),
         )
         write_json(self.path / MANIFEST, self.manifest.model_dump(mode="json"))
         return self.manifest.figures
@@ -163,25 +169,29 @@ def read_manifest(folder: Path) -> Manifest:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _hash_input(name: str, value: Path | str) -> str:
     """A finished stage by its outputs, a file by its bytes, any other text as it stands."""
     if isinstance(value, str):
         return value
-    if (value / MANIFEST).is_file():
+    if (value / STARTED).is_file():
         return _digest(json.dumps(read_manifest(value).outputs, sort_keys=True))
     if value.is_file():
-        owner = value.parent / MANIFEST
-        if owner.is_file():
+        if all((value.parent / name).is_file() for name in (STARTED, MANIFEST)):
             known = read_manifest(value.parent).outputs.get(value.name)
             if known:
                 return known
         return _hash_file(value)
     if value.is_dir():
-        files = sorted(path for path in value.rglob("*") if path.is_file())
+        # A checkpoint is the same whatever its card says.
+        files = sorted(p for p in value.rglob("*") if p.is_file() and p.name != "README.md")
         return _digest("\n".join(f"{path.relative_to(value)} {_hash_file(path)}" for path in files))
     raise UserError(f"The input {name} is missing: {value}.", "Check the path.")
 
@@ -193,6 +203,21 @@ def _hash_file(path: Path) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _count_peak_memory_anew() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak_memory_mb() -> float:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        (peak,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) / 1024
+    except (OSError, ValueError):
+        peak_ever = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak_ever / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def _versions() -> dict[str, str]:

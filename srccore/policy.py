@@ -7,10 +7,11 @@ else, so that training and inference see the same token ids.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -208,12 +209,24 @@ def load_processor(base: ModelConfig) -> Any:
     """
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(
-        resolve_model_path(base.path), revision=base.revision, trust_remote_code=False
-    )
+    with _explained(base):
+        processor = AutoProcessor.from_pretrained(
+            resolve_model_path(base.path), revision=base.revision, trust_remote_code=False
+        )
     if base.chat_template is not None:
         processor.chat_template = _template(base.chat_template)
     return processor
+
+
+@contextlib.contextmanager
+def _explained(base: ModelConfig) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"The checkpoint {base.path} cannot be loaded: {' '.join(str(error).split())[:300]}",
+            "Check the path: a name that is no folder is looked up on the model hub.",
+        ) from None
 
 
 def load_policy(policy: Policy, device: str = "cpu") -> LoadedPolicy:
@@ -235,13 +248,14 @@ def load_policy(policy: Policy, device: str = "cpu") -> LoadedPolicy:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    model = AutoModelForImageTextToText.from_pretrained(
-        resolve_model_path(policy.base.path),
-        revision=policy.base.revision,
-        dtype=getattr(torch, policy.base.dtype),
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    with _explained(policy.base):
+        model = AutoModelForImageTextToText.from_pretrained(
+            resolve_model_path(policy.base.path),
+            revision=policy.base.revision,
+            dtype=getattr(torch, policy.base.dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
     model.to(device)
     fold_adapters(model, policy.adapters)
     return LoadedPolicy(model=model.eval(), processor=load_processor(policy.base))

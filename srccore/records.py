@@ -24,6 +24,7 @@ __all__ = [
     "CandidateSet",
     "Category",
     "Fact",
+    "Judgement",
     "LabelledPair",
     "Preference",
     "Rating",
@@ -111,6 +112,16 @@ class Response(Record):
     text: str
     token_count: int = Field(ge=0)
     finished: bool
+
+
+class Judgement(Record):
+    """What a judge says of a response's rationale, where the sample has no facts to check it."""
+
+    record: ClassVar[str] = "judgements"
+    sample_id: Text
+    rationale_right: bool
+    derived_answer: str
+    """What follows from the rationale alone; empty where nothing does."""
 
 
 class Candidate(Record):

@@ -198,7 +198,6 @@ class ReportData(Part):
     hashes: dict[str, str] = {}
     """Name of an input to its sha256."""
     config_yaml: str | None = None
-    command: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -298,7 +297,7 @@ def render(data: ReportData) -> str:
         reasons=list(dict.fromkeys(r for part in data.curation for r in part.reasons)),
         sample_rounds=sorted({card.round for card in data.samples}),
         compare=_compare,
-        answer_is_right=_answer_is_right,
+        answer_is_right=response.gives_answer,
         verdict=_verdict,
         plot={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM},
     )
@@ -357,11 +356,6 @@ def _compare(text: str, other: str) -> list[tuple[str, bool]]:
     for block in difflib.SequenceMatcher(None, own, others, autojunk=False).get_matching_blocks():
         differs[block.a : block.a + block.size] = [False] * block.size
     return list(zip(own, differs, strict=True))
-
-
-def _answer_is_right(text: str, reference: str) -> bool:
-    parsed = response.parse(text)
-    return parsed is not None and response.same_answer(parsed.answer, reference)
 
 
 # Charts
@@ -505,7 +499,7 @@ def _histograms(
         charts.append(
             Chart(
                 title=f"Round {number}",
-                description=f"{name}: {len(values)} preferences, median {median:.2f}",
+                description=f"{name}: {len(values)} samples, median {median:.2f}",
                 x_ticks=tuple((to_x(limit * k / 4), f"{limit * k / 4:g}") for k in range(5)),
                 y_ticks=tuple((to_y(top * k / 2), _percent(top * k / 2, 0)) for k in range(3)),
                 bars=bars,

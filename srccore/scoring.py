@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
+from srccore.config import MAX_CANDIDATES
 from srccore.engines.base import RatingEngine
 from srccore.errors import UserError
 from srccore.facts import gold_rationale
@@ -20,7 +21,6 @@ from srccore.records import RATING_LEVELS, Candidate, CandidateSet, LabelledPair
 from srccore.response import gives_answer
 
 __all__ = [
-    "MAX_CANDIDATES",
     "FoldedPair",
     "certainty_of",
     "fold",
@@ -34,9 +34,6 @@ __all__ = [
     "validate",
     "verdict",
 ]
-
-MAX_CANDIDATES = 8
-"""Most candidates of one sample: all ordered pairs are rated, 56 of them (reconstruction)."""
 
 
 @dataclass(frozen=True)

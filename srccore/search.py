@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 from srccore.config import SearchConfig
 from srccore.engines.base import Continuation, Draw, Node, Prompt, SamplingEngine
+from srccore.hashing import stable_hash
 from srccore.records import Candidate, CandidateSet
 
-__all__ = ["Beam", "candidate_id", "search_candidates", "select", "similarity", "stable_hash"]
+__all__ = ["Beam", "candidate_id", "search_candidates", "select", "similarity"]
 
 _WORD = re.compile(r"\w+")
 
@@ -32,6 +33,8 @@ class Beam:
     token_count: int
     node: Node = None
     is_finished: bool = False
+    parent_length: int = 0
+    """Characters of the text that its parent had: siblings share them."""
 
     @property
     def rank(self) -> tuple[float, int]:
@@ -46,6 +49,7 @@ class Beam:
             token_count=self.token_count + drawn.token_count,
             node=drawn.node,
             is_finished=drawn.stop == "end",
+            parent_length=len(self.text),
         )
 
 
@@ -223,9 +227,15 @@ def select(families: Sequence[Sequence[Beam]], config: SearchConfig) -> list[Bea
 
 
 def _is_near(beam: Beam, kept: Sequence[Beam], limit: float) -> bool:
-    """A finished and a live beam are never the same response, however alike."""
+    """Whether what a beam adds to its parent is near what a sibling of it adds.
+
+    The parent's text does not count: behind a long one, right and wrong conclusions would be near.
+    A finished and a live beam are never the same response, however alike.
+    """
+    added = beam.text[beam.parent_length :]
     return any(
-        beam.is_finished == other.is_finished and similarity(beam.text, other.text) >= limit
+        beam.is_finished == other.is_finished
+        and similarity(added, other.text[other.parent_length :]) >= limit
         for other in kept
     )
 
@@ -247,8 +257,3 @@ def similarity(first: str, second: str) -> float:
 def candidate_id(sample_id: str, text: str) -> str:
     """The id of a candidate: the same text for the same sample has the same id everywhere."""
     return hashlib.sha256(f"{sample_id}\n{text}".encode()).hexdigest()[:16]
-
-
-def stable_hash(text: str) -> int:
-    """A 64-bit hash of a text that no process, platform or version changes."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -43,6 +43,9 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="The output folder.")]
 Data = Annotated[Path, typer.Option("--data", help="The data set that is read.")]
+Rationales = Annotated[
+    Path | None, typer.Option("--rationales", help="The folder of augment-rationales on the data.")
+]
 Policy = Annotated[Path, typer.Option("--policy", help="A policy.json.")]
 Round = Annotated[int, typer.Option("--round", help="The round; 0 is before the first.")]
 Shard = Annotated[str, typer.Option("--shard", help="INDEX/COUNT of the samples, from 0.")]
@@ -59,11 +62,11 @@ def _progress(name: str) -> Iterator[Progress]:
 
 
 def _config(preset: str, overrides: list[str]) -> RunConfig:
-    from srccore.cli import quiet
     from srccore.config import load_config
+    from srccore.console import quiet_libraries
     from srccore.loop import set_threads
 
-    quiet()
+    quiet_libraries()
     config = load_config(preset, overrides)
     set_threads(config.threads)
     return config
@@ -161,6 +164,7 @@ def annotate_ratings(
     candidates: Annotated[Path, typer.Option(help="The folder of search-candidates.")],
     out: Out,
     overrides: Overrides,
+    rationales: Rationales = None,
     preset: Preset = "tiny",
 ) -> None:
     """Have a teacher rate pairs of responses, for R-Scorer to learn from."""
@@ -174,6 +178,7 @@ def annotate_ratings(
                 data=data,
                 candidates=candidates,
                 out=out,
+                rationales=rationales,
                 seed=config.seed,
                 progress=progress,
             )
@@ -186,6 +191,7 @@ def train_scorer(
     labelled_pairs: Annotated[Path, typer.Option(help="The folder of annotate-ratings.")],
     out: Out,
     overrides: Overrides,
+    rationales: Rationales = None,
     preset: Preset = "tiny",
 ) -> None:
     """Train R-Scorer and validate it."""
@@ -200,6 +206,7 @@ def train_scorer(
                 data=data,
                 labelled_pairs=labelled_pairs,
                 out=out,
+                rationales=rationales,
                 seed=config.seed,
                 validation_share=config.annotation.validation_share,
                 device=config.device,
@@ -215,6 +222,7 @@ def score_candidates(
     scorer: Annotated[Path, typer.Option(help="The folder of train-scorer.")],
     out: Out,
     overrides: Overrides,
+    rationales: Rationales = None,
     preset: Preset = "tiny",
 ) -> None:
     """Stage 3: have R-Scorer rate every ordered pair of candidates."""
@@ -228,8 +236,8 @@ def score_candidates(
                 data=data,
                 candidates=candidates,
                 scorer=scorer,
-                scorer_model=config.rating_model,
                 out=out,
+                rationales=rationales,
                 device=config.device,
                 progress=progress,
             )
@@ -318,6 +326,14 @@ def evaluate(
                 progress=progress,
             )
         )
+
+
+@app.command("report")
+def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")]) -> None:
+    """Write the report of a run anew."""
+    from srccore.collect import write_report
+
+    typer.echo(write_report(run))
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -29,13 +29,16 @@ from srccore.config import (
     ScorerConfig,
     ScoringConfig,
     SearchConfig,
+    TextModelConfig,
 )
 from srccore.engines.base import Draw, Prompt
 from srccore.errors import UserError
-from srccore.manifest import StageFolder, write_json
+from srccore.hashing import stable_hash
+from srccore.manifest import JOURNAL, STARTED, StageFolder, write_json
 from srccore.records import (
     Candidate,
     CandidateSet,
+    Judgement,
     LabelledPair,
     Preference,
     Rating,
@@ -55,6 +58,7 @@ __all__ = [
     "curate_preference",
     "evaluate",
     "prepare_data",
+    "read_outcomes",
     "sampling_engine",
     "score_candidates",
     "search_candidates",
@@ -88,7 +92,7 @@ def prepare_data(config: DataConfig, out: Path, progress: Progress = _no_progres
         How many samples each split holds.
     """
     embedded = config.source == "embedded"
-    source = "embedded" if embedded else Path(config.source)
+    source = "embedded" if embedded else dataset.open_data(Path(config.source)).sha256
     folder = StageFolder("prepare-data", out, config=config, inputs={"source": source})
     if folder.figures is not None:
         return folder.figures
@@ -119,7 +123,7 @@ def _embedded_rows(config: DataConfig, split: str) -> Iterator[tuple[Sample, byt
 def _source_rows(
     config: DataConfig, counts: dict[str, int]
 ) -> dict[str, Iterator[tuple[Sample, bytes]]]:
-    data = dataset.open_data(Path(config.source), max_image_pixels=config.max_image_pixels)
+    data = dataset.open_data(Path(config.source))
     total = sum(counts.values())
     shares = {split: count / total for split, count in counts.items()}
     parts = dataset.split(data.samples, shares, config.seed)
@@ -140,7 +144,7 @@ def augment_rationales(
 
     Args:
         config: The teacher.
-        data: The train split.
+        data: The train or the calibration split.
         out: Gets ``rationales.jsonl``.
         progress: Told of samples asked.
 
@@ -159,7 +163,7 @@ def augment_rationales(
         if sample.rationale
     ]
     wanting = [sample for sample in opened.samples if not sample.rationale]
-    journal = _Journal(out / "made.jsonl", Rationale)
+    journal = _Journal(out, Rationale)
     known = {record.sample_id for record in journal.records()}
     asked = [
         RationaleRequest(sample, functools.partial(opened.image, sample.id))
@@ -177,8 +181,9 @@ def augment_rationales(
     made = sorted(journal.records(), key=lambda record: record.sample_id)
     write_records(out / "rationales.jsonl", Rationale, [*given, *made])
     progress(len(opened.samples), len(opened.samples))
+    figures = folder.finish({"given": len(given), "made": len(made), "problems": problems})
     journal.delete()
-    return folder.finish({"given": len(given), "made": len(made), "problems": problems})
+    return figures
 
 
 def tune_rationale(
@@ -283,7 +288,7 @@ def search_candidates(
         "search-candidates",
         out,
         config=config,
-        inputs={"data": data, "policy": policy.parent},
+        inputs={"data": data, **_policy_inputs(policy)},
         settings={"seed": seed, "round": round_number, "shard": list(shard)},
     )
     if folder.figures is not None:
@@ -292,7 +297,7 @@ def search_candidates(
     start = max(0, round_number - 1)
     drawn = dataset.draw(opened.samples, config.samples, seed=seed, start=start)
     samples = dataset.shard(drawn, *shard)
-    journal = _Journal(out / "searched.jsonl", CandidateSet)
+    journal = _Journal(out, CandidateSet)
     known = {record.sample_id for record in journal.records()}
     # Prompts of like length share a batch; the id makes the order the same everywhere.
     todo = sorted(
@@ -314,8 +319,7 @@ def search_candidates(
     sets = {record.sample_id: record for record in journal.records()}
     ordered = [sets[sample.id] for sample in samples]
     write_records(out / "candidates.jsonl", CandidateSet, ordered)
-    journal.delete()
-    return folder.finish(
+    figures = folder.finish(
         {
             "samples": len(ordered),
             "candidates": sum(len(record.candidates) for record in ordered),
@@ -323,6 +327,8 @@ def search_candidates(
             "unfinished": sum(record.unfinished for record in ordered),
         }
     )
+    journal.delete()
+    return figures
 
 
 def annotate_ratings(
@@ -332,6 +338,7 @@ def annotate_ratings(
     candidates: Path,
     out: Path,
     seed: int,
+    rationales: Path | None = None,
     progress: Progress = _no_progress,
 ) -> Figures:
     """Has a teacher rate pairs of sampled responses, for R-Scorer to learn from.
@@ -342,6 +349,7 @@ def annotate_ratings(
         candidates: The folder of `search_candidates` on that split.
         out: Gets ``labelled_pairs.jsonl``.
         seed: The run's seed; decides which pairs.
+        rationales: The folder of `augment_rationales` on that split.
         progress: Told of pairs rated.
 
     Returns:
@@ -353,18 +361,19 @@ def annotate_ratings(
         "annotate-ratings",
         out,
         config=config,
-        inputs={"data": data, "candidates": candidates},
+        inputs={"data": data, "candidates": candidates, **_given(rationales=rationales)},
         settings={"seed": seed},
     )
     if folder.figures is not None:
         return folder.figures
-    samples = {sample.id: sample for sample in dataset.open_data(data).samples}
+    sets = list(read_records(candidates / "candidates.jsonl", CandidateSet))
+    samples = _judged_samples(data, rationales, [record.sample_id for record in sets])
     pairs = [
         (samples[record.sample_id], first, second)
-        for record in read_records(candidates / "candidates.jsonl", CandidateSet)
+        for record in sets
         for first, second in _some_pairs(record, config.pairs, seed)
     ]
-    journal = _Journal(out / "rated.jsonl", LabelledPair)
+    journal = _Journal(out, LabelledPair)
     known = {(pair.sample_id, pair.first, pair.second) for pair in journal.records()}
     todo = [
         PairRequest(sample, first.text, second.text)
@@ -389,9 +398,10 @@ def annotate_ratings(
         progress(done, len(todo))
     rated = sorted(journal.records(), key=lambda pair: (pair.sample_id, pair.first, pair.second))
     write_records(out / "labelled_pairs.jsonl", LabelledPair, rated)
-    journal.delete()
     counts = {level: sum(pair.rating == level for pair in rated) for level in range(1, 6)}
-    return folder.finish({"pairs": len(rated), "ratings": counts, "problems": problems})
+    figures = folder.finish({"pairs": len(rated), "ratings": counts, "problems": problems})
+    journal.delete()
+    return figures
 
 
 def _some_pairs(record: CandidateSet, count: int, seed: int) -> list[tuple[Candidate, Candidate]]:
@@ -399,7 +409,7 @@ def _some_pairs(record: CandidateSet, count: int, seed: int) -> list[tuple[Candi
     keyed = []
     for number, first in enumerate(record.candidates):
         for second in record.candidates[number + 1 :]:
-            key = search.stable_hash(f"{seed}/{first.id}/{second.id}")
+            key = stable_hash(f"{seed}/{first.id}/{second.id}")
             keyed.append((key, (first, second) if key % 2 else (second, first)))
     return [pair for _, pair in sorted(keyed, key=lambda entry: entry[0])[:count]]
 
@@ -407,12 +417,13 @@ def _some_pairs(record: CandidateSet, count: int, seed: int) -> list[tuple[Candi
 def train_scorer(
     config: ScorerConfig,
     *,
-    model: ModelConfig,
+    model: TextModelConfig,
     data: Path,
     labelled_pairs: Path,
     out: Path,
     seed: int,
     validation_share: float,
+    rationales: Path | None = None,
     device: str = "auto",
     progress: Progress = _no_progress,
 ) -> Figures:
@@ -426,6 +437,7 @@ def train_scorer(
         out: Gets ``model/``.
         seed: The run's seed.
         validation_share: Share of the samples held back.
+        rationales: The folder of `augment_rationales` on the train split.
         device: ``cpu``, ``cuda`` or ``auto``.
         progress: Told of optimiser steps.
 
@@ -444,6 +456,7 @@ def train_scorer(
             "model": _model_input(resolve_model_path(model.path)),
             "data": data,
             "labelled_pairs": labelled_pairs,
+            **_given(rationales=rationales),
         },
         settings={
             "seed": seed,
@@ -453,8 +466,8 @@ def train_scorer(
     )
     if folder.figures is not None:
         return folder.figures
-    samples = {sample.id: sample for sample in dataset.open_data(data).samples}
     pairs = list(read_records(labelled_pairs / "labelled_pairs.jsonl", LabelledPair))
+    samples = _judged_samples(data, rationales, [pair.sample_id for pair in pairs])
     shares = {"train": 1 - validation_share, "validation": validation_share}
     parts = dataset.split(
         [samples[sample_id] for sample_id in sorted({pair.sample_id for pair in pairs})],
@@ -480,7 +493,7 @@ def train_scorer(
     outcome = train(
         model, examples, config, out, seed=seed, device=_device(device), progress=progress
     )
-    engine = _rating_engine(out / "model", model, device, config.batch_size)
+    engine = _rating_engine(out / "model", device, config.batch_size)
     health = scoring.validate(engine, samples, validation)
     return folder.finish({**dataclasses.asdict(outcome), "validation": health})
 
@@ -491,8 +504,8 @@ def score_candidates(
     data: Path,
     candidates: Path,
     scorer: Path,
-    scorer_model: ModelConfig,
     out: Path,
+    rationales: Path | None = None,
     device: str = "auto",
     progress: Progress = _no_progress,
 ) -> Figures:
@@ -503,8 +516,8 @@ def score_candidates(
         data: The split that the candidates answer.
         candidates: The folder of `search_candidates`.
         scorer: The folder of `train_scorer`.
-        scorer_model: Gives the data type and the chat template.
         out: Gets ``ratings.jsonl``.
+        rationales: The folder of `augment_rationales` on that split.
         device: ``cpu``, ``cuda`` or ``auto``.
         progress: Told of samples scored.
 
@@ -515,42 +528,55 @@ def score_candidates(
         "score-candidates",
         out,
         config=config,
-        inputs={"data": data, "candidates": candidates, "scorer": scorer},
+        inputs={
+            "data": data,
+            "candidates": candidates,
+            "scorer": scorer,
+            **_given(rationales=rationales),
+        },
     )
     if folder.figures is not None:
         return folder.figures
-    samples = {sample.id: sample for sample in dataset.open_data(data).samples}
     sets = [
         record
         for record in read_records(candidates / "candidates.jsonl", CandidateSet)
         if len(record.candidates) > 1
     ]
-    journal = _Journal(out / "rated.jsonl", Rating)
-    known = {rating.sample_id for rating in journal.records()}
+    samples = _judged_samples(data, rationales, [record.sample_id for record in sets])
+    journal = _Journal(out, Rating)
+    ratings = {(each.sample_id, each.first, each.second): each for each in journal.records()}
+    # An interruption may have cut a sample's ratings in two: then all are made again.
+    counts = Counter(sample_id for sample_id, _, _ in ratings)
+    known = {
+        s.sample_id for s in sets if counts[s.sample_id] == len(scoring.pair_schedule(s.candidates))
+    }
     todo = [record for record in sets if record.sample_id not in known]
     if todo:
-        engine = _rating_engine(scorer / "model", scorer_model, device, config.batch_size)
+        engine = _rating_engine(scorer / "model", device, config.batch_size)
     for done in range(0, len(todo), SCORING_CHUNK):
         chunk = todo[done : done + SCORING_CHUNK]
         rated = scoring.rate_candidates(
             engine, [(samples[record.sample_id], record) for record in chunk]
         )
         journal.append(*rated)
+        ratings.update({(each.sample_id, each.first, each.second): each for each in rated})
         progress(len(known) + done + len(chunk), len(sets))
-    by_sample: dict[str, list[Rating]] = {}
-    for rating in journal.records():
-        by_sample.setdefault(rating.sample_id, []).append(rating)
-    ratings = [rating for record in sets for rating in by_sample[record.sample_id]]
-    write_records(out / "ratings.jsonl", Rating, ratings)
-    journal.delete()
-    return folder.finish(
+    ordered = [
+        ratings[record.sample_id, first.id, second.id]
+        for record in sets
+        for first, second in scoring.pair_schedule(record.candidates)
+    ]
+    write_records(out / "ratings.jsonl", Rating, ordered)
+    figures = folder.finish(
         {
             "samples": len(sets),
-            "ratings": len(ratings),
-            "rating_mass": scoring.mean_mass(ratings),
-            "swap_consistency": scoring.swap_consistency(ratings),
+            "ratings": len(ordered),
+            "rating_mass": scoring.mean_mass(ordered),
+            "swap_consistency": scoring.swap_consistency(ordered),
         }
     )
+    journal.delete()
+    return figures
 
 
 def curate_preference(
@@ -583,12 +609,12 @@ def curate_preference(
     folder = StageFolder("curate-preference", out, config=config, inputs=inputs)
     if folder.figures is not None:
         return folder.figures
-    samples = {sample.id: sample for sample in dataset.open_data(data).samples}
     sets = [
         record
         for path in candidates
         for record in read_records(path / "candidates.jsonl", CandidateSet)
     ]
+    samples = _judged_samples(data, None, [record.sample_id for record in sets])
     rated = [rating for path in ratings for rating in read_records(path / "ratings.jsonl", Rating)]
     # The order of shards must not matter.
     result = curation.curate(
@@ -634,16 +660,15 @@ def train_dpo(
         "train-dpo",
         out,
         config=config,
-        inputs={"data": data, "preferences": preferences, "policy": policy.parent},
+        inputs={"data": data, "preferences": preferences, **_policy_inputs(policy)},
         settings={"seed": seed},
     )
     if folder.figures is not None:
         return folder.figures
     opened = dataset.open_data(data)
-    samples = {sample.id: sample for sample in opened.samples}
     examples = [
         PreferenceExample(
-            question=samples[record.sample_id].question,
+            question=opened.sample(record.sample_id).question,
             chosen=record.chosen.text,
             rejected=record.rejected.text,
             image=functools.partial(opened.image, record.sample_id),
@@ -653,7 +678,8 @@ def train_dpo(
     if not examples:
         raise UserError(
             f"{preferences} holds no preference, so there is nothing to align to.",
-            "Its manifest counts the reasons; lower curation.min_margin or search more samples.",
+            "Its manifest counts the reasons. Begin another run with a lower "
+            "curation.min_margin, or with more search.samples.",
         )
     start = read_policy(policy)
     outcome = train(
@@ -681,7 +707,7 @@ def evaluate(
         config: The evaluation's settings.
         data: The held-out split.
         policy: A ``policy.json``.
-        out: Gets ``responses.jsonl`` and ``figures.json``.
+        out: Gets ``responses.jsonl``, ``judgements.jsonl`` and ``figures.json``.
         seed: Of the bootstrap.
         round_number: 0 after stage 1, then the rounds.
         previous: The evaluation of the policy before, on the same split.
@@ -691,7 +717,7 @@ def evaluate(
     Returns:
         The figures of `srccore.evaluation.Figures`.
     """
-    inputs: dict[str, Path | str] = {"data": data, "policy": policy.parent}
+    inputs: dict[str, Path | str] = {"data": data, **_policy_inputs(policy)}
     if previous is not None:
         inputs["previous"] = previous
     folder = StageFolder(
@@ -721,19 +747,107 @@ def evaluate(
                 finished=continuation.stop == "end",
             )
         progress(start + len(batch), len(order))
-    outcomes = evaluation.judge_responses(opened.samples, responses)
-    before = None
-    if previous is not None:
-        earlier = {r.sample_id: r for r in read_records(previous / "responses.jsonl", Response)}
-        before = evaluation.judge_responses(opened.samples, earlier)
-    figures = evaluation.figures(
-        outcomes, round=round_number, previous=before, resamples=config.resamples, seed=seed
-    ).model_dump(mode="json")
     write_records(
         out / "responses.jsonl", Response, [responses[sample.id] for sample in opened.samples]
     )
+    journal = _Journal(out, Judgement)
+    if config.judge == "endpoint":
+        _ask_judge(config, opened, responses, journal, progress)
+    judgements = sorted(journal.records(), key=lambda record: record.sample_id)
+    write_records(out / "judgements.jsonl", Judgement, judgements)
+    outcomes = read_outcomes(opened.samples, out)
+    before = read_outcomes(opened.samples, previous) if previous is not None else None
+    figures = evaluation.figures(
+        outcomes, round=round_number, previous=before, resamples=config.resamples, seed=seed
+    ).model_dump(mode="json")
     write_json(out / "figures.json", figures)
-    return folder.finish(figures)
+    figures = folder.finish(figures)
+    journal.delete()
+    return figures
+
+
+def _ask_judge(
+    config: EvaluationConfig,
+    opened: dataset.DataSet,
+    responses: dict[str, Response],
+    journal: _Journal[Judgement],
+    progress: Progress,
+) -> None:
+    """Asks of every response whose sample has no facts; what fails stays unjudged."""
+    from srccore.teacher import EndpointTeacher, JudgeRequest
+
+    known = {record.sample_id for record in journal.records()}
+    asked = []
+    for sample in opened.samples:
+        if sample.facts or sample.id in known:
+            continue
+        parsed = response.parse(responses[sample.id].text)
+        if parsed is not None and parsed.rationale:
+            image = functools.partial(opened.image, sample.id)
+            asked.append(JudgeRequest(sample, parsed, image))
+        else:
+            # Where there is no rationale there is nothing to ask: it is wrong.
+            journal.append(Judgement(sample_id=sample.id, rationale_right=False, derived_answer=""))
+    found = EndpointTeacher(config.endpoint).judgements(asked) if asked else ()
+    for done, (_, judgement, _) in enumerate(found, start=1):
+        if judgement is not None:
+            journal.append(judgement)
+        progress(done, len(asked))
+
+
+def read_outcomes(samples: Sequence[Sample], folder: Path) -> list[evaluation.Outcome]:
+    """Judges what a folder of `evaluate` holds.
+
+    Args:
+        samples: The split that was evaluated.
+        folder: The folder.
+
+    Returns:
+        One outcome per sample, in their order.
+
+    Raises:
+        UserError: The folder's responses are to other samples.
+    """
+    responses = read_records(folder / "responses.jsonl", Response)
+    judgements = read_records(folder / "judgements.jsonl", Judgement)
+    return evaluation.judge_responses(
+        samples,
+        {record.sample_id: record for record in responses},
+        {record.sample_id: record for record in judgements},
+    )
+
+
+def _judged_samples(data: Path, rationales: Path | None, ids: Sequence[str]) -> dict[str, Sample]:
+    """Samples by id; one without a rationale of its own gets the teacher's.
+
+    Raises:
+        UserError: The data set has no sample of one of the ids.
+    """
+    opened = dataset.open_data(data)
+    samples = {sample_id: opened.sample(sample_id) for sample_id in ids}
+    for record in read_records(rationales / "rationales.jsonl", Rationale) if rationales else ():
+        sample = samples.get(record.sample_id)
+        if sample is not None and sample.rationale is None:
+            samples[sample.id] = sample.model_copy(update={"rationale": record.rationale})
+    return samples
+
+
+def _given(**inputs: Path | None) -> dict[str, Path]:
+    return {name: path for name, path in inputs.items() if path is not None}
+
+
+def _policy_inputs(policy: Path) -> dict[str, Path]:
+    """A stage's policy counts by the stage's manifest, any other by its file and its adapters."""
+    from srccore.policy import POLICY_FILE, read_policy
+
+    folder = policy if policy.is_dir() else policy.parent
+    if (folder / STARTED).is_file():
+        return {"policy": folder}
+    adapters = read_policy(policy).adapters
+    return {
+        "policy": folder / POLICY_FILE if policy.is_dir() else policy,
+        **{f"adapter_{number}": Path(adapter) for number, adapter in enumerate(adapters)},
+    }
 
 
 def _model_input(path: str) -> Path | str:
@@ -758,10 +872,10 @@ def sampling_engine(policy: Path, device: str) -> Any:
     return TransformersSamplingEngine(loaded.model, loaded.processor)
 
 
-def _rating_engine(folder: Path, model: ModelConfig, device: str, batch_size: int) -> Any:
+def _rating_engine(folder: Path, device: str, batch_size: int) -> Any:
     from srccore.engines.transformers import TransformersRatingEngine
 
-    return TransformersRatingEngine.load(folder, model.dtype, _device(device), batch_size)
+    return TransformersRatingEngine.load(folder, _device(device), batch_size)
 
 
 R = TypeVar("R", bound=Record)
@@ -770,8 +884,8 @@ R = TypeVar("R", bound=Record)
 class _Journal(Generic[R]):
     """Records that are durable as soon as they are appended; read back by a later attempt."""
 
-    def __init__(self, path: Path, kind: type[R]) -> None:
-        self.path = path
+    def __init__(self, folder: Path, kind: type[R]) -> None:
+        self.path = folder / JOURNAL
         self.kind = kind
 
     def append(self, *records: R) -> None:
@@ -782,11 +896,12 @@ class _Journal(Generic[R]):
         """All whole lines; a last line that an interruption cut is not there."""
         if not self.path.exists():
             return []
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            self.path.write_text(whole, encoding="utf-8")
-        return [self.kind.model_validate(json.loads(line)) for line in whole.splitlines()]
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            self.path.write_bytes(whole)
+        return [self.kind.model_validate_json(line) for line in whole.split(b"\n")[:-1]]
 
     def delete(self) -> None:
+        """Comes after the manifest: until then the records are the stage's only ones."""
         self.path.unlink(missing_ok=True)

@@ -124,7 +124,7 @@ def _rating_figures(items: list[Item]) -> str:
     from srccore.engines.transformers import TransformersRatingEngine
 
     rng = random.Random(0)
-    engine = TransformersRatingEngine.load(MODELS / "rating", "float32", "cpu", 64)
+    engine = TransformersRatingEngine.load(MODELS / "rating", "cpu", 64, dtype="float32")
     pairs = []
     for item in items:
         first, second = (flaws.flawed_response(item, rng) for _ in range(2))

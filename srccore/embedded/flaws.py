@@ -11,11 +11,11 @@ The size of a gain on `tiny` therefore shows that the machinery works, not what 
 
 from __future__ import annotations
 
-import hashlib
 import random
 
 from srccore import response
 from srccore.embedded.world import KIND_NAMES, Item, Reasoning, reason, world_facts
+from srccore.hashing import stable_hash
 from srccore.records import Fact
 
 __all__ = ["MISCONCEPTIONS", "brief_turn", "flawed_response", "perception_turns"]
@@ -64,7 +64,7 @@ def _misconceptions() -> dict[str, str]:
 
 
 def _chance(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return stable_hash(text) / 2**64
 
 
 MISCONCEPTIONS = _misconceptions()

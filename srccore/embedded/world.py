@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import functools
 import gzip
-import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from PIL import Image, ImageDraw
 
 from srccore.embedded.vendor import ASSETS
 from srccore.facts import gold_rationale
+from srccore.hashing import stable_hash
 from srccore.records import Category, Fact, Sample
 
 __all__ = [
@@ -103,7 +103,7 @@ def make_item(seed: int, split: str, number: int) -> Item:
         The item; the same arguments give the same item, whatever was made before.
     """
     name = f"{split}-{number:05d}"
-    rng = random.Random(_hash(f"{seed}/{name}"))
+    rng = random.Random(stable_hash(f"{seed}/{name}"))
     category = MIXTURE[number % len(MIXTURE)]
     task = rng.choice(TASKS[category])
     scene = None
@@ -441,16 +441,12 @@ def _digit_numbers(split: str) -> list[int]:
 
 
 def _split_of(instance: str) -> str:
-    point = _hash(instance) / 2**64
+    point = stable_hash(instance) / 2**64
     for split, share in SPLITS.items():
         if point < share:
             return split
         point -= share
     return "heldout"
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _with_article(name: str) -> str:

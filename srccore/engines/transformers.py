@@ -297,13 +297,13 @@ class TransformersRatingEngine:
 
     @classmethod
     def load(
-        cls, folder: Path, dtype: str, device: str, batch_size: int
+        cls, folder: Path, device: str, batch_size: int, *, dtype: str = "auto"
     ) -> TransformersRatingEngine:
-        """Loads the model of a folder that `train-scorer` wrote."""
+        """Loads the model of a folder that `train-scorer` wrote; by default in its own dtype."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
         return cls(model.to(device), AutoTokenizer.from_pretrained(folder), batch_size)
 

@@ -1,6 +1,6 @@
 """Fine-tuning over TRL: rationale tuning, R-Scorer, DPO. What the three have in common is here.
 
-Assumes one process, or one per device under ``accelerate launch``. Nothing is truncated: a sample
+Assumes one process; the stages do not tell ranks apart yet. Nothing is truncated: a sample
 longer than the model's context is skipped and counted. Images are read when their batch comes, so
 memory does not grow with the data set.
 """
@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from srccore.config import LoraSettings, ModelConfig, OptimizerSettings
 from srccore.errors import UserError
-from srccore.policy import Policy
+from srccore.policy import Policy, load_policy
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,19 +28,17 @@ if TYPE_CHECKING:
 __all__ = [
     "ImageLoader",
     "Progress",
+    "Row",
     "TrainingOutcome",
     "final_mean",
-    "image_dataset",
-    "in_training_dtype",
     "lora_config",
     "progress_callbacks",
     "quiet",
-    "save_adapter",
     "step_figures",
     "train",
+    "train_adapter",
     "training_arguments",
     "training_device",
-    "within_context",
 ]
 
 Progress = Callable[[int, int], None]
@@ -50,7 +49,15 @@ ImageLoader = Callable[[], "Image"]
 FINAL_STEPS = 10
 """A figure "at the end" is the mean over this many last steps, or the last quarter if fewer."""
 
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class Row:
+    """What a policy is trained on: a prompt with its image, and one response or two."""
+
+    prompt: str
+    responses: dict[str, str]
+    """By TRL's names of their columns."""
+    image: ImageLoader
 
 
 @dataclass(frozen=True)
@@ -70,15 +77,71 @@ class TrainingOutcome:
     """Of training alone, without loading."""
 
 
-def in_training_dtype(policy: Policy, device: str) -> Policy:
-    """Returns the policy as it is trained: in float32 on a CPU, else in its own dtype."""
-    if device.startswith("cuda"):
-        return policy
-    return policy.model_copy(update={"base": policy.base.model_copy(update={"dtype": "float32"})})
+def train_adapter(
+    policy: Policy,
+    rows: Callable[[Any], list[Row]],
+    config: OptimizerSettings,
+    out: Path,
+    *,
+    lora: LoraSettings,
+    seed: int,
+    device: str,
+    progress: Progress | None,
+    trainer: Callable[..., Any],
+) -> tuple[TrainingOutcome, Any]:
+    """Trains a new LoRA adapter on a policy and writes it to ``out/adapter``.
+
+    Args:
+        policy: The policy to start from; on a CPU it is trained in float32.
+        rows: Makes the rows, given the policy's processor.
+        config: The stage's section of the preset.
+        out: An existing folder.
+        lora: The adapter's settings.
+        seed: Seeds adapter, order and dropout.
+        device: ``cpu`` or ``cuda``.
+        progress: Told of every optimiser step.
+        trainer: Makes TRL's trainer from its arguments as a dict and from keyword arguments.
+
+    Returns:
+        What it did, and the trainer with its log.
+
+    Raises:
+        UserError: No row fits into the context, or the policy cannot be loaded.
+    """
+    dtype = policy.base.dtype if device.startswith("cuda") else "float32"
+    base = policy.base.model_copy(update={"dtype": dtype})
+    loaded = load_policy(policy.model_copy(update={"base": base}), training_device(device))
+    made = rows(loaded.processor)
+    fitting = _within_context(loaded.model, loaded.processor, made)
+
+    def read(number: int) -> dict[str, Any]:
+        row = fitting[number]
+        return {"prompt": row.prompt, **row.responses, "images": [row.image()]}
+
+    with quiet(), tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch:
+        arguments = training_arguments(
+            config,
+            out=Path(scratch),
+            seed=seed,
+            device=device,
+            dtype=policy.base.dtype,
+            bar=progress is None,
+        )
+        ready = trainer(
+            arguments,
+            model=loaded.model,
+            train_dataset=_image_dataset(len(fitting), read),
+            processing_class=loaded.processor,
+            peft_config=lora_config(lora),
+            callbacks=progress_callbacks(progress),
+        )
+        outcome = train(ready, samples=len(fitting), skipped=len(made) - len(fitting))
+        _save_adapter(ready, policy.base, out / "adapter")
+    return outcome, ready
 
 
 def training_device(device: str) -> str:
-    """Returns the device of this process: its own GPU under ``accelerate launch``.
+    """Returns the device of this process: its own GPU where a launcher started several.
 
     Raises:
         UserError: One process sees several GPUs, which TRL refuses.
@@ -91,7 +154,7 @@ def training_device(device: str) -> str:
     if rank is None and torch.cuda.device_count() > 1:
         raise UserError(
             f"This process sees {torch.cuda.device_count()} GPUs but trains on one.",
-            "Set CUDA_VISIBLE_DEVICES=0, or start one process per GPU with accelerate launch.",
+            "Set CUDA_VISIBLE_DEVICES to one of them, for example 0.",
         )
     return f"cuda:{rank or 0}"
 
@@ -154,7 +217,7 @@ def lora_config(lora: LoraSettings, target_modules: str | None = None) -> Any:
     )
 
 
-def image_dataset(count: int, row: Callable[[int], dict[str, Any]]) -> Any:
+def _image_dataset(count: int, row: Callable[[int], dict[str, Any]]) -> Any:
     """Makes a ``datasets.Dataset`` whose rows are made when they are read.
 
     Args:
@@ -167,7 +230,7 @@ def image_dataset(count: int, row: Callable[[int], dict[str, Any]]) -> Any:
 
 
 class _Rows:
-    """The transform behind `image_dataset`.
+    """The transform behind `_image_dataset`.
 
     The datasets library pickles a transform to name its cache, and copies it; the images behind
     this one shall be neither pickled nor copied.
@@ -187,22 +250,8 @@ class _Rows:
         return self
 
 
-def within_context(
-    model: Any,
-    processor: Any,
-    rows: Sequence[T],
-    parts: Callable[[T], tuple[str, Sequence[str], ImageLoader]],
-) -> list[T]:
+def _within_context(model: Any, processor: Any, rows: Sequence[Row]) -> list[Row]:
     """Keeps the rows whose prompt, image and longest response fit into the model's context.
-
-    Args:
-        model: Gives ``max_position_embeddings``.
-        processor: Tokenises, and knows how many tokens an image of a size takes.
-        rows: The rows.
-        parts: Takes a row apart: prompt text, response texts, image.
-
-    Returns:
-        The rows that fit, in order.
 
     Raises:
         UserError: None fits.
@@ -211,12 +260,11 @@ def within_context(
     encode = processor.tokenizer.encode
     kept = []
     for row in rows:
-        prompt, responses, image = parts(row)
-        width, height = image().size
+        width, height = row.image().size
         # The prompt's own placeholder counts as one token already.
         length = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
-        tokens = length.num_image_tokens[0] - 1 + len(encode(prompt, add_special_tokens=False))
-        tokens += max(len(encode(text, add_special_tokens=False)) for text in responses)
+        tokens = length.num_image_tokens[0] - 1 + len(encode(row.prompt, add_special_tokens=False))
+        tokens += max(len(encode(t, add_special_tokens=False)) for t in row.responses.values())
         if tokens <= limit:
             kept.append(row)
     if not kept:
@@ -302,7 +350,7 @@ def final_mean(values: Sequence[float]) -> float:
     return sum(last) / len(last)
 
 
-def save_adapter(trainer: Any, base: ModelConfig, folder: Path) -> None:
+def _save_adapter(trainer: Any, base: ModelConfig, folder: Path) -> None:
     """Writes the trained adapter (safetensors) and names its base model.
 
     Args:

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from srccore.config import DpoConfig
-from srccore.policy import Policy, load_policy, prompt_text, response_text
+from srccore.policy import Policy, prompt_text, response_text
 from srccore.training import (
     ImageLoader,
     Progress,
+    Row,
     TrainingOutcome,
     final_mean,
-    image_dataset,
-    in_training_dtype,
-    lora_config,
-    progress_callbacks,
-    quiet,
-    save_adapter,
     step_figures,
-    train,
-    training_arguments,
-    training_device,
-    within_context,
+    train_adapter,
 )
 
 __all__ = ["DpoOutcome", "PreferenceExample", "train_dpo"]
@@ -53,14 +43,6 @@ class DpoOutcome:
     chosen_log_probability: float
     """Sum over the chosen response's tokens, natural log, mean over pairs."""
     rejected_log_probability: float
-
-
-@dataclass(frozen=True)
-class _Row:
-    prompt: str
-    chosen: str
-    rejected: str
-    image: ImageLoader
 
 
 def train_dpo(
@@ -96,57 +78,35 @@ def train_dpo(
     """
     from trl import DPOConfig, DPOTrainer
 
-    loaded = load_policy(in_training_dtype(policy, device), training_device(device))
-    processor = loaded.processor
-    rows = [
-        _Row(
-            prompt_text(processor, example.question),
-            response_text(processor, example.chosen),
-            response_text(processor, example.rejected),
-            example.image,
-        )
-        for example in examples
-    ]
-    rows = within_context(
-        loaded.model,
-        processor,
-        rows,
-        lambda row: (row.prompt, [row.chosen, row.rejected], row.image),
-    )
-
-    def read(number: int) -> dict[str, Any]:
-        row = rows[number]
-        return {
-            "prompt": row.prompt,
-            "chosen": row.chosen,
-            "rejected": row.rejected,
-            "images": [row.image()],
-        }
-
-    with quiet(), tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch:
-        arguments = training_arguments(
-            config,
-            out=Path(scratch),
-            seed=seed,
-            device=device,
-            dtype=policy.base.dtype,
-            bar=progress is None,
-        )
-        trainer = DPOTrainer(
-            model=loaded.model,
+    outcome, trainer = train_adapter(
+        policy,
+        lambda processor: [
+            Row(
+                prompt_text(processor, example.question),
+                {
+                    "chosen": response_text(processor, example.chosen),
+                    "rejected": response_text(processor, example.rejected),
+                },
+                example.image,
+            )
+            for example in examples
+        ],
+        config,
+        out,
+        lora=config.lora,
+        seed=seed,
+        device=device,
+        progress=progress,
+        trainer=lambda arguments, **parts: DPOTrainer(
             args=DPOConfig(
                 **arguments,
                 beta=config.beta,
                 loss_type=["sigmoid", "sft"],
                 loss_weights=[1.0, config.sft_weight],
             ),
-            train_dataset=image_dataset(len(rows), read),
-            processing_class=processor,
-            peft_config=lora_config(config.lora),
-            callbacks=progress_callbacks(progress),
-        )
-        outcome = train(trainer, samples=len(rows), skipped=len(examples) - len(rows))
-        save_adapter(trainer, policy.base, out / "adapter")
+            **parts,
+        ),
+    )
     return DpoOutcome(
         training=outcome,
         reward_accuracy=final_mean(step_figures(trainer, "rewards/accuracies")),

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from srccore.config import RationaleTuningConfig
-from srccore.policy import Policy, load_policy, prompt_text, response_text
-from srccore.training import (
-    ImageLoader,
-    Progress,
-    TrainingOutcome,
-    image_dataset,
-    in_training_dtype,
-    lora_config,
-    progress_callbacks,
-    quiet,
-    save_adapter,
-    train,
-    training_arguments,
-    training_device,
-    within_context,
-)
+from srccore.policy import Policy, prompt_text, response_text
+from srccore.training import ImageLoader, Progress, Row, TrainingOutcome, train_adapter
 
 __all__ = ["RationaleExample", "tune_rationale"]
 
@@ -35,13 +19,6 @@ class RationaleExample:
 
     question: str
     response: str
-    image: ImageLoader
-
-
-@dataclass(frozen=True)
-class _Row:
-    prompt: str
-    completion: str
     image: ImageLoader
 
 
@@ -77,41 +54,24 @@ def tune_rationale(
     """
     from trl import SFTConfig, SFTTrainer
 
-    loaded = load_policy(in_training_dtype(policy, device), training_device(device))
-    processor = loaded.processor
-    rows = [
-        _Row(
-            prompt_text(processor, example.question),
-            response_text(processor, example.response),
-            example.image,
-        )
-        for example in examples
-    ]
-    rows = within_context(
-        loaded.model, processor, rows, lambda row: (row.prompt, [row.completion], row.image)
+    outcome, _ = train_adapter(
+        policy,
+        lambda processor: [
+            Row(
+                prompt_text(processor, example.question),
+                {"completion": response_text(processor, example.response)},
+                example.image,
+            )
+            for example in examples
+        ],
+        config,
+        out,
+        lora=config.lora,
+        seed=seed,
+        device=device,
+        progress=progress,
+        trainer=lambda arguments, **parts: SFTTrainer(
+            args=SFTConfig(**arguments, completion_only_loss=True), **parts
+        ),
     )
-
-    def read(number: int) -> dict[str, Any]:
-        row = rows[number]
-        return {"prompt": row.prompt, "completion": row.completion, "images": [row.image()]}
-
-    with quiet(), tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch:
-        arguments = training_arguments(
-            config,
-            out=Path(scratch),
-            seed=seed,
-            device=device,
-            dtype=policy.base.dtype,
-            bar=progress is None,
-        )
-        trainer = SFTTrainer(
-            model=loaded.model,
-            args=SFTConfig(**arguments, completion_only_loss=True),
-            train_dataset=image_dataset(len(rows), read),
-            processing_class=processor,
-            peft_config=lora_config(config.lora),
-            callbacks=progress_callbacks(progress),
-        )
-        outcome = train(trainer, samples=len(rows), skipped=len(examples) - len(rows))
-        save_adapter(trainer, policy.base, out / "adapter")
     return outcome

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srccore.config import LoraSettings, ModelConfig, ScorerConfig
+from srccore.config import LoraSettings, ScorerConfig, TextModelConfig
 from srccore.errors import UserError
 from srccore.policy import resolve_model_path
 from srccore.records import RATING_LEVELS
@@ -48,7 +48,7 @@ class ScorerOutcome:
 
 
 def train_scorer(
-    base: ModelConfig,
+    base: TextModelConfig,
     examples: Sequence[RatingExample],
     config: ScorerConfig,
     out: Path,

@@ -57,6 +57,9 @@ def test_more_rounds_do_only_the_new_ones(finished: Path, tmp_path: Path) -> Non
         {preference.sample_id for preference in _preferences(copy, number)} for number in (1, 2)
     )
     assert not first & second
+    before = (copy / "figures.json").read_bytes()
+    assert run(shrunken(), copy, Recorder()) == figures, "fewer rounds lose none"
+    assert (copy / "figures.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("where", ["sample-responses", "score-candidates", "train-dpo"])
@@ -197,7 +200,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     assert process.returncode == 130, err
     assert "The same command goes on" in out
     assert "Traceback" not in err
-    assert (tmp_path / "run" / "augment-rationales" / "manifest.json").exists()
+    assert (tmp_path / "run" / "augment-rationales" / "train" / "manifest.json").exists()
 
 
 def test_export_writes_a_checkpoint_that_transformers_loads_by_itself(
@@ -226,7 +229,7 @@ def test_export_writes_a_checkpoint_that_transformers_loads_by_itself(
         (["run", "--out", "{finished}", "--set", "search.width=3"], "another configuration"),
         (["run", "--out", "/proc/nothing/run"], "cannot be written"),
         (["run", "--out", "{tmp}/x", "--set", "model.path={tmp}"], "config.json"),
-        (["run", "--out", "{tmp}/x", "--set", "data.source={tmp}/none"], "missing"),
+        (["run", "--out", "{tmp}/x", "--set", "data.source={tmp}/none"], "is not a data set"),
         (["export", "{finished}", "--round", "7", "-o", "{tmp}/e"], "has not finished round 7"),
         (["export", "{tmp}", "--round", "1", "-o", "{tmp}/e"], "no run folder"),
         (["report", "{tmp}"], "no run folder"),

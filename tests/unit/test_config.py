@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
-from srccore.config import RunConfig, load_config, preset_names
+from srccore.config import RunConfig, identity, load_config, preset_names
 from srccore.errors import UserError
 
 
@@ -66,3 +68,26 @@ def test_a_preset_of_ones_own_is_a_yaml_file(tmp_path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(values))
     assert load_config(str(path)).name == "mine"
+
+
+def test_a_folder_is_kept_absolute_so_that_a_run_goes_on_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "embedded").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = load_config("tiny", ["model.path=model", "rating_model.path=org/name"])
+    assert config.model.path == str(tmp_path / "model")
+    assert config.rating_model.path == "org/name"
+    assert config.data.source == "embedded"
+
+
+def test_how_the_work_is_done_makes_no_other_configuration() -> None:
+    config = load_config("tiny")
+    same = load_config("tiny", ["threads=1", "rounds=5", "annotation.endpoint.url=http://other/v1"])
+    other = load_config("tiny", ["annotation.endpoint.model=other"])
+    assert identity(config) == identity(same)
+    assert [n for n, v in identity(other).items() if identity(config)[n] != v] == [
+        "annotation.endpoint.model"
+    ]
+    assert {"rationale.lora.rank", "search.width", "seed"} <= identity(config).keys()

@@ -13,7 +13,7 @@ from srccore.evaluation import (
     judge_responses,
     paired_change,
 )
-from srccore.records import Category, Fact, Response, Sample
+from srccore.records import Category, Fact, Judgement, Response, Sample
 
 FACTS = (
     Fact(subject="the left digit", relation="is", value="3"),
@@ -58,6 +58,29 @@ def test_a_response_is_judged_on_answer_rationale_and_consistency(
     assert judge_responses([sample], {"s": response}) == [
         Outcome("s", Category.MATH, parsed, answer, rationale, consistent, 5)
     ]
+
+
+@pytest.mark.parametrize(
+    ("right", "derived", "rationale", "consistent"),
+    [(True, "7", True, True), (False, "8", False, False), (False, "", False, False)],
+)
+def test_without_facts_a_judgement_decides(
+    right: bool, derived: str, rationale: bool, consistent: bool
+) -> None:
+    sample = Sample(id="s", category=Category.CHART, question="Sum?", answer="7")
+    response = Response(sample_id="s", text="So.\nAnswer: 7", token_count=5, finished=True)
+    told = Judgement(sample_id="s", rationale_right=right, derived_answer=derived)
+    (found,) = judge_responses([sample], {"s": response}, {"s": told})
+    assert (found.rationale_right, found.consistent) == (rationale, consistent)
+    assert sum_up([found]).judged == 1
+
+
+def test_facts_are_checked_by_program_whatever_a_judge_says() -> None:
+    sample = Sample(id="s", category=Category.MATH, question="Sum?", answer="7", facts=FACTS)
+    response = Response(sample_id="s", text=f"{FLAWED}\nAnswer: 7", token_count=5, finished=True)
+    told = Judgement(sample_id="s", rationale_right=True, derived_answer="7")
+    (found,) = judge_responses([sample], {"s": response}, {"s": told})
+    assert (found.rationale_right, found.consistent) == (False, False)
 
 
 def test_without_facts_the_rationale_gets_no_verdict_and_its_figures_are_null() -> None:

@@ -47,7 +47,9 @@ def test_a_rationale_is_unsound_if_a_needed_fact_is_missing_or_a_claim_is_wrong(
     missing = check_rationale("The left digit is 3. 3 plus 4 is 7.", FACTS)
     assert missing.missing == (RIGHT,)
     assert not missing.is_sound
-    assert not check_rationale(GOLD + " The sky is blue.", FACTS).is_sound
+    assert not check_rationale(GOLD + " The left digit is 5.", FACTS).is_sound
+    assert not check_rationale(GOLD + " 3 plus 4 is 8.", FACTS).is_sound
+    assert check_rationale(GOLD + " The sky is blue.", FACTS).is_sound
     assert not check_rationale("", ()).is_sound
 
 

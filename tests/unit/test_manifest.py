@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_a_changed_input_is_another_stage(tmp_path: Path) -> None:
         StageFolder("stage", tmp_path / "out", inputs={"source": source})
 
 
+def test_a_folder_counts_by_its_files_and_not_by_its_card(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    # A manifest of somebody else's is a file like any other.
+    for name in ("model.safetensors", "manifest.json"):
+        (model / name).write_text("a")
+    StageFolder("stage", tmp_path / "out", inputs={"model": model}).finish({})
+    (model / "README.md").write_text("A card.")
+    assert StageFolder("stage", tmp_path / "out", inputs={"model": model}).figures == {}
+    (model / "manifest.json").write_text("b")
+    with pytest.raises(UserError, match="holds something else"):
+        StageFolder("stage", tmp_path / "out", inputs={"model": model})
+
+
 def test_a_missing_input_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="input source is missing"):
         StageFolder("stage", tmp_path / "out", inputs={"source": tmp_path / "none"})
@@ -74,3 +89,15 @@ def test_a_folder_without_permission_is_told(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot be written"):
         _folder(tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a part is Linux's to tell")
+def test_memory_is_what_the_stage_took_not_what_was_taken_before(tmp_path: Path) -> None:
+    block = bytearray(os.urandom(2**20) * 200)
+    del block
+    stage = StageFolder("small", tmp_path / "small")
+    stage.finish({})
+    assert stage.manifest is not None
+    with open("/proc/self/status", encoding="ascii") as status:
+        (now,) = (int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS:"))
+    assert stage.manifest.peak_memory_mb < now + 100

@@ -134,7 +134,6 @@ def full(**changes: object) -> ReportData:
         "versions": {"torch": "2.13.0"},
         "hashes": {"data/train": "9f" * 32},
         "config_yaml": "name: tiny\n",
-        "command": "srccore run tiny",
         "notes": ["It shows that the machinery works."],
     }
     return ReportData.model_validate({**values, **changes})
@@ -164,14 +163,13 @@ def test_what_was_measured_is_on_the_page() -> None:
         "+2.0 to +16.0",
         "excludes zero",
         "Margin too small",
-        "4 preferences, median 0.60",
+        "4 samples, median 0.60",
         "84.0%",
         "−0.0030",  # noqa: RUF001 - a minus sign is what the page shows
         "1 min 01 s",
         "2.0 GB",
         "2.13.0",
         "9f" * 32,
-        "srccore run tiny",
         "machinery works",
         "expected rating 4.50",
         "4 May 2026, 12:33 UTC",
@@ -203,7 +201,6 @@ def test_hostile_text_stays_text(text: str) -> None:
             full(
                 title=text,
                 notes=[text],
-                command=text,
                 config_yaml=text,
                 versions={text: text},
                 hashes={text: text},

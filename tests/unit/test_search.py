@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from srccore.config import SearchConfig
 from srccore.engines.base import Continuation, Draw, Prompt
-from srccore.search import Beam, search_candidates, select, similarity, stable_hash
+from srccore.hashing import stable_hash
+from srccore.search import Beam, search_candidates, select, similarity
 
 # A toy policy: behind each prefix stand sentences with their probabilities. A sentence in
 # capitals ends the response. Every sentence is one token.
@@ -156,6 +157,18 @@ def test_near_identical_siblings_count_as_one_and_the_likelier_stays() -> None:
     # {the, cat, sits} both: index 1.
     likely, unlikely = Beam(" the cat sits.", -1.0, 4), Beam(" The cat, sits.", -2.0, 4)
     assert select([[unlikely, likely]], config) == [likely]
+
+
+def test_siblings_are_compared_by_what_they_add_and_not_by_what_they_share() -> None:
+    config = _config(similarity=0.9)
+    shared = " The red bar is 3. The blue bar is 5. The green bar is 2."
+    # The whole texts share 10 of 11 words: 0.91.
+    right, wrong = (
+        Beam(f"{shared} 5 minus 2 is {result}.", score, 20, parent_length=len(shared))
+        for result, score in ((3, -1.0), (4, -2.0))
+    )
+    assert similarity(right.text, wrong.text) >= 0.9
+    assert select([[right, wrong]], config) == [right, wrong]
 
 
 def test_the_diverse_place_goes_to_the_beam_least_like_those_kept() -> None:

@@ -12,21 +12,23 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from endpoint import Reply, Server, fails, name_of, says, serving, text_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from srccore.config import EndpointConfig
 from srccore.errors import UserError
-from srccore.records import Category, Fact, Sample
+from srccore.records import Category, Fact, Judgement, Sample
+from srccore.response import parse
 from srccore.teacher import (
     FAULTS_IN_A_ROW,
     EndpointTeacher,
     FactsTeacher,
+    JudgeRequest,
     PairRequest,
     Problem,
     RationaleRequest,
@@ -63,110 +65,13 @@ def pairs(count: int) -> list[PairRequest]:
     return [PairRequest(sample(f"s{number}"), GOOD, "Answer: 7") for number in range(count)]
 
 
-class QuietServer(ThreadingHTTPServer):
-    """Says nothing of clients that hang up: the tests make them do so."""
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Does nothing."""
-
-
-class Reply:
-    """What the server does with one request: a status and a body, or a dropped connection."""
-
-    def __init__(self, body: object = None, status: int = 200, drop: bool = False) -> None:
-        self.body, self.status, self.drop = body, status, drop
-
-
-def says(text: object, finish_reason: str = "stop") -> Reply:
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
-    return Reply({"id": "x", "object": "chat.completion", "created": 0, "choices": [choice]})
-
-
-def fails(status: int, message: str = "scripted") -> Reply:
-    return Reply({"error": {"message": message}}, status)
-
-
-Script = Callable[[dict[str, Any], int], Reply]
-
-
-class Server:
-    """Speaks /v1/chat/completions. ``script`` gets a request's body and its number for the item."""
-
-    def __init__(self) -> None:
-        self.script: Script = lambda body, attempt: says(GOOD)
-        self.seen: list[dict[str, Any]] = []
-        self.authorization: set[str] = set()
-        self.attempts: dict[str, int] = {}
-        self.most_at_once = self.now = 0
-        self.lock = threading.Lock()
-        self.ended = threading.Event()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                outer.answer(self)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.http = QuietServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        item = name_of(body)
-        with self.lock:
-            assert handler.path == "/v1/chat/completions"
-            self.seen.append(body)
-            self.authorization.add(handler.headers["Authorization"])
-            attempt = self.attempts[item] = self.attempts.get(item, 0) + 1
-            self.now += 1
-            self.most_at_once = max(self.most_at_once, self.now)
-        reply = self.script(body, attempt)
-        with self.lock:
-            self.now -= 1
-        if reply.drop:
-            handler.close_connection = True
-            handler.connection.shutdown(socket.SHUT_RDWR)
-            return
-        is_text = isinstance(reply.body, str)
-        data = (reply.body if is_text else json.dumps(reply.body)).encode()
-        try:
-            handler.send_response(reply.status)
-            handler.send_header("Content-Type", "application/json")
-            handler.send_header("Content-Length", str(len(data)))
-            handler.send_header("Retry-After", "0")
-            handler.send_header("Retry-After-Ms", "1")  # the client waits half a second otherwise
-            handler.end_headers()
-            handler.wfile.write(data)
-        except OSError:
-            handler.close_connection = True  # the client has gone: its timeout is over
-
-
-def text_of(body: dict[str, Any]) -> str:
-    content = body["messages"][0]["content"]
-    return content if isinstance(content, str) else content[1]["text"]
-
-
-def name_of(body: dict[str, Any]) -> str:
-    return text_of(body).rpartition("[s")[2].partition("]")[0]
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("TEACHER_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    it = Server()
-    thread = threading.Thread(target=it.http.serve_forever, args=(0.01,))
-    thread.start()
-    yield it
-    it.ended.set()
-    it.http.shutdown()
-    thread.join()
-    it.http.server_close()
+    with serving() as it:
+        it.script = lambda body, attempt: says(GOOD)
+        yield it
 
 
 def teacher(server: Server, **settings: Any) -> EndpointTeacher:
@@ -580,4 +485,38 @@ def test_a_malformed_rating_is_asked_for_once_more(server: Server, text: str) ->
 def test_a_rating_malformed_twice_is_a_problem(server: Server) -> None:
     server.script = lambda body, attempt: says("five")
     assert list(teacher(server).ratings(pairs(1))) == [(0, None, Problem.NO_RATING)]
+    assert len(server.seen) == 2
+
+
+# The endpoint teacher: judgements
+
+
+def judge_requests(count: int) -> list[JudgeRequest]:
+    parsed = parse(GOOD)
+    assert parsed is not None
+    return [JudgeRequest(sample(f"s{number}", ()), parsed, image) for number in range(count)]
+
+
+def test_a_judge_sees_image_and_rationale_and_not_the_answer_given(server: Server) -> None:
+    server.script = lambda body, attempt: says('{"rationale_right": true, "derived_answer": "8"}')
+    (result,) = teacher(server).judgements(judge_requests(1))
+    assert result == (
+        "s0",
+        Judgement(sample_id="s0", rationale_right=True, derived_answer="8"),
+        None,
+    )
+    picture, words = server.seen[0]["messages"][0]["content"]
+    assert picture["image_url"]["url"].startswith("data:image/png;base64,")
+    material, _ = json.JSONDecoder().raw_decode(words["text"][words["text"].index("{\n") :])
+    assert material["rationale"] == "The red bar is 3. The blue bar is 5."
+    assert "Answer: 8" not in words["text"]
+
+
+def test_a_judgement_in_another_form_is_asked_for_once_more_and_then_a_problem(
+    server: Server,
+) -> None:
+    server.script = lambda body, attempt: says('{"rationale_right": "yes", "derived_answer": "8"}')
+    assert list(teacher(server).judgements(judge_requests(1))) == [
+        ("s0", None, Problem.NO_JUDGEMENT)
+    ]
     assert len(server.seen) == 2

@@ -1,0 +1,118 @@
+"""A real HTTP server on this machine that speaks as an OpenAI-compatible endpoint does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class QuietServer(ThreadingHTTPServer):
+    """Says nothing of clients that hang up: the tests make them do so."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Does nothing."""
+
+
+class Reply:
+    """What the server does with one request: a status and a body, or a dropped connection."""
+
+    def __init__(self, body: object = None, status: int = 200, drop: bool = False) -> None:
+        self.body, self.status, self.drop = body, status, drop
+
+
+def says(text: object, finish_reason: str = "stop") -> Reply:
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
+    return Reply({"id": "x", "object": "chat.completion", "created": 0, "choices": [choice]})
+
+
+def fails(status: int, message: str = "scripted") -> Reply:
+    return Reply({"error": {"message": message}}, status)
+
+
+Script = Callable[[dict[str, Any], int], Reply]
+
+
+class Server:
+    """Speaks /v1/chat/completions. ``script`` gets a request's body and its number for the item."""
+
+    def __init__(self) -> None:
+        self.script: Script = lambda body, attempt: says("So it is.\nAnswer: 8")
+        self.seen: list[dict[str, Any]] = []
+        self.authorization: set[str] = set()
+        self.attempts: dict[str, int] = {}
+        self.most_at_once = self.now = 0
+        self.lock = threading.Lock()
+        self.ended = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                outer.answer(self)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.http = QuietServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        item = name_of(body)
+        with self.lock:
+            assert handler.path == "/v1/chat/completions"
+            self.seen.append(body)
+            self.authorization.add(handler.headers["Authorization"])
+            attempt = self.attempts[item] = self.attempts.get(item, 0) + 1
+            self.now += 1
+            self.most_at_once = max(self.most_at_once, self.now)
+        reply = self.script(body, attempt)
+        with self.lock:
+            self.now -= 1
+        if reply.drop:
+            handler.close_connection = True
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            return
+        is_text = isinstance(reply.body, str)
+        data = (reply.body if is_text else json.dumps(reply.body)).encode()
+        try:
+            handler.send_response(reply.status)
+            handler.send_header("Content-Type", "application/json")
+            handler.send_header("Content-Length", str(len(data)))
+            handler.send_header("Retry-After", "0")
+            handler.send_header("Retry-After-Ms", "1")  # the client waits half a second otherwise
+            handler.end_headers()
+            handler.wfile.write(data)
+        except OSError:
+            handler.close_connection = True  # the client has gone: its timeout is over
+
+
+def text_of(body: dict[str, Any]) -> str:
+    content = body["messages"][0]["content"]
+    return content if isinstance(content, str) else content[1]["text"]
+
+
+def name_of(body: dict[str, Any]) -> str:
+    return text_of(body).rpartition("[s")[2].partition("]")[0]
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[Server]:
+    """The server, listening."""
+    it = Server()
+    thread = threading.Thread(target=it.http.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield it
+    finally:
+        it.ended.set()
+        it.http.shutdown()
+        thread.join()
+        it.http.server_close()
