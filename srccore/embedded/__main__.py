@@ -35,11 +35,11 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = MODELS / "lvlm",
     seed: Seed = 0,
     items: Annotated[int, typer.Option(help="Items of the pretraining split.")] = 30_000,
-    vision_steps: Annotated[int, typer.Option(help="Steps of the vision tower alone.")] = 2600,
-    seeing_steps: Annotated[int, typer.Option(help="Steps of saying what is seen.")] = 600,
-    steps: Annotated[int, typer.Option(help="Steps of talking as the wild does.")] = 1500,
+    vision_steps: Annotated[int, typer.Option(help="Steps of the vision tower alone.")] = 2800,
+    seeing_steps: Annotated[int, typer.Option(help="Steps of saying what is seen.")] = 2600,
+    steps: Annotated[int, typer.Option(help="Steps of talking as the wild does.")] = 2400,
 ) -> None:
-    """Train the vision-language model from nothing (about 20 minutes on two cores)."""
+    """Train the vision-language model from nothing (about 40 minutes on two cores)."""
     from srccore.embedded.pretrain import pretrain as run
 
     run(
@@ -57,9 +57,9 @@ def pretrain_rating(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = MODELS / "rating",
     seed: Seed = 0,
     items: Annotated[int, typer.Option(help="Items of the pretraining split.")] = 20_000,
-    steps: Annotated[int, typer.Option(help="Steps.")] = 1100,
+    steps: Annotated[int, typer.Option(help="Steps.")] = 1600,
 ) -> None:
-    """Train the base of R-Scorer from nothing (about 8 minutes on two cores)."""
+    """Train the base of R-Scorer from nothing (about 10 minutes on two cores)."""
     from srccore.embedded.pretrain_rating import pretrain_rating as run
 
     run(out, seed=seed, items=items, steps=steps)

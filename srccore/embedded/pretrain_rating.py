@@ -2,8 +2,11 @@
 
 The paper starts R-Scorer from Qwen2.5-1.5B, which can compare two texts before it is tuned. This
 stands in for it: a Qwen2 of 0.9 M parameters that learned to compare texts of the pretraining
-split. Behind every rating it also learns to say of each sentence whether the facts support it: a
-denser signal than one token in a hundred. A run then tunes it on the stage-1 policy's responses.
+split. A rating is one token in two hundred, too thin a signal to learn to read from. So the model
+also learns the prompt as language, whose responses mostly repeat its facts: that teaches it to
+find in the facts what a response says. And a second head, thrown away afterwards, says behind
+every sentence of the responses whether the facts support it, one layer before the last. A run then
+tunes the model on its stage-1 policy's responses.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +22,42 @@ import numpy as np
 import torch
 from torch import nn
 
-from srccore import response, scoring
+from srccore import response, scoring, sentences
 from srccore.embedded import flaws
-from srccore.embedded.model import MODELS, PAD, RATING_TEMPLATE, build_rating_model
-from srccore.embedded.world import Item, make_item
+from srccore.embedded.model import (
+    LAYERS,
+    MODELS,
+    PAD,
+    RATING_TEMPLATE,
+    WIDTH,
+    build_rating_model,
+)
+from srccore.embedded.world import Item, make_item, world_facts
 from srccore.facts import Verdict, check_rationale
 from srccore.teacher import FactsTeacher, PairRequest
 
 __all__ = ["pretrain_rating"]
 
 BATCH = 32
-RATING_WEIGHT = 8.0
-"""How much more the rating token counts than a token of the verdicts."""
+GOLD = 0.2
+"""Share of the responses that are right throughout."""
+MISSEEN = 0.5
+"""Share of the responses that misread the image somewhere, as a policy may misread anything."""
+SLIP = 0.15
+"""How often a sentence is changed, left out or repeated besides."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A rated pair as token ids, and what the second head shall say where."""
+
+    ids: list[int]
+    rating: int
+    """The token behind the prompt."""
+    places: list[int]
+    """Indices of the tokens that end a sentence or an answer."""
+    verdicts: list[int]
+    """Of each place: 1 where it is supported, or the answer right; else 0."""
 
 
 def pretrain_rating(
@@ -51,71 +79,142 @@ def pretrain_rating(
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "lvlm")
     tokenizer.chat_template = RATING_TEMPLATE
     model = build_rating_model()
+    judge = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2))
+    weights = [*model.parameters(), *judge.parameters()]
     world = [make_item(seed, "pretrain", number) for number in range(items)]
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(weights, 1e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 2e-3, total_steps=steps + 1, pct_start=0.1
     )
     began = time.monotonic()
-    losses, right = [], []
+    losses, right, judged = [], [], []
     for step in range(1, steps + 1):
         rows = [_row(rng.choice(world), tokenizer, rng) for _ in range(BATCH)]
         ids = nn.utils.rnn.pad_sequence(
-            [torch.tensor(ids) for ids, _ in rows], batch_first=True, padding_value=PAD
+            [torch.tensor(row.ids) for row in rows], batch_first=True, padding_value=PAD
         )
-        logits = model(input_ids=ids, attention_mask=(ids != PAD).long()).logits[:, :-1]
-        each = nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-        ).view(len(rows), -1)
-        # Behind the prompt: the rating, then the verdicts. The prompt itself is no target.
-        starts = torch.tensor([start for _, start in rows])[:, None]
-        place = torch.arange(1, ids.shape[1])[None]
-        weight = (place >= starts).float() * (ids[:, 1:] != PAD)
-        weight = torch.where(place == starts, RATING_WEIGHT, weight)
-        loss = (each * weight).sum() / weight.sum()
+        output = model.model(
+            input_ids=ids, attention_mask=(ids != PAD).long(), output_hidden_states=True
+        )
+        every = model.lm_head(output.last_hidden_state)
+        language_loss = nn.functional.cross_entropy(
+            every[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD
+        )
+        logits = every[range(len(rows)), [len(row.ids) - 1 for row in rows]]
+        ratings = torch.tensor([row.rating for row in rows])
+        which = [number for number, row in enumerate(rows) for _ in row.places]
+        places = [place for row in rows for place in row.places]
+        said = judge(output.hidden_states[LAYERS - 1][which, places])
+        verdicts = torch.tensor([verdict for row in rows for verdict in row.verdicts])
+        rating_loss = nn.functional.cross_entropy(logits, ratings)
+        loss = rating_loss + nn.functional.cross_entropy(said, verdicts) + language_loss
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(each[place == starts].mean().item())
-        guessed = logits.argmax(-1)[place == starts]
-        right.append((guessed == ids[:, 1:][place == starts]).float().mean().item())
+        losses.append(rating_loss.item())
+        right.append((logits.argmax(-1) == ratings).float().mean().item())
+        judged.append((said.argmax(-1) == verdicts).float().mean().item())
         if step % 100 == 0:
             rate = (time.monotonic() - began) / step
             report(
                 f"rating {step}/{steps}: loss {np.mean(losses[-100:]):.4f}, "
-                f"right {np.mean(right[-100:]):.3f}, {rate:.2f} s/step"
+                f"right {np.mean(right[-100:]):.3f}, "
+                f"sentences judged rightly {np.mean(judged[-100:]):.3f}, {rate:.2f} s/step"
             )
     out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def _row(item: Item, tokenizer: Any, rng: random.Random) -> tuple[list[int], int]:
-    """Token ids of a rated pair with its verdicts, and where the rating stands."""
+def _row(item: Item, tokenizer: Any, rng: random.Random) -> _Row:
+    """A pair of responses to an item, rated by the facts."""
     first, second = (_response(item, rng) for _ in range(2))
     ((_, rating, _),) = FactsTeacher().ratings([PairRequest(item.sample, first, second)])
     prompt = scoring.rating_prompt(item.sample, first, second)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )
-    verdicts = f"{rating}\nFirst:{_verdicts(item, first)}\nSecond:{_verdicts(item, second)}</s>"
-    encode = tokenizer.encode
-    ids = encode(text, add_special_tokens=False)
-    return ids + encode(verdicts, add_special_tokens=False), len(ids)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # The labels of `rating_prompt` begin their lines, and a response stands on one line.
+    ends: dict[int, int] = {}
+    for label, answered in (("\nFirst: ", first), ("\nSecond: ", second)):
+        place = text.index(label) + len(label)
+        for sentence, verdict in _verdicts(item, answered):
+            place = text.index(sentence, place) + len(sentence)
+            ends[place] = verdict
+    places = {
+        number: ends[end]
+        for number, (start, end) in enumerate(encoded["offset_mapping"])
+        if end in ends and end > start
+    }
+    (token,) = tokenizer.encode(str(rating), add_special_tokens=False)
+    return _Row(encoded["input_ids"], token, list(places), list(places.values()))
 
 
 def _response(item: Item, rng: random.Random) -> str:
-    if rng.random() < 0.25:
-        return response.write(item.sample.rationale or "", item.sample.answer)
-    return flaws.flawed_response(item, rng)
+    kind = rng.random()
+    if kind < GOLD:
+        text = response.write(item.sample.rationale or "", item.sample.answer)
+    elif kind < GOLD + MISSEEN:
+        text = flaws.flawed_response(replace(item, seen=_misseen(item, rng)), rng)
+    else:
+        text = flaws.flawed_response(item, rng)
+    return _slip(text, rng) if rng.random() < SLIP else text
 
 
-def _verdicts(item: Item, text: str) -> str:
+def _misseen(item: Item, rng: random.Random) -> dict[str, str]:
+    """What is seen with one or two values changed, or two of them exchanged."""
+    seen = dict(item.seen)
+    places = list(seen)
+    if len(places) > 1 and rng.random() < 0.25:
+        one, other = rng.sample(places, 2)
+        return seen | {one: seen[other], other: seen[one]}
+    names = {
+        relation: sorted(key.split(" of ")[1] for key in world_facts() if key.startswith(relation))
+        for relation in ("capital of ", "kind of ")
+    }
+    for place in rng.sample(places, min(len(places), rng.choice((1, 1, 2)))):
+        if seen[place] in names["capital of "]:
+            pool = names["capital of "]
+        elif seen[place] in names["kind of "]:
+            pool = names["kind of "]
+        else:
+            pool = [str(number) for number in range(10)]
+        # As in the world itself, no two are alike.
+        seen[place] = rng.choice([name for name in pool if name not in seen.values()])
+    return seen
+
+
+def _slip(text: str, rng: random.Random) -> str:
+    """Changes a number, leaves a sentence out, or says one twice."""
+    parsed = response.parse(text)
+    assert parsed is not None, text
+    steps = sentences.split(parsed.rationale)
+    number = rng.randrange(len(steps))
+    kind = rng.choice(("change", "omit", "repeat"))
+    digits = [place for place, letter in enumerate(steps[number]) if letter.isdigit()]
+    if kind == "change" and digits:
+        place = rng.choice(digits)
+        changed = rng.choice([d for d in "0123456789" if d != steps[number][place]])
+        steps[number] = steps[number][:place] + changed + steps[number][place + 1 :]
+    elif kind == "repeat":
+        steps.insert(number, steps[number])
+    elif len(steps) > 1:
+        del steps[number]
+    return response.write(" ".join(step.strip() for step in steps), parsed.answer)
+
+
+def _verdicts(item: Item, text: str) -> list[tuple[str, int]]:
+    """The sentences of a response and its answer, each with whether it is right."""
     parsed = response.parse(text)
     assert parsed is not None, text
     check = check_rationale(parsed.rationale, item.sample.facts)
-    words = [" right" if claim.verdict is Verdict.SUPPORTED else " wrong" for claim in check.claims]
+    steps = [step.strip() for step in sentences.split(parsed.rationale)]
+    found = [
+        (step, int(claim.verdict is Verdict.SUPPORTED))
+        for step, claim in zip(steps, check.claims, strict=True)
+    ]
     is_right = response.same_answer(parsed.answer, item.sample.answer)
-    return "".join([*words, f" {len(check.missing)}", " right" if is_right else " wrong"])
+    return [*found, (f"Answer: {parsed.answer}", int(is_right))]
