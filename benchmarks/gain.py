@@ -21,6 +21,7 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from srccore import dataset, evaluation, stages
@@ -71,6 +72,7 @@ def main() -> None:
             print(f"seed {seed}: {arm} {last:.3f} in {time.monotonic() - began:.0f} s", flush=True)
         (arguments.out / "gain.json").write_text(json.dumps(rows, indent=1))
     print(table(rows))
+    print(comparison(arguments.out, arguments.seeds, arguments.arms, config.rounds))
 
 
 def control(arm: str, config: RunConfig, folder: Path) -> list[dict]:
@@ -331,6 +333,30 @@ def table(rows: list[dict]) -> str:
             f"[{100 * low:.1f}, {100 * high:.1f}], pass@6 {_percent(row['headroom']['all'])}"
         )
     return "\n".join(lines)
+
+
+def comparison(out: Path, seeds: list[int], arms: list[str], last: int) -> str:
+    """SRC minus each control after the last round: mean of the seeds, bootstrap over samples."""
+    lines = ["", "SRC minus a control, aligned accuracy after the last round, pooled:", ""]
+    generator = np.random.default_rng(0)
+    for arm in arms:
+        differences = np.mean(
+            [aligned(out, seed, "src", last) - aligned(out, seed, arm, last) for seed in seeds],
+            axis=0,
+        )
+        drawn = generator.integers(0, len(differences), (4000, len(differences)))
+        low, high = np.percentile(differences[drawn].mean(axis=1), [2.5, 97.5])
+        mean = 100 * differences.mean()
+        lines.append(f"* {arm}: {mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+    return "\n".join(lines)
+
+
+def aligned(out: Path, seed: int, arm: str, number: int) -> np.ndarray:
+    """Per held-out sample, 1.0 where an arm's answer and rationale are right after a round."""
+    folder = out / f"seed-{seed}"
+    samples = dataset.open_data(folder / "src" / "data" / "heldout.parquet").samples
+    outcomes = stages.read_outcomes(samples, folder / arm / f"round-{number}" / "evaluate")
+    return np.array([float(o.answer_right and bool(o.rationale_right)) for o in outcomes])
 
 
 def _percent(value: float | None) -> str:
