@@ -187,7 +187,13 @@ def test_the_command_says_that_there_is_nothing_to_do_and_writes_the_report(
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "srccore", "run", "--out", str(tmp_path / "run"), *_sets()]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        # What a script starts in the background ignores Ctrl-C, and so would this child of it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no thread
     )
     assert process.stdout is not None
     for line in process.stdout:
