@@ -63,7 +63,7 @@ def main() -> None:
         rows.append({"seed": seed, "arm": "src", "rounds": run(config, folder / "src", observer)})
         print(f"seed {seed}: src in {time.monotonic() - began:.0f} s", flush=True)
         rows[-1]["headroom"] = headroom(config, folder)
-        changes = overall_change(folder / "src", config.rounds)
+        changes = overall_change(folder / "src", config, config.rounds)
         rows[-1]["change"] = {name: each.model_dump() for name, each in changes.items()}
         for arm in arguments.arms:
             began = time.monotonic()

@@ -68,7 +68,7 @@ def collect(run: Path) -> report.ReportData:
         rounds=tuple(report.RoundFigures.model_validate(figures) for figures in rounds),
         overall_change={
             name: report.Change.model_validate(change.model_dump())
-            for name, change in overall_change(run, len(rounds) - 1).items()
+            for name, change in overall_change(run, config, len(rounds) - 1).items()
         }
         if len(rounds) > 1
         else None,
@@ -112,17 +112,17 @@ def _figures(run: Path) -> list[dict[str, object]]:
     return found
 
 
-def overall_change(run: Path, last: int) -> dict[str, evaluation.Change]:
+def overall_change(run: Path, config: RunConfig, last: int) -> dict[str, evaluation.Change]:
     """Compares the policy of a round with the one after stage 1, by paired bootstrap.
 
     Args:
         run: The run folder.
+        config: The run's configuration.
         last: The round, 1 at least.
 
     Returns:
         The change by figure.
     """
-    config = load_run(run)
     samples = dataset.open_data(run / "data" / "heldout.parquet").samples
     before, after = (
         read_outcomes(samples, run / f"round-{number}" / "evaluate") for number in (0, last)

@@ -234,7 +234,9 @@ def _judge(sample: Sample, response: Response, judgement: Judgement | None) -> O
 
 
 def _is_consistent(derived: str | None, parsed: ParsedResponse | None) -> bool:
-    return bool(derived) and parsed is not None and same_answer(str(derived), parsed.answer)
+    if not derived or parsed is None:
+        return False
+    return same_answer(derived, parsed.answer)
 
 
 def _figure_set(outcomes: Sequence[Outcome], resamples: int, seed: int) -> FigureSet:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from srccore.config import RunConfig
 from srccore.errors import UserError
 from srccore.loop import load_run, policy_of_round
 from srccore.manifest import read_manifest
@@ -66,7 +67,7 @@ def export_policy(run: Path, number: int, out: Path, *, adapter: bool = False) -
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty.", "Give another folder.")
-    load_run(run)
+    config = load_run(run)
     path = policy_of_round(run, number)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -75,11 +76,10 @@ def export_policy(run: Path, number: int, out: Path, *, adapter: bool = False) -
             f"The folder {out} cannot be written ({error.strerror}).", "Give another folder."
         ) from None
     export = export_adapter if adapter else export_merged
-    export(read_policy(path), out, _card(run, number, path, adapter=adapter))
+    export(read_policy(path), out, _card(run, config, number, path, adapter=adapter))
 
 
-def _card(run: Path, number: int, policy: Path, *, adapter: bool) -> str:
-    config = load_run(run)
+def _card(run: Path, config: RunConfig, number: int, policy: Path, *, adapter: bool) -> str:
     manifest = read_manifest(policy.parent)
     path = run / f"round-{number}" / "evaluate" / "figures.json"
     evaluation = json.loads(path.read_text(encoding="utf-8"))

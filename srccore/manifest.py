@@ -64,7 +64,7 @@ class StageFolder:
         out: Path,
         *,
         config: BaseModel | None = None,
-        inputs: Mapping[str, Path | str] | None = None,
+        inputs: Mapping[str, Path | str | None] | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         """Opens the folder, or refuses it.
@@ -73,7 +73,8 @@ class StageFolder:
             stage: The stage's name.
             out: The folder; made where it is missing.
             config: The stage's configuration.
-            inputs: Files and folders that are read (hashed), or texts that name something.
+            inputs: Files and folders that are read (hashed), or texts that name something; None
+                is an input that was not given.
             settings: Further arguments on which the output depends.
 
         Raises:
@@ -83,7 +84,11 @@ class StageFolder:
         self.stage = stage
         self.path = out
         self._config = {**(identity(config) if config else {}), **(settings or {})}
-        self._inputs = {name: _hash_input(name, value) for name, value in (inputs or {}).items()}
+        self._inputs = {
+            name: _hash_input(name, value)
+            for name, value in (inputs or {}).items()
+            if value is not None
+        }
         self._key = _digest(
             json.dumps([stage, srccore.__version__, self._config, self._inputs], sort_keys=True)
         )

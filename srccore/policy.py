@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from srccore.config import ModelConfig
 from srccore.errors import UserError
+from srccore.manifest import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -115,9 +116,7 @@ def write_policy(path: Path, policy: Policy) -> None:
         version=VERSION,
         policy=policy.model_copy(update={"adapters": adapters}),
     )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(written.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, written.model_dump(mode="json"))
 
 
 def read_policy(path: Path) -> Policy:

@@ -361,7 +361,7 @@ def annotate_ratings(
         "annotate-ratings",
         out,
         config=config,
-        inputs={"data": data, "candidates": candidates, **_given(rationales=rationales)},
+        inputs={"data": data, "candidates": candidates, "rationales": rationales},
         settings={"seed": seed},
     )
     if folder.figures is not None:
@@ -456,7 +456,7 @@ def train_scorer(
             "model": _model_input(resolve_model_path(model.path)),
             "data": data,
             "labelled_pairs": labelled_pairs,
-            **_given(rationales=rationales),
+            "rationales": rationales,
         },
         settings={
             "seed": seed,
@@ -532,7 +532,7 @@ def score_candidates(
             "data": data,
             "candidates": candidates,
             "scorer": scorer,
-            **_given(rationales=rationales),
+            "rationales": rationales,
         },
     )
     if folder.figures is not None:
@@ -717,14 +717,11 @@ def evaluate(
     Returns:
         The figures of `srccore.evaluation.Figures`.
     """
-    inputs: dict[str, Path | str] = {"data": data, **_policy_inputs(policy)}
-    if previous is not None:
-        inputs["previous"] = previous
     folder = StageFolder(
         "evaluate",
         out,
         config=config,
-        inputs=inputs,
+        inputs={"data": data, "previous": previous, **_policy_inputs(policy)},
         settings={"seed": seed, "round": round_number},
     )
     if folder.figures is not None:
@@ -832,20 +829,16 @@ def _judged_samples(data: Path, rationales: Path | None, ids: Sequence[str]) -> 
     return samples
 
 
-def _given(**inputs: Path | None) -> dict[str, Path]:
-    return {name: path for name, path in inputs.items() if path is not None}
-
-
 def _policy_inputs(policy: Path) -> dict[str, Path]:
     """A stage's policy counts by the stage's manifest, any other by its file and its adapters."""
     from srccore.policy import POLICY_FILE, read_policy
 
-    folder = policy if policy.is_dir() else policy.parent
-    if (folder / STARTED).is_file():
-        return {"policy": folder}
-    adapters = read_policy(policy).adapters
+    file = policy / POLICY_FILE if policy.is_dir() else policy
+    if (file.parent / STARTED).is_file():
+        return {"policy": file.parent}
+    adapters = read_policy(file).adapters
     return {
-        "policy": folder / POLICY_FILE if policy.is_dir() else policy,
+        "policy": file,
         **{f"adapter_{number}": Path(adapter) for number, adapter in enumerate(adapters)},
     }
 

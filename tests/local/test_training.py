@@ -48,7 +48,7 @@ def rationale_examples() -> list[RationaleExample]:
     # Images of different shapes are split differently by LLaVA-NeXT.
     shapes = [(30, 20), (20, 60), (24, 24), (50, 50)]
     return [
-        RationaleExample(QUESTION, RESPONSE, lambda shape=shape: tiny_models.image(*shape))  # type: ignore[misc]
+        RationaleExample(QUESTION, RESPONSE, lambda shape=shape: tiny_models.image(*shape))
         for shape in shapes
     ]
 
@@ -65,7 +65,7 @@ class Batches:
 
     def __init__(self, patch: pytest.MonkeyPatch, collator: type) -> None:
         self.seen: list[dict[str, Any]] = []
-        original = collator.torch_call  # type: ignore[attr-defined]
+        original = collator.torch_call
 
         def torch_call(this: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:
             batch: dict[str, Any] = original(this, examples)

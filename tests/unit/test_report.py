@@ -195,7 +195,7 @@ def test_a_run_in_progress_says_so() -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_stays_text(text: str) -> None:
     calm = Page(render(full()))
-    part = figures(1, 0.5)["by_category"]["chart"]  # type: ignore[index]
+    part = figures(1, 0.5)["by_category"]["chart"]
     page = Page(
         render(
             full(

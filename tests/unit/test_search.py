@@ -72,7 +72,7 @@ def _config(**changes: object) -> SearchConfig:
 
 def _search(config: SearchConfig, ids: Sequence[str] = ("s",), round_number: int = 1):
     engine = ToyEngine()
-    prompts = [(name, Prompt(None, "?")) for name in ids]  # type: ignore[arg-type]
+    prompts = [(name, Prompt(None, "?")) for name in ids]
     found = search_candidates(engine, prompts, config, seed=0, round_number=round_number)
     return engine, found
 
