@@ -34,9 +34,12 @@ __all__ = [
     "ScoringConfig",
     "SearchConfig",
     "TextModelConfig",
+    "apply_overrides",
+    "explain",
     "identity",
     "load_config",
     "preset_names",
+    "validate_config",
 ]
 
 TeacherName = Literal["facts", "endpoint"]
@@ -80,7 +83,7 @@ class DataConfig(Section):
     """
 
     source: str = "embedded"
-    """``embedded``, or the path of a data set (see ``srccore data validate``)."""
+    """``embedded``, or the path or ``s3://...`` of a data set (see ``srccore data validate``)."""
     seed: int = 0
     train: int = Field(default=1200, ge=4)
     """Samples of stage 1 and of R-Scorer's training."""
@@ -94,7 +97,7 @@ class TextModelConfig(Section):
     """A pretrained checkpoint in Hugging Face layout."""
 
     path: str
-    """A folder, a hub id, or ``embedded:lvlm`` / ``embedded:rating``."""
+    """A folder, ``s3://...``, a hub id, or ``embedded:lvlm`` / ``embedded:rating``."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -307,6 +310,20 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
         ) from None
     if not isinstance(values, dict):
         raise UserError(f"The preset {preset} is not a YAML mapping.", "Start from a shipped one.")
+    apply_overrides(values, overrides)
+    return validate_config(values, f"The configuration {preset}")
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Lays overrides over a configuration's values, in place.
+
+    Args:
+        values: As a preset's YAML gives them.
+        overrides: ``dotted.name=value`` each, the value in YAML.
+
+    Raises:
+        UserError: An override is not of that form, or there is no such name.
+    """
     for override in overrides:
         name, found, text = override.partition("=")
         if not found or not name:
@@ -318,10 +335,25 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
         except yaml.YAMLError:
             raise UserError(f"The value of --set {override} is not YAML.", "Quote it.") from None
         _override(values, name.split("."), value)
+
+
+def validate_config(values: Mapping[str, Any], source: str) -> RunConfig:
+    """Checks a configuration's values.
+
+    Args:
+        values: As a preset's YAML gives them.
+        source: What they are, to begin an error with: ``The configuration tiny``.
+
+    Returns:
+        The configuration; folders that exist here are absolute.
+
+    Raises:
+        UserError: A name is unknown or missing, or a value ill-typed.
+    """
     try:
         return _with_absolute_folders(RunConfig.model_validate(values))
     except ValidationError as error:
-        raise _explain(preset, error) from None
+        raise explain(source, error) from None
 
 
 def _with_absolute_folders(config: RunConfig) -> RunConfig:
@@ -384,13 +416,21 @@ def _unknown(whole: str, above: list[str], name: str, model: type[BaseModel]) ->
     return UserError(f"--set {whole}: no such name.{hint}", f"{where} {', '.join(names)}.")
 
 
-def _explain(preset: str, error: ValidationError) -> UserError:
+def explain(source: str, error: ValidationError) -> UserError:
+    """Says what a configuration's first error is, and how many more there are.
+
+    Args:
+        source: What was read, to begin with: ``The configuration tiny``.
+        error: What pydantic found.
+
+    Returns:
+        The error to raise.
+    """
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     rest = error.error_count() - 1
     more = f" ({rest} more)" if rest else ""
     return UserError(
-        f"The configuration {preset} does not hold: {name}: {first['msg']}, "
-        f"but it is {first['input']!r}{more}.",
+        f"{source} does not hold: {name}: {first['msg']}, but it is {first['input']!r}{more}.",
         f"Mend {name} in the preset or with --set {name}=VALUE.",
     )

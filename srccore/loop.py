@@ -207,22 +207,14 @@ class _Wiring:
         sampled = self.out / "sample-responses"
         pairs = self.out / "annotate-ratings"
         folder = self.out / "train-scorer"
-        sampling = self.config.search.model_copy(
-            update={
-                "strategy": "sample",
-                "samples": annotation.samples,
-                "candidates": annotation.candidates,
-                "temperature": annotation.temperature,
-            }
-        )
         with self.observer.stage("sample-responses", None) as progress:
-            stages.search_candidates(
-                sampling,
+            stages.sample_responses(
+                self.config.search,
+                annotation=annotation,
                 data=train,
                 policy=policy,
                 out=sampled,
                 seed=self.config.seed,
-                round_number=0,
                 device=self.config.device,
                 progress=progress,
             )
@@ -241,11 +233,11 @@ class _Wiring:
                 self.config.scorer,
                 model=self.config.rating_model,
                 data=train,
+                annotation=annotation,
                 labelled_pairs=pairs,
                 rationales=self._rationales("train"),
                 out=folder,
                 seed=self.config.seed,
-                validation_share=annotation.validation_share,
                 device=self.config.device,
                 progress=progress,
             )

@@ -25,7 +25,15 @@ import srccore
 from srccore.config import identity
 from srccore.errors import UserError
 
-__all__ = ["JOURNAL", "STARTED", "Manifest", "StageFolder", "read_manifest", "write_json"]
+__all__ = [
+    "JOURNAL",
+    "STARTED",
+    "Manifest",
+    "StageFolder",
+    "hash_input",
+    "read_manifest",
+    "write_json",
+]
 
 MANIFEST = "manifest.json"
 STARTED = "stage.json"
@@ -85,7 +93,7 @@ class StageFolder:
         self.path = out
         self._config = {**(identity(config) if config else {}), **(settings or {})}
         self._inputs = {
-            name: _hash_input(name, value)
+            name: hash_input(name, value)
             for name, value in (inputs or {}).items()
             if value is not None
         }
@@ -182,8 +190,19 @@ def write_json(path: Path, value: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _hash_input(name: str, value: Path | str) -> str:
-    """A finished stage by its outputs, a file by its bytes, any other text as it stands."""
+def hash_input(name: str, value: Path | str) -> str:
+    """Hashes what goes into a stage.
+
+    Args:
+        name: What it is, for the error.
+        value: A folder, a file, or a text that names something.
+
+    Returns:
+        A finished stage's folder by its outputs, other files by their bytes, a text as it stands.
+
+    Raises:
+        UserError: There is no such file or folder.
+    """
     if isinstance(value, str):
         return value
     if (value / STARTED).is_file():

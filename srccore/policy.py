@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from srccore import storage
 from srccore.config import ModelConfig
 from srccore.errors import UserError
 from srccore.manifest import write_json
@@ -33,6 +34,8 @@ __all__ = [
     "fold_adapters",
     "load_policy",
     "load_processor",
+    "parse_policy",
+    "policy_document",
     "prompt_text",
     "read_adapter",
     "read_policy",
@@ -111,12 +114,7 @@ def write_policy(path: Path, policy: Policy) -> None:
         path = path / POLICY_FILE
     folder = path.parent.resolve()
     adapters = tuple(os.path.relpath(Path(name).resolve(), folder) for name in policy.adapters)
-    written = _PolicyFile(
-        record="policy",
-        version=VERSION,
-        policy=policy.model_copy(update={"adapters": adapters}),
-    )
-    write_json(path, written.model_dump(mode="json"))
+    write_json(path, policy_document(policy.model_copy(update={"adapters": adapters})))
 
 
 def read_policy(path: Path) -> Policy:
@@ -140,28 +138,50 @@ def read_policy(path: Path) -> Policy:
             f"The policy {path} cannot be read ({error.strerror}).",
             "Give a folder that a training stage wrote.",
         ) from None
+    policy = parse_policy(text, str(path))
+    folder = path.parent.resolve()
+    adapters = tuple(str((folder / name).resolve()) for name in policy.adapters)
+    return policy.model_copy(update={"adapters": adapters})
+
+
+def parse_policy(text: str, source: str) -> Policy:
+    """Reads a policy file's text.
+
+    Args:
+        text: The JSON.
+        source: Where it comes from, for the error.
+
+    Returns:
+        The policy; adapters as they are written, relative to the file or not.
+
+    Raises:
+        UserError: The text is of another version, or no policy.
+    """
     try:
-        policy = _PolicyFile.model_validate_json(text).policy
+        return _PolicyFile.model_validate_json(text).policy
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "the file"
         raise UserError(
-            f"{path} is not a policy of version {VERSION}: {name}: {first['msg']}.",
+            f"{source} is not a policy of version {VERSION}: {name}: {first['msg']}.",
             "Give a policy.json written by this version of srccore.",
         ) from None
-    folder = path.parent.resolve()
-    adapters = tuple(str((folder / name).resolve()) for name in policy.adapters)
-    return policy.model_copy(update={"adapters": adapters})
+
+
+def policy_document(policy: Policy) -> dict[str, Any]:
+    """A policy as its file holds it, adapters as they are."""
+    document = _PolicyFile(record="policy", version=VERSION, policy=policy)
+    return document.model_dump(mode="json")
 
 
 def resolve_model_path(path: str) -> str:
     """Finds a checkpoint.
 
     Args:
-        path: ``embedded:lvlm``, ``embedded:rating``, a folder, or a hub id.
+        path: ``embedded:lvlm``, ``embedded:rating``, a folder, ``s3://...`` or a hub id.
 
     Returns:
-        A folder, or the hub id as it is.
+        A folder (what lies in a bucket is fetched), or the hub id as it is.
 
     Raises:
         UserError: The folder is no checkpoint with safetensors weights, or the name is none.
@@ -174,6 +194,8 @@ def resolve_model_path(path: str) -> str:
         from srccore.embedded.model import MODELS
 
         folder = MODELS / EMBEDDED[path]
+    elif storage.is_remote(path):
+        folder = storage.fetch(path)
     else:
         folder = Path(path).expanduser()
         looks_like_hub_id = path.count("/") <= 1 and not path.startswith((".", "/", "~"))

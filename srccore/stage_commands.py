@@ -158,6 +158,33 @@ def search_candidates(
         )
 
 
+@app.command("sample-responses")
+def sample_responses(
+    data: Data,
+    policy: Policy,
+    out: Out,
+    overrides: Overrides,
+    preset: Preset = "tiny",
+) -> None:
+    """Sample whole responses, for R-Scorer to learn from."""
+    from srccore import stages
+
+    config = _config(preset, overrides)
+    with _progress("sample-responses") as progress:
+        _tell(
+            stages.sample_responses(
+                config.search,
+                annotation=config.annotation,
+                data=data,
+                policy=policy,
+                out=out,
+                seed=config.seed,
+                device=config.device,
+                progress=progress,
+            )
+        )
+
+
 @app.command("annotate-ratings")
 def annotate_ratings(
     data: Data,
@@ -204,11 +231,11 @@ def train_scorer(
                 config.scorer,
                 model=config.rating_model,
                 data=data,
+                annotation=config.annotation,
                 labelled_pairs=labelled_pairs,
                 out=out,
                 rationales=rationales,
                 seed=config.seed,
-                validation_share=config.annotation.validation_share,
                 device=config.device,
                 progress=progress,
             )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from srccore import curation, dataset, evaluation, response, scoring, search
+from srccore import curation, dataset, evaluation, response, scoring, search, storage
 from srccore.config import (
     AnnotationConfig,
     AugmentationConfig,
@@ -57,8 +57,10 @@ __all__ = [
     "augment_rationales",
     "curate_preference",
     "evaluate",
+    "model_input",
     "prepare_data",
     "read_outcomes",
+    "sample_responses",
     "sampling_engine",
     "score_candidates",
     "search_candidates",
@@ -72,6 +74,7 @@ Progress = Callable[[int, int], None]
 """Told how much of the work is done, and how much there is; a skipped stage tells nothing."""
 
 SPLITS = ("train", "calibration", "heldout")
+RATIONALES = "rationales.jsonl"
 SCORING_CHUNK = 32
 """Samples whose ratings become durable together."""
 
@@ -92,7 +95,7 @@ def prepare_data(config: DataConfig, out: Path, progress: Progress = _no_progres
         How many samples each split holds.
     """
     embedded = config.source == "embedded"
-    source = "embedded" if embedded else dataset.open_data(Path(config.source)).sha256
+    source = "embedded" if embedded else dataset.open_data(storage.fetch(config.source)).sha256
     folder = StageFolder("prepare-data", out, config=config, inputs={"source": source})
     if folder.figures is not None:
         return folder.figures
@@ -123,7 +126,7 @@ def _embedded_rows(config: DataConfig, split: str) -> Iterator[tuple[Sample, byt
 def _source_rows(
     config: DataConfig, counts: dict[str, int]
 ) -> dict[str, Iterator[tuple[Sample, bytes]]]:
-    data = dataset.open_data(Path(config.source))
+    data = dataset.open_data(storage.fetch(config.source))
     total = sum(counts.values())
     shares = {split: count / total for split, count in counts.items()}
     parts = dataset.split(data.samples, shares, config.seed)
@@ -179,7 +182,7 @@ def augment_rationales(
             problems[str(problem)] = problems.get(str(problem), 0) + 1
         progress(done, len(asked))
     made = sorted(journal.records(), key=lambda record: record.sample_id)
-    write_records(out / "rationales.jsonl", Rationale, [*given, *made])
+    write_records(out / RATIONALES, Rationale, [*given, *made])
     progress(len(opened.samples), len(opened.samples))
     figures = folder.finish({"given": len(given), "made": len(made), "problems": problems})
     journal.delete()
@@ -191,9 +194,9 @@ def tune_rationale(
     *,
     model: ModelConfig,
     data: Path,
-    rationales: Path,
     out: Path,
     seed: int,
+    rationales: Path | None = None,
     device: str = "auto",
     progress: Progress = _no_progress,
 ) -> Figures:
@@ -203,16 +206,17 @@ def tune_rationale(
         config: The training's settings.
         model: The base model.
         data: The train split.
-        rationales: The folder of `augment_rationales`.
         out: Gets ``policy.json`` and the adapter.
         seed: The run's seed.
+        rationales: The folder of `augment_rationales` on that split; without it, samples that
+            have no rationale of their own are left out.
         device: ``cpu``, ``cuda`` or ``auto``.
         progress: Told of optimiser steps.
 
     Returns:
         Steps, losses and how many samples were used.
     """
-    from srccore.policy import Policy, resolve_model_path, write_policy
+    from srccore.policy import Policy, write_policy
     from srccore.training.rationale import RationaleExample
     from srccore.training.rationale import tune_rationale as train
 
@@ -221,7 +225,7 @@ def tune_rationale(
         out,
         config=config,
         inputs={
-            "model": _model_input(resolve_model_path(model.path)),
+            "model": model_input(model.path),
             "data": data,
             "rationales": rationales,
         },
@@ -230,14 +234,12 @@ def tune_rationale(
     if folder.figures is not None:
         return folder.figures
     opened = dataset.open_data(data)
-    texts = {
-        record.sample_id: record.rationale
-        for record in read_records(rationales / "rationales.jsonl", Rationale)
-    }
+    texts = _rationale_texts(opened.samples, rationales)
     usable = [sample for sample in opened.samples if sample.id in texts]
     if not usable:
         raise UserError(
-            f"No sample of {data} has a rationale.", "See the problems of augment-rationales."
+            f"No sample of {data} has a rationale.",
+            "See the problems of augment-rationales, or run it if it was left out.",
         )
     drawn = dataset.draw(usable, min(config.samples, len(usable)), seed=seed)
     examples = [
@@ -331,6 +333,52 @@ def search_candidates(
     return figures
 
 
+def sample_responses(
+    config: SearchConfig,
+    *,
+    annotation: AnnotationConfig,
+    data: Path,
+    policy: Path,
+    out: Path,
+    seed: int,
+    device: str = "auto",
+    progress: Progress = _no_progress,
+) -> Figures:
+    """Samples whole responses, for a teacher to rate and R-Scorer to learn from.
+
+    Args:
+        config: The search's settings; strategy, counts and temperature are the annotation's.
+        annotation: The annotation's settings.
+        data: The train split.
+        policy: A ``policy.json``.
+        out: Gets ``candidates.jsonl``.
+        seed: The run's seed.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        progress: Told of samples done.
+
+    Returns:
+        As `search_candidates`.
+    """
+    sampling = config.model_copy(
+        update={
+            "strategy": "sample",
+            "samples": annotation.samples,
+            "candidates": annotation.candidates,
+            "temperature": annotation.temperature,
+        }
+    )
+    return search_candidates(
+        sampling,
+        data=data,
+        policy=policy,
+        out=out,
+        seed=seed,
+        round_number=0,
+        device=device,
+        progress=progress,
+    )
+
+
 def annotate_ratings(
     config: AnnotationConfig,
     *,
@@ -419,10 +467,10 @@ def train_scorer(
     *,
     model: TextModelConfig,
     data: Path,
+    annotation: AnnotationConfig,
     labelled_pairs: Path,
     out: Path,
     seed: int,
-    validation_share: float,
     rationales: Path | None = None,
     device: str = "auto",
     progress: Progress = _no_progress,
@@ -433,10 +481,10 @@ def train_scorer(
         config: The training's settings.
         model: The text-only base model.
         data: The train split.
+        annotation: The annotation's settings: the share of the samples that is held back.
         labelled_pairs: The folder of `annotate_ratings`.
         out: Gets ``model/``.
         seed: The run's seed.
-        validation_share: Share of the samples held back.
         rationales: The folder of `augment_rationales` on the train split.
         device: ``cpu``, ``cuda`` or ``auto``.
         progress: Told of optimiser steps.
@@ -444,7 +492,6 @@ def train_scorer(
     Returns:
         Steps and losses, and the scorer's health on the validation pairs.
     """
-    from srccore.policy import resolve_model_path
     from srccore.training.scorer import RatingExample
     from srccore.training.scorer import train_scorer as train
 
@@ -453,14 +500,14 @@ def train_scorer(
         out,
         config=config,
         inputs={
-            "model": _model_input(resolve_model_path(model.path)),
+            "model": model_input(model.path),
             "data": data,
             "labelled_pairs": labelled_pairs,
             "rationales": rationales,
         },
         settings={
             "seed": seed,
-            "validation_share": validation_share,
+            "validation_share": annotation.validation_share,
             "model": model.model_dump(mode="json"),
         },
     )
@@ -468,7 +515,8 @@ def train_scorer(
         return folder.figures
     pairs = list(read_records(labelled_pairs / "labelled_pairs.jsonl", LabelledPair))
     samples = _judged_samples(data, rationales, [pair.sample_id for pair in pairs])
-    shares = {"train": 1 - validation_share, "validation": validation_share}
+    held = annotation.validation_share
+    shares = {"train": 1 - held, "validation": held}
     parts = dataset.split(
         [samples[sample_id] for sample_id in sorted({pair.sample_id for pair in pairs})],
         shares,
@@ -821,31 +869,56 @@ def _judged_samples(data: Path, rationales: Path | None, ids: Sequence[str]) -> 
         UserError: The data set has no sample of one of the ids.
     """
     opened = dataset.open_data(data)
-    samples = {sample_id: opened.sample(sample_id) for sample_id in ids}
-    for record in read_records(rationales / "rationales.jsonl", Rationale) if rationales else ():
-        sample = samples.get(record.sample_id)
-        if sample is not None and sample.rationale is None:
-            samples[sample.id] = sample.model_copy(update={"rationale": record.rationale})
-    return samples
+    samples = [opened.sample(sample_id) for sample_id in ids]
+    texts = _rationale_texts(samples, rationales)
+    return {s.id: s.model_copy(update={"rationale": texts.get(s.id)}) for s in samples}
 
 
-def _policy_inputs(policy: Path) -> dict[str, Path]:
-    """A stage's policy counts by the stage's manifest, any other by its file and its adapters."""
+def _rationale_texts(samples: Sequence[Sample], rationales: Path | None) -> dict[str, str]:
+    """Rationales by sample id: the sample's own, else the one given for it.
+
+    They are given by the folder of `augment_rationales`, or by a data set of the same ids.
+    """
+    own = {sample.id: sample.rationale for sample in samples if sample.rationale}
+    if rationales is None:
+        return own
+    if (rationales / RATIONALES).is_file():
+        made = read_records(rationales / RATIONALES, Rationale)
+        return {record.sample_id: record.rationale for record in made} | own
+    given = dataset.open_data(rationales).samples
+    return {sample.id: sample.rationale for sample in given if sample.rationale} | own
+
+
+def _policy_inputs(policy: Path) -> dict[str, Path | str]:
+    """A stage's policy counts by the stage's manifest, any other by its base and its adapters."""
     from srccore.policy import POLICY_FILE, read_policy
 
     file = policy / POLICY_FILE if policy.is_dir() else policy
     if (file.parent / STARTED).is_file():
         return {"policy": file.parent}
-    adapters = read_policy(file).adapters
+    read = read_policy(file)
     return {
-        "policy": file,
-        **{f"adapter_{number}": Path(adapter) for number, adapter in enumerate(adapters)},
+        "base": read.base.model_dump_json(),
+        **{f"adapter_{number}": Path(adapter) for number, adapter in enumerate(read.adapters)},
     }
 
 
-def _model_input(path: str) -> Path | str:
-    """A folder counts by its content, a hub id by its name."""
-    return Path(path) if Path(path).is_dir() else path
+def model_input(path: str) -> Path | str:
+    """What a checkpoint counts by among a stage's inputs.
+
+    Args:
+        path: As `srccore.config.TextModelConfig` names it.
+
+    Returns:
+        The folder, to count by its content; for one in a bucket a hash of its listing; a hub id
+        as it is.
+    """
+    from srccore.policy import resolve_model_path
+
+    if storage.is_remote(path):
+        return storage.fingerprint(path)
+    found = resolve_model_path(path)
+    return Path(found) if Path(found).is_dir() else found
 
 
 def _device(name: str) -> str:

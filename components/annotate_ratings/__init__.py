@@ -1,0 +1,1 @@
+"""Has a teacher rate pairs of sampled responses."""

@@ -1,0 +1,1 @@
+"""Has a teacher write the rationales that a data set lacks."""

@@ -1,0 +1,1 @@
+"""Stage 4: ratings to confidence-weighted preferences."""

@@ -1,0 +1,1 @@
+"""Judges a policy's rationales and answers on the held-out split."""

@@ -1,0 +1,56 @@
+"""Judges a policy's rationales and answers on the held-out split."""
+
+from typing import Optional
+
+from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
+
+from srccore_components.interface import stage_component
+
+__all__ = ["evaluate"]
+
+
+@stage_component("evaluate")
+def evaluate(
+    data: Input[Dataset],
+    policy: Input[Model],
+    artifact_root: str,
+    config: dict,
+    round_number: int,
+    evaluation: Output[Artifact],
+    metrics: Output[Metrics],
+    seed: int = 0,
+    previous: Optional[Input[Artifact]] = None,
+    device: str = "auto",
+    threads: int = 0,
+):
+    """Answers every sample greedily and judges rationale and answer.
+
+    Args:
+        data: The held-out split, or any data set.
+        policy: A ``policy.json``.
+        artifact_root: The folder or ``s3://...`` below which outputs are written.
+        config: The section ``evaluation`` of a preset.
+        round_number: 0 after stage 1, then the rounds.
+        seed: Of the bootstrap.
+        previous: The evaluation of the policy before, on the same data: gives the change.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        threads: CPU threads of torch; 0 leaves it alone.
+        evaluation: Output. Responses, judgements and figures.
+        metrics: Output. The figures.
+    """
+    from srccore.step import run_stage
+
+    done = run_stage(
+        "evaluate",
+        artifact_root,
+        inputs={
+            "data": data.path,
+            "policy": policy.path,
+            "previous": previous.path if previous else None,
+        },
+        settings={"config": config, "seed": seed, "round_number": round_number},
+        device=device,
+        threads=threads,
+    )
+    done.refer(evaluation.path)
+    done.log(metrics)

@@ -1,0 +1,1 @@
+"""Brings what exists already into a pipeline."""

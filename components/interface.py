@@ -1,0 +1,34 @@
+"""What all components have in common: a lightweight Python component in its stage's image.
+
+A component is its interface and a body of one call; the work is done by `srccore.stages`. Importing
+one needs kfp and nothing else. Nothing is installed when a pod starts. The modules do without
+``from __future__ import annotations``, which kfp cannot read, and use ``List`` and ``Optional``,
+the only spelling that it knows.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from kfp import dsl
+
+from srccore.images import Images
+
+__all__ = ["stage_component"]
+
+
+def stage_component(stage: str) -> Callable[..., Any]:
+    """Makes a component of a stage.
+
+    Args:
+        stage: The stage's name; the image is named after it.
+
+    Returns:
+        A decorator for the interface.
+    """
+    return functools.partial(
+        dsl.component,
+        base_image=Images().of(stage),
+        packages_to_install=[],
+        install_kfp_package=False,
+    )

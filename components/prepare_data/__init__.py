@@ -1,0 +1,1 @@
+"""Writes the three splits of a data set."""

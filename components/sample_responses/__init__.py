@@ -1,0 +1,1 @@
+"""Samples the responses that R-Scorer learns from."""

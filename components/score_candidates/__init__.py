@@ -1,0 +1,1 @@
+"""Stage 3: R-Scorer rates every ordered pair of candidates."""

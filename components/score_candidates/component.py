@@ -1,0 +1,52 @@
+"""Stage 3: R-Scorer rates every ordered pair of candidates."""
+
+from typing import Optional
+
+from kfp.dsl import Dataset, Input, Model, Output
+
+from srccore_components.interface import stage_component
+
+__all__ = ["score_candidates"]
+
+
+@stage_component("score-candidates")
+def score_candidates(
+    data: Input[Dataset],
+    candidates: Input[Dataset],
+    scorer: Input[Model],
+    artifact_root: str,
+    config: dict,
+    ratings: Output[Dataset],
+    rationales: Optional[Input[Dataset]] = None,
+    device: str = "auto",
+    threads: int = 0,
+):
+    """Stage 3: R-Scorer rates every ordered pair of a sample's candidates.
+
+    Args:
+        data: The split that the candidates answer.
+        candidates: From search-candidates.
+        scorer: From train-scorer.
+        artifact_root: The folder or ``s3://...`` below which outputs are written.
+        config: The section ``scoring`` of a preset.
+        rationales: From augment-rationales on the same data.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        threads: CPU threads of torch; 0 leaves it alone.
+        ratings: Output. A rating for every ordered pair.
+    """
+    from srccore.step import run_stage
+
+    done = run_stage(
+        "score-candidates",
+        artifact_root,
+        inputs={
+            "data": data.path,
+            "candidates": candidates.path,
+            "scorer": scorer.path,
+            "rationales": rationales.path if rationales else None,
+        },
+        settings={"config": config},
+        device=device,
+        threads=threads,
+    )
+    done.refer(ratings.path)

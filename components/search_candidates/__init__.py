@@ -1,0 +1,1 @@
+"""Stage 2: sentence-level beam search for candidate responses."""

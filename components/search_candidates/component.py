@@ -1,0 +1,54 @@
+"""Stage 2: sentence-level beam search for candidate responses."""
+
+from kfp.dsl import Dataset, Input, Model, Output
+
+from srccore_components.interface import stage_component
+
+__all__ = ["search_candidates"]
+
+
+@stage_component("search-candidates")
+def search_candidates(
+    data: Input[Dataset],
+    policy: Input[Model],
+    artifact_root: str,
+    config: dict,
+    round_number: int,
+    candidates: Output[Dataset],
+    seed: int = 0,
+    shard: int = 0,
+    shards: int = 1,
+    device: str = "auto",
+    threads: int = 0,
+):
+    """Stage 2: searches candidate responses for a round's samples, or for one shard of them.
+
+    Args:
+        data: The split that the round's samples are drawn from, or any data set.
+        policy: A ``policy.json``.
+        artifact_root: The folder or ``s3://...`` below which outputs are written.
+        config: The section ``search`` of a preset.
+        round_number: From 1; every round draws other samples.
+        seed: The run's seed.
+        shard: Which shard, from 0.
+        shards: How many there are.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        threads: CPU threads of torch; 0 leaves it alone.
+        candidates: Output. The candidates of every sample of the shard.
+    """
+    from srccore.step import run_stage
+
+    done = run_stage(
+        "search-candidates",
+        artifact_root,
+        inputs={"data": data.path, "policy": policy.path},
+        settings={
+            "config": config,
+            "seed": seed,
+            "round_number": round_number,
+            "shard": (shard, shards),
+        },
+        device=device,
+        threads=threads,
+    )
+    done.refer(candidates.path)

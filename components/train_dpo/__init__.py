@@ -1,0 +1,1 @@
+"""Stage 5: preference fine-tuning of the round's policy."""

@@ -1,0 +1,1 @@
+"""Trains R-Scorer on teacher ratings."""

@@ -1,0 +1,1 @@
+"""Stage 1: teaches the model to write a rationale before its answer."""

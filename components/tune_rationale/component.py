@@ -1,0 +1,51 @@
+"""Stage 1: teaches the model to write a rationale before its answer."""
+
+from typing import Optional
+
+from kfp.dsl import Dataset, Input, Metrics, Model, Output
+
+from srccore_components.interface import stage_component
+
+__all__ = ["tune_rationale"]
+
+
+@stage_component("tune-rationale")
+def tune_rationale(
+    data: Input[Dataset],
+    artifact_root: str,
+    config: dict,
+    model: dict,
+    policy: Output[Model],
+    metrics: Output[Metrics],
+    seed: int = 0,
+    rationales: Optional[Input[Dataset]] = None,
+    device: str = "auto",
+    threads: int = 0,
+):
+    """Stage 1: teaches the model to write a rationale before its answer.
+
+    Args:
+        data: The train split.
+        artifact_root: The folder or ``s3://...`` below which outputs are written.
+        config: The section ``rationale`` of a preset.
+        model: The section ``model`` of a preset: the base checkpoint.
+        seed: The run's seed.
+        rationales: From augment-rationales on the same data; without it, samples that have no
+            rationale of their own are left out.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        threads: CPU threads of torch; 0 leaves it alone.
+        policy: Output. A ``policy.json``: the base model and the adapter that was trained.
+        metrics: Output. Steps and losses.
+    """
+    from srccore.step import run_stage
+
+    done = run_stage(
+        "tune-rationale",
+        artifact_root,
+        inputs={"data": data.path, "rationales": rationales.path if rationales else None},
+        settings={"config": config, "model": model, "seed": seed},
+        device=device,
+        threads=threads,
+    )
+    done.write_policy(policy.path)
+    done.log(metrics)

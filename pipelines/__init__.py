@@ -1,0 +1,1 @@
+"""The three-round pipeline, and the commands that submit it."""

@@ -1,0 +1,164 @@
+"""What is fixed when a pipeline is compiled: how wide it is, and what its pods ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from srccore.config import RunConfig, Section, explain
+from srccore.errors import UserError
+from srccore.images import STAGES
+
+__all__ = ["CaBundle", "Profile", "Resources", "SecretKeys", "Toleration", "load_profile"]
+
+HOUR = 3600
+QUANTITY = r"^\d+(\.\d+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
+"""A Kubernetes quantity, as far as CPU and memory need one."""
+
+
+class Resources(Section):
+    """What the pod of a task asks for."""
+
+    cpu: str = Field(pattern=r"^\d+(\.\d+)?m?$")
+    """Request; there is no limit, so a pod may use what its node has left."""
+    memory: str = Field(pattern=QUANTITY)
+    """Request and limit."""
+    gpus: int = Field(default=0, ge=0)
+    shared_memory: str | None = Field(default=None, pattern=QUANTITY)
+    """Size of ``/dev/shm``, which counts as memory; None leaves the runtime's 64 MiB."""
+    timeout_hours: float = Field(gt=0)
+    retries: int = Field(default=2, ge=0)
+    """A retried task goes on where it can: finished work is found by its inputs."""
+
+
+class Toleration(Section):
+    """A toleration, by the names that Kubernetes uses."""
+
+    key: str | None = None
+    operator: Literal["Exists", "Equal"] = "Exists"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+
+class SecretKeys(Section):
+    """Environment variables from a Secret; the values never pass through a pipeline."""
+
+    name: str
+    keys: dict[str, str]
+    """Environment variable by the Secret's key."""
+
+
+class CaBundle(Section):
+    """Certificates of a proxy or of a private object store, in a ConfigMap."""
+
+    config_map: str
+    key: str = "ca-bundle.crt"
+
+
+class Profile(Section):
+    """A cluster, and the shape that a pipeline takes on it.
+
+    Method and data are no part of it: they are run-time parameters with the preset's values as
+    defaults.
+    """
+
+    rounds: int = Field(default=3, ge=1)
+    shards: int = Field(default=1, ge=1)
+    """Pods that search a round's samples, and as many that score them."""
+    parallelism: int | None = Field(default=None, ge=1)
+    """How many of them run at once; None is all."""
+    augment: bool = True
+    """Whether a teacher writes the rationales that the data lack."""
+    scorer: Literal["train", "train-on-given-pairs", "given"] = "train"
+    """Where R-Scorer comes from: sampled responses that a teacher rates, labelled pairs at
+    ``labelled_pairs_uri``, or a finished one at ``scorer_uri``."""
+    launcher: Literal["inprocess", "pytorchjob"] = "inprocess"
+    """Where DPO trains: in its step's pod, or as a job that the step watches."""
+
+    light: Resources = Resources(cpu="1", memory="4Gi", timeout_hours=12)
+    """Of stages without a model."""
+    models: Resources = Resources(
+        cpu="8", memory="64Gi", gpus=1, shared_memory="8Gi", timeout_hours=48
+    )
+    """Of stages that run a model."""
+    stages: dict[str, Resources] = Field(default_factory=dict)
+    """Of single stages, instead."""
+
+    accelerator: str = "nvidia.com/gpu"
+    """The extended resource that a GPU is asked for by."""
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    """Of tasks that ask for a GPU; a run may change it, and the tolerations."""
+    tolerations: tuple[Toleration, ...] = (
+        Toleration(key="nvidia.com/gpu", operator="Exists", effect="NoSchedule"),
+    )
+
+    run_as_user: int | None = Field(default=1000, ge=1)
+    """The images' user. None writes no security context: backends that do not know it refuse it."""
+    image_pull_secrets: tuple[str, ...] = ()
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Of every task: a proxy, ``AWS_ENDPOINT_URL``, ``AWS_REGION``. No secrets."""
+    secrets: tuple[SecretKeys, ...] = ()
+    ca_bundle: CaBundle | None = None
+    cache_claim: str | None = None
+    """A PersistentVolumeClaim (ReadWriteMany) for models and data; None gives each pod an
+    emptyDir."""
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_exist(cls, stages: dict[str, Resources]) -> dict[str, Resources]:
+        if unknown := sorted(set(stages) - set(STAGES)):
+            raise ValueError(f"there is no stage {unknown[0]}; there are {', '.join(STAGES)}")
+        return stages
+
+    def resources(self, stage: str) -> Resources:
+        """What the pod of a stage asks for."""
+        base = self.light if STAGES[stage] == "light" else self.models
+        return self.stages.get(stage, base)
+
+
+def load_profile(path: Path | None, config: RunConfig, **changes: Any) -> Profile:
+    """Loads a profile.
+
+    Args:
+        path: A YAML file of `Profile`'s fields; None takes the defaults.
+        config: The run: gives rounds and shards, and asks for no GPU where its device is the CPU.
+        **changes: Fields that win over all; None is none.
+
+    Returns:
+        The profile.
+
+    Raises:
+        UserError: The file cannot be read, or a field is unknown or ill-typed.
+    """
+    values: dict[str, Any] = {"rounds": config.rounds, "shards": config.shards}
+    if config.device == "cpu":
+        values["models"] = Resources(cpu="2", memory="8Gi", timeout_hours=12)
+    if path is not None:
+        values |= _read(path)
+    values |= {name: value for name, value in changes.items() if value is not None}
+    try:
+        return Profile.model_validate(values)
+    except ValidationError as error:
+        source = f"The profile {path}" if path else "The profile"
+        wrong = explain(source, error)
+        name = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise UserError(wrong.what, f"Mend {name} in the profile or on the command line.") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"The profile {path} cannot be read: {' '.join(str(error).split())}.",
+            "Give a YAML file of the fields that docs/pipelines.md lists.",
+        ) from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"The profile {path} is not a YAML mapping.",
+            "Give a YAML file of the fields that docs/pipelines.md lists.",
+        )
+    return values

@@ -1,0 +1,178 @@
+"""Writes what is generated and committed: compiled pipelines, component.yaml files, their pages.
+
+``make compiled`` runs it; a test compares what is committed with what it would write.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from srccore.config import load_config, preset_names
+from srccore.images import STAGES, Images
+from srccore_pipelines.compiling import compile_pipeline
+from srccore_pipelines.profile import Profile, Resources, load_profile
+
+__all__ = ["ROOT", "generated"]
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARDS = {"tiny": 2}
+"""Shards of a shipped pipeline, where the preset's one shard would show no fan-out."""
+
+# What a component's inputs come from in the example of its page.
+_SOURCES = {
+    "policy": 'tuned.outputs["policy"]',
+    "rationales": 'augmented.outputs["rationales"]',
+    "candidates": 'found.outputs["candidates"]',
+    "ratings": 'rated.outputs["ratings"]',
+    "labelled_pairs": 'annotated.outputs["labelled_pairs"]',
+    "scorer": 'trained.outputs["scorer"]',
+    "preferences": 'curated.outputs["preferences"]',
+    "last_evaluation": 'judged.outputs["evaluation"]',
+    "artifact_root": "artifact_root",
+    "round_number": "1",
+    "uri": '"s3://bucket/my-candidates"',
+    "name": '"my run"',
+    "seed": "0",
+    "shards": "1",
+}
+_SPLITS = {
+    "search-candidates": "calibration",
+    "score-candidates": "calibration",
+    "curate-preference": "calibration",
+    "train-dpo": "calibration",
+    "evaluate": "heldout",
+}
+_LISTS = {"candidates": '[found.outputs["candidates"]]', "ratings": '[rated.outputs["ratings"]]'}
+
+
+def generated() -> Iterator[tuple[Path, str]]:
+    """All generated files.
+
+    Yields:
+        A path below the repository's root, and the text that belongs there.
+    """
+    for stage in STAGES:
+        folder = Path("components") / stage.replace("-", "_")
+        component = _component(stage)
+        yield folder / "component.yaml", _compiled(component)
+        yield folder / "README.md", _page(stage, component)
+    for preset in preset_names():
+        config = load_config(preset)
+        profile = load_profile(None, config, shards=SHARDS.get(preset))
+        text = compile_pipeline(config, profile, Images())
+        yield Path("pipelines/compiled") / f"{preset}.yaml", text
+
+
+def _component(stage: str) -> Any:
+    name = stage.replace("-", "_")
+    module = importlib.import_module(f"srccore_components.{name}.component")
+    return getattr(module, name)
+
+
+def _compiled(component: Any) -> str:
+    from kfp import compiler
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "component.yaml"
+        compiler.Compiler().compile(component, str(path))
+        return path.read_text(encoding="utf-8")
+
+
+def _page(stage: str, component: Any) -> str:
+    from docstring_parser import parse
+
+    written = (inspect.getdoc(component.python_func) or "").replace("``", "`")
+    documentation = parse(written)
+    described = {
+        each.arg_name: " ".join((each.description or "").split()) for each in documentation.params
+    }
+    spec = component.component_spec
+    inputs, outputs = spec.inputs or {}, spec.outputs or {}
+    purpose = [documentation.short_description, documentation.long_description]
+    parts = [
+        f"# {stage}",
+        *(text for text in purpose if text),
+        "## Inputs",
+        "\n".join(["| name | type | |", "|---|---|---|", *_rows(inputs, described)]),
+        "## Outputs",
+        "\n".join(["| name | type | |", "|---|---|---|", *_rows(outputs, described)]),
+        "## Resources",
+        _resources(stage),
+        "## In another pipeline",
+        f"```python\n{_example(stage, inputs)}\n```",
+        "How to load it by file, and how to bring what you have already: "
+        "[reuse of components](../../docs/components.md).",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows(specs: Mapping[str, Any], described: Mapping[str, str]) -> Iterator[str]:
+    for name, spec in specs.items():
+        kind = spec.type.partition("@")[0].removeprefix("system.")
+        if getattr(spec, "is_artifact_list", False):
+            kind = f"list of {kind}"
+        given = ""
+        if getattr(spec, "optional", False):
+            default = getattr(spec, "default", None)
+            given = " Optional." if default is None else f" Default `{default!r}`."
+        text = described[name].removeprefix("Output. ")
+        yield f"| `{name}` | {kind} | {text}{given} |"
+
+
+def _resources(stage: str) -> str:
+    resources: Resources = Profile().resources(stage)
+    gpus = f", {resources.gpus} GPU" if resources.gpus else ""
+    memory = f", {resources.shared_memory} of shared memory" if resources.shared_memory else ""
+    return (
+        f"Image `{Images().of(stage)}`, on the base `{STAGES[stage]}`. The shipped pipeline asks "
+        f"for {resources.cpu} CPU, {resources.memory} of memory{gpus}{memory}, and gives up after "
+        f"{resources.timeout_hours:g} hours; in your own pipeline, set what you need on the task."
+    )
+
+
+def _example(stage: str, inputs: Mapping[str, Any]) -> str:
+    name = stage.replace("-", "_")
+    lines = []
+    for key, spec in inputs.items():
+        if getattr(spec, "optional", False):
+            continue
+        if spec.type == "Dict":
+            value = f'preset["{_section(stage, key)}"]'
+        elif key == "data":
+            value = f'splits["{_SPLITS.get(stage, "train")}"]'
+        else:
+            value = _LISTS[key] if spec.is_artifact_list else _SOURCES[key]
+        lines.append(f"    {key}={value},")
+    call = "\n".join([f"task = {name}(", *lines, ")"])
+    return f"from srccore_components import {name}\n\n{call}"
+
+
+def _section(stage: str, key: str) -> str:
+    """The section of a preset that a parameter takes: a stage's own is its `config`."""
+    if key != "config":
+        return "rating_model" if (stage, key) == ("train-scorer", "model") else key
+    return {
+        "prepare-data": "data",
+        "augment-rationales": "augmentation",
+        "tune-rationale": "rationale",
+        "sample-responses": "search",
+        "annotate-ratings": "annotation",
+        "train-scorer": "scorer",
+        "search-candidates": "search",
+        "score-candidates": "scoring",
+        "curate-preference": "curation",
+        "train-dpo": "dpo",
+        "evaluate": "evaluation",
+    }[stage]
+
+
+if __name__ == "__main__":
+    for file, content in generated():
+        (ROOT / file).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT / file).write_text(content, encoding="utf-8")
+        print(file)

@@ -1,0 +1,196 @@
+"""The whole of SRC as a pipeline: stage 1, R-Scorer, and the rounds in a Python loop.
+
+The same stages are wired for one machine in `srccore.loop`. Evaluation stands beside the rounds,
+so that no round waits for the figures of the one before.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from kfp import dsl
+
+from srccore_components.annotate_ratings.component import annotate_ratings
+from srccore_components.augment_rationales.component import augment_rationales
+from srccore_components.evaluate.component import evaluate
+from srccore_components.import_output.component import import_output
+from srccore_components.prepare_data.component import prepare_data
+from srccore_components.report.component import report
+from srccore_components.sample_responses.component import sample_responses
+from srccore_components.train_scorer.component import train_scorer
+from srccore_components.tune_rationale.component import tune_rationale
+from srccore_pipelines.pods import Placement, Pods
+from srccore_pipelines.src_round import make_round
+
+__all__ = ["make_pipeline"]
+
+
+def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callable[..., Any]:
+    """Makes the pipeline of a profile.
+
+    Args:
+        pods: Configures its tasks.
+        name: The pipeline's name, in lower case with dashes.
+        title: The run's title, in its report.
+        description: One line.
+
+    Returns:
+        A graph component; defaults of its parameters are set when it is compiled.
+    """
+    profile = pods.profile
+    src_round = make_round(pods)
+
+    @dsl.pipeline(name=name, description=description)
+    def src_pipeline(
+        artifact_root: str,
+        data: dict,
+        model: dict,
+        rating_model: dict,
+        augmentation: dict,
+        rationale: dict,
+        annotation: dict,
+        scorer: dict,
+        search: dict,
+        scoring: dict,
+        curation: dict,
+        dpo: dict,
+        evaluation: dict,
+        node_selector: dict,
+        tolerations: list,
+        training_memory: str,
+        training_gpus: str,
+        seed: int = 0,
+        device: str = "auto",
+        threads: int = 0,
+        data_version: str = "",
+        labelled_pairs_uri: str = "",
+        scorer_uri: str = "",
+    ) -> None:
+        placement = Placement(node_selector, tolerations, training_memory, training_gpus)
+        root = {"artifact_root": artifact_root}
+        compute = {"device": device, "threads": threads}
+
+        def add(task: Any, stage: str, title: str = "", *, training: bool = False) -> Any:
+            if title:
+                task.set_display_name(title)
+            return pods.configure(task, stage, placement, training=training)
+
+        def augmented(split: Any, title: str) -> Any:
+            if not profile.augment:
+                return split
+            task = augment_rationales(data=split, config=augmentation, **root)
+            return add(task, "augment-rationales", title).outputs["rationales"]
+
+        def labelled_pairs(policy: Any) -> Any:
+            if profile.scorer == "train-on-given-pairs":
+                task = import_output(uri=labelled_pairs_uri)
+                return add(task, "import-output", "given pairs").outputs["output"]
+            sampled = sample_responses(
+                data=splits["train"],
+                policy=policy,
+                config=search,
+                annotation=annotation,
+                seed=seed,
+                **root,
+                **compute,
+            )
+            add(sampled, "sample-responses")
+            rated = annotate_ratings(
+                data=splits["train"],
+                candidates=sampled.outputs["candidates"],
+                config=annotation,
+                seed=seed,
+                rationales=train_rationales,
+                **root,
+            )
+            return add(rated, "annotate-ratings").outputs["labelled_pairs"]
+
+        def make_scorer(policy: Any) -> Any:
+            if profile.scorer == "given":
+                task = import_output(uri=scorer_uri)
+                return add(task, "import-output", "given R-Scorer").outputs["output"]
+            task = train_scorer(
+                data=splits["train"],
+                labelled_pairs=labelled_pairs(policy),
+                config=scorer,
+                annotation=annotation,
+                model=rating_model,
+                seed=seed,
+                rationales=train_rationales,
+                **root,
+                **compute,
+            )
+            return add(task, "train-scorer", training=True).outputs["scorer"]
+
+        def judge(policy: Any, number: int, previous: Any) -> Any:
+            earlier = {"previous": previous} if previous else {}
+            task = evaluate(
+                data=splits["heldout"],
+                policy=policy,
+                config=evaluation,
+                round_number=number,
+                seed=seed,
+                **earlier,
+                **root,
+                **compute,
+            )
+            return add(task, "evaluate", f"evaluate round {number}").outputs["evaluation"]
+
+        prepared = prepare_data(config=data, version=data_version, **root)
+        splits = add(prepared, "prepare-data").outputs
+        train_rationales = augmented(splits["train"], "augment train")
+        tuned = tune_rationale(
+            data=splits["train"],
+            rationales=train_rationales,
+            config=rationale,
+            model=model,
+            seed=seed,
+            **root,
+            **compute,
+        )
+        policy = add(tuned, "tune-rationale", training=True).outputs["policy"]
+        figures = judge(policy, 0, None)
+        r_scorer = make_scorer(policy)
+        round_rationales = augmented(splits["calibration"], "augment calibration")
+        for number in range(1, profile.rounds + 1):
+            done = src_round(
+                data=splits["calibration"],
+                rationales=round_rationales,
+                policy=policy,
+                r_scorer=r_scorer,
+                round_number=number,
+                search=search,
+                scoring=scoring,
+                curation=curation,
+                dpo=dpo,
+                seed=seed,
+                node_selector=node_selector,
+                tolerations=tolerations,
+                training_memory=training_memory,
+                training_gpus=training_gpus,
+                **root,
+                **compute,
+            ).set_display_name(f"round {number}")
+            policy = done.output
+            figures = judge(policy, number, figures)
+        written = report(
+            last_evaluation=figures,
+            name=title,
+            seed=seed,
+            shards=profile.shards,
+            data=data,
+            model=model,
+            rating_model=rating_model,
+            augmentation=augmentation,
+            rationale=rationale,
+            annotation=annotation,
+            scorer=scorer,
+            search=search,
+            scoring=scoring,
+            curation=curation,
+            dpo=dpo,
+            evaluation=evaluation,
+            **root,
+        )
+        add(written, "report")
+
+    return src_pipeline

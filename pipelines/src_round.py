@@ -1,0 +1,97 @@
+"""One round as a sub-pipeline: search, score, curate, align.
+
+Search and scoring of a shard follow each other in one loop body, so that no shard waits for
+another. The shards are written into the loop: a task that lists them would be one level more.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from kfp import dsl
+from kfp.dsl import Dataset, Input, Model
+
+from srccore_components.curate_preference.component import curate_preference
+from srccore_components.score_candidates.component import score_candidates
+from srccore_components.search_candidates.component import search_candidates
+from srccore_components.train_dpo.component import train_dpo
+from srccore_pipelines.pods import Placement, Pods
+
+__all__ = ["make_round"]
+
+
+def make_round(pods: Pods) -> Callable[..., Any]:
+    """Makes the sub-pipeline of a round.
+
+    Args:
+        pods: Configures its tasks.
+
+    Returns:
+        A graph component.
+    """
+    profile = pods.profile
+    shards = list(range(profile.shards))
+
+    @dsl.pipeline(name="src-round")
+    def src_round(
+        data: Input[Dataset],
+        rationales: Input[Dataset],
+        policy: Input[Model],
+        r_scorer: Input[Model],
+        round_number: int,
+        artifact_root: str,
+        search: dict,
+        scoring: dict,
+        curation: dict,
+        dpo: dict,
+        seed: int,
+        device: str,
+        threads: int,
+        node_selector: dict,
+        tolerations: list,
+        training_memory: str,
+        training_gpus: str,
+    ) -> Model:
+        common = {"data": data, "artifact_root": artifact_root}
+        compute = {"device": device, "threads": threads}
+        placement = Placement(node_selector, tolerations, training_memory, training_gpus)
+        with dsl.ParallelFor(items=shards, parallelism=profile.parallelism or len(shards)) as shard:
+            found = search_candidates(
+                **common,
+                policy=policy,
+                config=search,
+                round_number=round_number,
+                seed=seed,
+                shard=shard,
+                shards=len(shards),
+                **compute,
+            )
+            pods.configure(found, "search-candidates", placement)
+            rated = score_candidates(
+                **common,
+                candidates=found.outputs["candidates"],
+                scorer=r_scorer,
+                config=scoring,
+                rationales=rationales,
+                **compute,
+            )
+            pods.configure(rated, "score-candidates", placement)
+        curated = curate_preference(
+            **common,
+            candidates=dsl.Collected(found.outputs["candidates"]),
+            ratings=dsl.Collected(rated.outputs["ratings"]),
+            config=curation,
+        )
+        pods.configure(curated, "curate-preference", placement)
+        trained = train_dpo(
+            **common,
+            preferences=curated.outputs["preferences"],
+            policy=policy,
+            config=dpo,
+            seed=seed,
+            launcher=profile.launcher,
+            **compute,
+        )
+        pods.configure(trained, "train-dpo", placement, training=True)
+        return trained.outputs["aligned"]
+
+    return src_round

@@ -1,0 +1,114 @@
+"""What the container images are called: one per stage, on one of two shared bases.
+
+Components, the compiler and the image build all take the names from here. Imports nothing but the
+standard library, since importing a component must need no more than kfp.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import srccore
+from srccore.errors import UserError
+
+__all__ = ["BASES", "DEFAULT_REGISTRY", "STAGES", "Base", "Images", "read_digests"]
+
+Base = Literal["light", "models"]
+
+STAGES: Mapping[str, Base] = {
+    "import-output": "light",
+    "prepare-data": "light",
+    "augment-rationales": "light",
+    "tune-rationale": "models",
+    "sample-responses": "models",
+    "annotate-ratings": "light",
+    "train-scorer": "models",
+    "search-candidates": "models",
+    "score-candidates": "models",
+    "curate-preference": "light",
+    "train-dpo": "models",
+    "evaluate": "models",
+    "report": "light",
+}
+"""Every stage that is a component, and the base that its image stands on: ``models`` has torch,
+transformers and TRL, ``light`` has not."""
+BASES: tuple[Base, ...] = ("light", "models")
+
+DEFAULT_REGISTRY = "localhost"
+"""Where `srccore images build` puts images; nobody else can publish there."""
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of one release in one registry.
+
+    Args:
+        registry: Host and path before ``/srccore/<stage>``: ``registry.example.com/team``.
+        tag: The tag where there are no digests.
+        digests: ``sha256:...`` by stage; with any there, an image without one is an error.
+    """
+
+    registry: str = DEFAULT_REGISTRY
+    tag: str = srccore.__version__
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    def repository(self, stage: str) -> str:
+        """The image's name without tag or digest."""
+        return f"{self.registry.rstrip('/')}/srccore/{stage}"
+
+    def of(self, stage: str) -> str:
+        """The image string of a stage, or of a base by the name ``base-<base>``.
+
+        Raises:
+            UserError: There are digests, but none for this stage.
+        """
+        if not self.digests:
+            return f"{self.repository(stage)}:{self.tag}"
+        if stage not in self.digests:
+            raise UserError(
+                f"There is no digest for the image {self.repository(stage)}.",
+                "Push all images with srccore images push, and give the list that it writes.",
+            )
+        return f"{self.repository(stage)}@{self.digests[stage]}"
+
+
+def read_digests(path: Path, registry: str) -> dict[str, str]:
+    """Reads the list that ``srccore images push`` writes: ``<repository>@sha256:...`` a line.
+
+    Args:
+        path: The list; empty lines and those that begin with ``#`` do not count.
+        registry: The registry that the images are pulled from. The list may be of another one:
+            a mirror keeps digests.
+
+    Returns:
+        Digests by stage.
+
+    Raises:
+        UserError: The file cannot be read, or a line is no image with its digest.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"The list of digests {path} cannot be read ({error}).",
+            f"Make it with srccore images push --registry {registry} -o {path}.",
+        ) from None
+    found = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        repository, _, digest = text.partition("@")
+        stage = repository.rpartition("/")[2]
+        if not _DIGEST.fullmatch(digest) or stage not in STAGES:
+            raise UserError(
+                f"Line {number} of {path} is no image of ours with its digest: {text[:100]!r}.",
+                "Lines read REGISTRY/srccore/STAGE@sha256:..., as srccore images push writes them.",
+            )
+        found[stage] = digest
+    return found

@@ -1,0 +1,167 @@
+"""Lays a pipeline's outputs out as the run folder that `srccore run` makes.
+
+A pipeline writes ``<artifact root>/<stage>/<key>``; which folder belongs to which round follows
+from the steps, back from the last evaluation. With a run folder, `srccore report` and `srccore
+export` work as they do after a local run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from srccore import storage
+from srccore.config import RunConfig
+from srccore.errors import UserError
+from srccore.manifest import read_manifest, write_json
+from srccore.policy import POLICY_FILE, parse_policy, write_policy
+from srccore.step import STEP, Lineage
+
+__all__ = ["collect_run"]
+
+WEIGHTS = ".safetensors"
+
+
+def collect_run(
+    artifact_root: str, evaluation: str, config: RunConfig, out: Path, *, weights: bool = False
+) -> None:
+    """Makes a run folder of what a pipeline wrote.
+
+    Args:
+        artifact_root: The pipeline's artifact root.
+        evaluation: The URI of the folder of its last `evaluate`.
+        config: The run's configuration.
+        out: The folder to make.
+        weights: Whether adapters and R-Scorer's weights come too.
+
+    Raises:
+        UserError: A folder is missing, or is no output of a pipeline.
+    """
+    root = artifact_root.rstrip("/")
+    places = dict(_places(root, evaluation))
+    for uri, place in places.items():
+        _bring(uri, out / place, weights)
+    for uri, place in places.items():
+        if weights and (out / place / POLICY_FILE).exists():
+            _move_policy(uri, out / place / POLICY_FILE, places, out)
+    evaluations = sorted(
+        (place for place in places.values() if place.endswith("/evaluate")), key=_round_of
+    )
+    write_json(out / "figures.json", [read_manifest(out / place).figures for place in evaluations])
+    done = config.model_copy(update={"rounds": max(1, len(evaluations) - 1)})
+    write_json(out / "run.json", done.model_dump(mode="json"))
+
+
+def _places(root: str, evaluation: str) -> Iterator[tuple[str, str]]:
+    """Folder URIs, each with its place in a run folder."""
+    current: str | None = evaluation
+    while current is not None:
+        found = _Step(root, current)
+        place = f"round-{found.round}"
+        yield current, f"{place}/evaluate"
+        yield found.parent("data"), "data"
+        policy = found.input("policy")
+        if policy and found.round == 0:
+            yield from _tuning(root, policy)
+        elif policy:
+            yield from _alignment(root, policy, place)
+        current = found.input("previous")
+
+
+def _alignment(root: str, policy: str, place: str) -> Iterator[tuple[str, str]]:
+    training = _Step(root, policy)
+    yield policy, f"{place}/train-dpo"
+    preferences = training.inputs("preferences")[0]
+    yield preferences, f"{place}/curate-preference"
+    curation = _Step(root, preferences)
+    for shard, uri in enumerate(curation.inputs("candidates")):
+        yield uri, f"{place}/search-candidates-{shard}"
+    for shard, uri in enumerate(curation.inputs("ratings")):
+        yield uri, f"{place}/score-candidates-{shard}"
+        rating = _Step(root, uri)
+        yield from _scorer(root, rating.inputs("scorer")[0])
+        if rationales := rating.input("rationales"):
+            yield rationales, "augment-rationales/calibration"
+
+
+def _scorer(root: str, uri: str) -> Iterator[tuple[str, str]]:
+    yield uri, "train-scorer"
+    pairs = _Step(root, uri).input("labelled_pairs")
+    if pairs:
+        yield pairs, "annotate-ratings"
+        if sampled := _Step(root, pairs).input("candidates"):
+            yield sampled, "sample-responses"
+
+
+def _tuning(root: str, policy: str) -> Iterator[tuple[str, str]]:
+    yield policy, "tune-rationale"
+    if rationales := _Step(root, policy).input("rationales"):
+        yield rationales, "augment-rationales/train"
+
+
+class _Step:
+    """What a folder says of the step that made it; one that no step made has no inputs."""
+
+    def __init__(self, root: str, uri: str) -> None:
+        self.root = root
+        self.uri = uri
+        file = storage.join(uri, STEP)
+        self.lineage = (
+            Lineage.model_validate_json(storage.read_text(file)) if storage.exists(file) else None
+        )
+
+    def inputs(self, name: str) -> list[str]:
+        found = self.lineage.inputs.get(name, []) if self.lineage else []
+        return [
+            uri
+            if storage.is_remote(uri) or Path(uri).is_absolute()
+            else storage.join(self.root, uri)
+            for uri in found
+        ]
+
+    def input(self, name: str) -> str | None:
+        return next(iter(self.inputs(name)), None)
+
+    def parent(self, name: str) -> str:
+        return storage.join(self.inputs(name)[0], "..")
+
+    @property
+    def round(self) -> int:
+        if self.lineage is None or self.lineage.round is None:
+            raise UserError(
+                f"{self.uri} is no evaluation of a pipeline.",
+                "Give the folder that its last evaluate wrote.",
+            )
+        return self.lineage.round
+
+
+def _bring(uri: str, folder: Path, weights: bool) -> None:
+    for file in storage.listing(uri):
+        if file.path.endswith(WEIGHTS) and not weights:
+            continue
+        target = folder / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            _link(storage.fetch(storage.join(uri, file.path)), target)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard links where the file system can: nothing here is ever written again."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _move_policy(uri: str, file: Path, places: dict[str, str], out: Path) -> None:
+    policy = parse_policy(file.read_text(encoding="utf-8"), str(file))
+    folders = [storage.join(uri, name).rpartition("/") for name in policy.adapters]
+    adapters = tuple(str(out / places[folder] / name) for folder, _, name in folders)
+    file.unlink()
+    write_policy(file, policy.model_copy(update={"adapters": adapters}))
+
+
+def _round_of(place: str) -> int:
+    return int(place.split("/", maxsplit=1)[0].removeprefix("round-"))

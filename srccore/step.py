@@ -1,0 +1,376 @@
+"""A stage as a pod of a pipeline runs it: fetch what goes in, run it, publish what comes out.
+
+Everything large lies under one `artifact_root`, a folder or ``s3://...``, as ``<stage>/<key>``: the
+key is a hash of all that went in. So work that was done before, by this run or by another, is not
+done again, and two runs never write to one folder. What Kubeflow carries from pod to pod is small:
+a reference (a few lines of JSON that name a folder), or a ``policy.json`` whose adapters are URIs.
+An input may also be the thing itself: a data set, a stage's folder, a policy file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+import srccore
+from srccore import storage
+from srccore.config import DataConfig, Section, TextModelConfig, explain, identity
+from srccore.errors import UserError
+from srccore.manifest import MANIFEST, hash_input, write_json
+from srccore.policy import POLICY_FILE, Policy, parse_policy, policy_document, write_policy
+
+__all__ = ["STEP", "Finished", "Lineage", "Reference", "import_output", "report_run", "run_stage"]
+
+STEP = "step.json"
+"""In a stage's folder: which folders went into it."""
+
+
+class Reference(BaseModel):
+    """What a small artifact of Kubeflow says of a large one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    record: Literal["reference"] = "reference"
+    version: Literal[1] = 1
+    uri: str
+    """A file or folder."""
+    fingerprint: str | None = None
+    """Of what srccore did not make and may change under the same URI."""
+    figures: dict[str, Any] = {}
+
+
+class Lineage(BaseModel):
+    """Which stage a folder is of, and what went into it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    record: Literal["step"] = "step"
+    version: Literal[1] = 1
+    stage: str
+    round: int | None
+    inputs: dict[str, list[str]]
+    """URIs by input; those under the artifact root are relative to it, so it can be moved."""
+
+
+class Metrics(Protocol):
+    """Kubeflow's ``dsl.Metrics``."""
+
+    path: str
+
+    def log_metric(self, metric: str, value: float) -> None:
+        """Shows a number."""
+        ...
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A stage that is done.
+
+    Attributes:
+        uri: Its folder.
+        figures: What it tells of its work.
+    """
+
+    uri: str
+    figures: dict[str, Any]
+
+    def refer(self, artifact: str, name: str = "") -> None:
+        """Writes a reference.
+
+        Args:
+            artifact: The path of a Kubeflow artifact.
+            name: A file of the stage's folder; none is the folder.
+        """
+        uri = storage.join(self.uri, name) if name else self.uri
+        _write(Path(artifact), Reference(uri=uri, figures=self.figures).model_dump(mode="json"))
+
+    def write_policy(self, artifact: str) -> None:
+        """Writes the policy that the stage ended with, its adapters as URIs.
+
+        Args:
+            artifact: The path of a Kubeflow artifact.
+        """
+        policy = _policy_at(self.uri)
+        _write(Path(artifact), policy_document(policy))
+
+    def log(self, metrics: Metrics) -> None:
+        """Shows all figures that are numbers.
+
+        Args:
+            metrics: Kubeflow's artifact; its file gets the numbers too, or nothing that
+                asks whether the artifact is there would find it.
+        """
+        numbers = dict(_numbers(self.figures))
+        for name, value in numbers.items():
+            metrics.log_metric(name, value)
+        _write(Path(metrics.path), numbers)
+
+
+def run_stage(
+    stage: str,
+    artifact_root: str,
+    *,
+    inputs: Mapping[str, str | Sequence[str] | None],
+    settings: Mapping[str, Any],
+    device: str = "auto",
+    threads: int = 0,
+) -> Finished:
+    """Runs a stage, or finds it done.
+
+    Args:
+        stage: Its name, ``search-candidates``.
+        artifact_root: The folder or ``s3://...`` below which it writes.
+        inputs: By the stage function's arguments, the paths of Kubeflow's artifacts: a reference,
+            a policy file, or the thing itself. None is an input that was not given.
+        settings: The stage function's other arguments, as JSON has them.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        threads: CPU threads of torch; 0 leaves it alone.
+
+    Returns:
+        Where its folder lies, and its figures.
+
+    Raises:
+        SystemExit: With 2, after one paragraph on stderr, where the user can mend what is wrong.
+    """
+    with _explained():
+        return _run(stage, artifact_root.rstrip("/"), inputs, settings, device, threads)
+
+
+def import_output(uri: str, artifact: str) -> None:
+    """Refers to a file or folder that is there already.
+
+    Args:
+        uri: Where it lies.
+        artifact: The path of a Kubeflow artifact.
+
+    Raises:
+        SystemExit: With 2, where nothing lies there.
+    """
+    with _explained():
+        if not storage.exists(uri):
+            raise UserError(f"There is nothing at {uri}.", "Check the path or URI.")
+        if storage.is_remote(uri):
+            fingerprint = storage.fingerprint(uri)
+        else:
+            fingerprint = hash_input("uri", storage.local_path(uri))
+        reference = Reference(uri=uri, fingerprint=fingerprint)
+        _write(Path(artifact), reference.model_dump(mode="json"))
+
+
+def report_run(
+    artifact_root: str, evaluation: str, page: str, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Writes the report of the run that ends with an evaluation.
+
+    Args:
+        artifact_root: The folder or ``s3://...`` of the run.
+        evaluation: The artifact of the last `evaluate`.
+        page: The path of the artifact that gets the HTML page.
+        config: The run's configuration, as `srccore.config.RunConfig` has it.
+
+    Returns:
+        The figures of the last evaluation.
+
+    Raises:
+        SystemExit: With 2, where something is missing.
+    """
+    from srccore.collect import write_report
+    from srccore.config import validate_config
+    from srccore.lineage import collect_run
+
+    with _explained(), tempfile.TemporaryDirectory() as folder:
+        reference = _reference(Path(evaluation))
+        if reference is None:
+            raise UserError(
+                "The evaluation is no reference.", "Give what the component evaluate returned."
+            )
+        run = Path(folder) / "run"
+        checked = validate_config(config, "The configuration")
+        collect_run(artifact_root, reference.uri, checked, run)
+        Path(page).parent.mkdir(parents=True, exist_ok=True)
+        Path(page).write_bytes(write_report(run).read_bytes())
+        return reference.figures
+
+
+def _run(
+    stage: str,
+    root: str,
+    inputs: Mapping[str, str | Sequence[str] | None],
+    settings: Mapping[str, Any],
+    device: str,
+    threads: int,
+) -> Finished:
+    from srccore import stages
+    from srccore.console import ConsoleObserver, quiet_libraries
+    from srccore.loop import set_threads
+
+    quiet_libraries()
+    set_threads(threads or None)
+    function = getattr(stages, stage.replace("-", "_"))
+    hints = get_type_hints(function)
+    arguments = {name: _typed(stage, name, settings[name], hints[name]) for name in settings}
+    given = {
+        name: [_read_input(name, Path(path)) for path in _as_list(value)]
+        for name, value in inputs.items()
+        if value is not None
+    }
+    uri = storage.join(root, f"{stage}/{_key(stage, arguments, given, root)}")
+    if storage.is_remote(uri) and storage.exists(storage.join(uri, MANIFEST)):
+        print(f"{stage} was done before: {uri}", file=sys.stderr)
+        manifest = json.loads(storage.read_text(storage.join(uri, MANIFEST)))
+        return Finished(uri, manifest["figures"])
+    if "device" in hints:
+        arguments["device"] = device
+    folder = storage.local_path(uri)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, found in given.items():
+            paths = [each.fetch(Path(scratch)) for each in found]
+            arguments[name] = paths if isinstance(inputs[name], (list, tuple)) else paths[0]
+        with ConsoleObserver().stage(stage, arguments.get("round_number")) as progress:
+            figures = function(**arguments, out=folder, progress=progress)
+    lineage = Lineage(
+        stage=stage,
+        round=arguments.get("round_number"),
+        inputs={name: [_below(root, each.uri) for each in found] for name, found in given.items()},
+    )
+    write_json(folder / STEP, lineage.model_dump(mode="json"))
+    storage.publish(folder, uri)
+    print(f"{stage} is done: {uri}", file=sys.stderr)
+    return Finished(uri, figures)
+
+
+@dataclass(frozen=True)
+class _Input:
+    """One input of a stage.
+
+    Attributes:
+        uri: Where it lies; for a policy, the folder of its last adapter's stage.
+        mark: What it counts by in the key, beside the URI.
+        policy: The policy, with URIs as adapters, where it is one.
+    """
+
+    uri: str
+    mark: str = ""
+    policy: Policy | None = None
+
+    def fetch(self, scratch: Path) -> Path:
+        """Brings it to this machine."""
+        if self.policy is None:
+            return storage.fetch(self.uri)
+        adapters = tuple(str(storage.fetch(adapter)) for adapter in self.policy.adapters)
+        file = scratch / POLICY_FILE
+        write_policy(file, self.policy.model_copy(update={"adapters": adapters}))
+        return file
+
+
+def _read_input(name: str, path: Path) -> _Input:
+    """Reads an artifact: a reference, a policy, or the thing itself, which counts by its bytes."""
+    reference = _reference(path)
+    if name == "policy":
+        policy = _policy_at(reference.uri if reference else str(path))
+        last = storage.join(policy.adapters[-1], "..") if policy.adapters else policy.base.path
+        return _Input(uri=last, mark=policy.model_dump_json(), policy=policy)
+    if reference:
+        return _Input(uri=reference.uri, mark=reference.fingerprint or "")
+    return _Input(uri=str(path), mark=hash_input(name, path))
+
+
+def _reference(path: Path) -> Reference | None:
+    """The reference that a file holds; None where it is something else."""
+    try:
+        with path.open("rb") as file:
+            return Reference.model_validate_json(file.read(2**20))
+    except (OSError, ValidationError):
+        return None
+
+
+def _policy_at(uri: str) -> Policy:
+    """Reads a policy file, or the one of a folder; its adapters become URIs."""
+    is_folder = not uri.endswith(".json") and storage.exists(storage.join(uri, POLICY_FILE))
+    folder = uri if is_folder else storage.join(uri, "..")
+    text = storage.read_text(storage.join(uri, POLICY_FILE) if is_folder else uri)
+    policy = parse_policy(text, uri)
+    adapters = tuple(
+        name if _is_absolute(name) else storage.join(folder, name) for name in policy.adapters
+    )
+    return policy.model_copy(update={"adapters": adapters})
+
+
+def _key(
+    stage: str, arguments: Mapping[str, Any], given: Mapping[str, Sequence[_Input]], root: str
+) -> str:
+    """Names a stage's folder by all that decides what it will hold."""
+    values = {
+        name: identity(value) if isinstance(value, Section) else value
+        for name, value in arguments.items()
+    }
+    inputs = {
+        name: [(_below(root, each.uri), each.mark.replace(root + "/", "")) for each in found]
+        for name, found in given.items()
+    }
+    sources = [_source(value) for value in arguments.values()]
+    text = json.dumps([stage, srccore.__version__, values, sources, inputs], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _source(value: object) -> str | None:
+    """What a setting that names a checkpoint or a data set counts by: what lies there."""
+    from srccore.stages import model_input
+
+    if isinstance(value, TextModelConfig):
+        return hash_input("model", model_input(value.path))
+    if isinstance(value, DataConfig) and value.source != "embedded":
+        if storage.is_remote(value.source):
+            return storage.fingerprint(value.source)
+        return hash_input("data.source", Path(value.source))
+    return None
+
+
+def _typed(stage: str, name: str, value: object, hint: Any) -> Any:
+    """Checks a setting against the stage function's annotation: numbers arrive as floats."""
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise explain(f"The setting {name} of {stage}", error) from None
+
+
+def _below(root: str, uri: str) -> str:
+    return uri.removeprefix(root + "/")
+
+
+def _is_absolute(name: str) -> bool:
+    return storage.is_remote(name) or Path(name).is_absolute()
+
+
+def _as_list(value: str | Sequence[str]) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _numbers(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", float(value)
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, value)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Kubeflow shows the end of a pod's log: the paragraph must be there, and no traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

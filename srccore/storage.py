@@ -1,0 +1,734 @@
+"""Where stages keep their folders: local paths, and ``s3://bucket/key`` behind the same functions.
+
+`fetch` makes a folder of a bucket a local one, in a cache; `publish` uploads a stage's folder, its
+manifest last, so that a folder with a manifest is whole. Any store that speaks S3 will do;
+credentials, region and endpoint come from where boto3 looks for them (``AWS_*`` variables,
+profiles, the role of a pod).
+
+Assumes that a folder is not written while it is fetched, and that the cache belongs to this
+package alone: a cached folder is made equal to the bucket's, and what else lies in it goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from srccore.errors import UserError
+from srccore.manifest import JOURNAL, MANIFEST
+
+if TYPE_CHECKING:
+    from botocore.exceptions import BotoCoreError, ClientError
+    from mypy_boto3_s3 import S3Client
+    from s3transfer.futures import TransferFuture
+    from s3transfer.manager import TransferManager
+
+__all__ = [
+    "StoredFile",
+    "exists",
+    "fetch",
+    "fingerprint",
+    "is_remote",
+    "join",
+    "listing",
+    "local_path",
+    "publish",
+    "read_text",
+]
+
+THREADS = 16
+"""Requests at once; large files go in parts, so that one file alone uses them too."""
+ABANDONED = 24 * 3600.0
+"""Seconds after which a download that nobody finished counts as left behind."""
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
+_CHECK_ADDRESS = "Check the address, and that the stage that writes it has finished."
+_OTHER_CACHE = "Make room, see to its permissions, or name another cache by SRCCORE_CACHE."
+_UPLOADS = (
+    "PutObject",
+    "CreateMultipartUpload",
+    "UploadPart",
+    "CompleteMultipartUpload",
+    "AbortMultipartUpload",
+)
+_PERMISSIONS = {
+    "ListObjectsV2": ("listed", "s3:ListBucket"),
+    "HeadObject": ("read", "s3:GetObject"),
+    "GetObject": ("read", "s3:GetObject"),
+    **dict.fromkeys(_UPLOADS, ("written", "s3:PutObject")),
+}
+"""What each request does to an address, and the permission for it."""
+_DISK_FAULTS = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS"),
+        *("EEXIST", "ENOTDIR", "EISDIR", "ENAMETOOLONG"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a folder, as a listing tells of it.
+
+    Args:
+        path: Relative to the folder; of a single file, its name.
+        size: In bytes.
+        etag: The store's mark of the content; empty for a local file.
+    """
+
+    path: str
+    size: int
+    etag: str
+
+
+@dataclass(frozen=True)
+class _Address:
+    """A place in a bucket; the empty key is all of it."""
+
+    bucket: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.key}".rstrip("/")
+
+    @property
+    def prefix(self) -> str:
+        """What the keys of a folder's files begin with."""
+        return f"{self.key}/" if self.key else ""
+
+
+# Addresses
+
+
+def is_remote(uri: str) -> bool:
+    """Whether an address lies in a bucket; plain paths and ``file://`` are local.
+
+    Raises:
+        UserError: The address has another scheme.
+    """
+    found = _SCHEME.match(uri)
+    if found is None or uri.startswith("file://"):
+        return False
+    if not uri.startswith("s3://"):
+        raise UserError(
+            f"{_shown(uri)} is no address that srccore can read or write.",
+            "Write a local path or s3://BUCKET/KEY. Google Cloud Storage and MinIO are reached as "
+            "s3:// too, with AWS_ENDPOINT_URL=https://storage.googleapis.com or MinIO's address.",
+        )
+    return True
+
+
+def join(uri: str, name: str) -> str:
+    """Resolves a reference that is relative to a folder.
+
+    Args:
+        uri: The folder.
+        name: ``adapter``, ``../other/adapter``.
+
+    Returns:
+        The address that is meant, without ``..``.
+
+    Raises:
+        UserError: The reference is absolute, or leads out of the bucket.
+    """
+    if name.startswith("/") or _SCHEME.match(name):
+        raise UserError(
+            f"{_shown(name)} is not relative to {_shown(uri)}.",
+            "Give a relative reference, such as ../tune-rationale/adapter.",
+        )
+    if not is_remote(uri):
+        return os.path.normpath(_local(uri) / name)
+    address = _parse(uri)
+    segments = address.key.split("/") if address.key else []
+    for segment in name.split("/"):
+        if segment == ".." and not segments:
+            raise UserError(
+                f"{name} leads from {address} out of its bucket.",
+                "Keep what refers to each other in one bucket.",
+            )
+        if segment == "..":
+            segments.pop()
+        elif segment not in ("", "."):
+            segments.append(segment)
+    return str(_Address(address.bucket, "/".join(segments)))
+
+
+def local_path(uri: str) -> Path:
+    """Where `fetch` puts an address: a local one stays where it is.
+
+    What lies in a bucket goes to ``s3/BUCKET/KEY`` in the cache: ``$SRCCORE_CACHE``, else
+    ``$XDG_CACHE_HOME/srccore`` or ``~/.cache/srccore``.
+    """
+    if not is_remote(uri):
+        return _local(uri)
+    address = _parse(uri)
+    return _bucket_folder(address) / address.key
+
+
+def _local(uri: str) -> Path:
+    if not uri.startswith("file://"):
+        return Path(uri)
+    path = unquote(uri.removeprefix("file://"))
+    if not path.startswith("/"):
+        raise UserError(f"{uri} names another machine.", "Write file:///PATH, or the path alone.")
+    return Path(path)
+
+
+def _parse(uri: str) -> _Address:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    address = _Address(bucket, key.rstrip("/"))
+    if not _BUCKET.fullmatch(bucket) or (address.key and not _is_safe(address.key)):
+        raise UserError(
+            f"{_shown(uri)} is no address in a bucket.",
+            "Write s3://BUCKET/KEY, without empty parts and without '.' or '..'.",
+        )
+    return address
+
+
+def _is_safe(path: str) -> bool:
+    """Whether a relative path of a store means the same below a local folder."""
+    return "\0" not in path and all(part not in ("", ".", "..") for part in path.split("/"))
+
+
+def _shown(uri: str) -> str:
+    """An address without what may be a secret: user, password, the query of a signed link."""
+    return re.sub(r"//[^/]*@", "//", uri).partition("?")[0]
+
+
+def _cache() -> Path:
+    if named := os.environ.get("SRCCORE_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srccore"
+
+
+def _bucket_folder(address: _Address) -> Path:
+    return _cache() / "s3" / address.bucket
+
+
+# Looking
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file of exactly that name, or a folder that holds anything.
+
+    Raises:
+        UserError: The store cannot be asked.
+    """
+    if not is_remote(uri):
+        path = _local(uri)
+        return path.is_file() or (path.is_dir() and any(path.iterdir()))
+    address = _parse(uri)
+    with _store_explained(address):
+        return any(_objects(address)) or _single(address) is not None
+
+
+def listing(uri: str) -> list[StoredFile]:
+    """The files at an address, sorted by path: those of a folder, or the one file.
+
+    Raises:
+        UserError: There is nothing, or an object's key cannot be a file's name.
+    """
+    if is_remote(uri):
+        address = _parse(uri)
+        with _store_explained(address):
+            return _stored(address)[1]
+    path = _local(uri)
+    if not exists(uri):
+        raise _nothing(uri)
+    folder = path.parent if path.is_file() else path
+    found = [
+        StoredFile(file.relative_to(folder).as_posix(), file.stat().st_size, "")
+        for file in _files_at(path)
+    ]
+    return sorted(found, key=lambda file: file.path)
+
+
+def fingerprint(uri: str) -> str:
+    """A SHA-256 of the listing: what a checkpoint in a bucket counts by, without reading it.
+
+    Raises:
+        UserError: There is nothing.
+    """
+    text = json.dumps([astuple(file) for file in listing(uri)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_text(uri: str) -> str:
+    """Reads a small file, past the cache.
+
+    Raises:
+        UserError: There is no such file, or it is no text.
+    """
+    try:
+        return _read(uri).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{uri} is no UTF-8 text.", "Check the address.") from None
+
+
+def _read(uri: str) -> bytes:
+    if is_remote(uri):
+        address = _parse(uri)
+        if not address.key:
+            raise _nothing(uri)
+        with _store_explained(address):
+            return _client().get_object(Bucket=address.bucket, Key=address.key)["Body"].read()
+    path = _local(uri)
+    if not path.is_file():
+        raise _nothing(uri)
+    return path.read_bytes()
+
+
+def _nothing(uri: str) -> UserError:
+    return UserError(f"Nothing is stored at {uri}.", _CHECK_ADDRESS)
+
+
+def _files_at(path: Path) -> list[Path]:
+    """The file itself, or all files below the folder; none where there is neither."""
+    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+
+
+def _stored(address: _Address) -> tuple[str, list[StoredFile]]:
+    """What lies at an address: the prefix that all keys share, and the files below it.
+
+    Raises:
+        UserError: There is nothing, or the keys are no paths of files.
+    """
+    prefix, files = address.prefix, list(_objects(address))
+    if not files:
+        single = _single(address)
+        if single is None:
+            raise _nothing(str(address))
+        prefix, files = address.key.removesuffix(single.path), [single]
+    folders = {str(folder) for file in files for folder in PurePosixPath(file.path).parents}
+    for file in files:
+        if not _is_safe(file.path) or file.path in folders:
+            raise UserError(
+                f"The object {file.path!r} at {address} cannot be a file below a folder.",
+                "Rename or delete it: a key's parts are not empty, not '.' or '..', and no "
+                "object has the name of a folder.",
+            )
+    return prefix, sorted(files, key=lambda file: file.path)
+
+
+def _objects(address: _Address) -> Iterator[StoredFile]:
+    """The files of a folder, page by page; the marks that some tools make for folders are none."""
+    prefix = address.prefix
+    pages = _client().get_paginator("list_objects_v2")
+    for page in pages.paginate(Bucket=address.bucket, Prefix=prefix):
+        for found in page.get("Contents", []):
+            if not found["Key"].endswith("/"):
+                path = found["Key"].removeprefix(prefix)
+                yield StoredFile(path, found["Size"], found["ETag"].strip('"'))
+
+
+def _single(address: _Address) -> StoredFile | None:
+    """The object of exactly that key. Comes after `_objects`: its answer says less of a fault."""
+    from botocore.exceptions import ClientError
+
+    if not address.key:
+        return None
+    try:
+        found = _client().head_object(Bucket=address.bucket, Key=address.key)
+    except ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+            return None
+        raise
+    name = PurePosixPath(address.key).name
+    return StoredFile(name, found["ContentLength"], found["ETag"].strip('"'))
+
+
+# Fetching
+
+
+def fetch(uri: str) -> Path:
+    """Brings a file, or a folder with all below it, to this machine.
+
+    What the cache has of the same size and ETag is not downloaded again; what is no longer in the
+    bucket goes, since a stale shard must not be read. Files appear under their names when they are
+    whole, the manifest last. Several processes may fetch the same thing at once.
+
+    Returns:
+        `local_path` of the address.
+
+    Raises:
+        UserError: There is nothing, the store refuses, or the cache cannot be written.
+    """
+    path = local_path(uri)
+    if is_remote(uri):
+        address = _parse(uri)
+        with _disk_explained(_cache(), _OTHER_CACHE), _store_explained(address):
+            _mirror(address, path)
+    elif not exists(uri):
+        raise _nothing(uri)
+    return path
+
+
+def _mirror(address: _Address, path: Path) -> None:
+    """Makes what is cached at a path equal to what is stored."""
+    prefix, files = _stored(address)
+    wanted = {_bucket_folder(address) / prefix / file.path: file for file in files}
+    for stale in set(_files_at(path)) - wanted.keys():
+        stale.unlink(missing_ok=True)
+    missing = [each for each, file in wanted.items() if not _is_cached(each, file)]
+    if not missing:
+        return
+    with _staging() as staging:
+        for batch in _manifest_last(missing, path):
+            with _transfers() as transfers:
+                begun = [
+                    (each, _download(transfers, address, prefix, wanted[each], staging / str(n)))
+                    for n, each in enumerate(batch)
+                ]
+                for n, (each, download) in enumerate(begun):
+                    download.result()
+                    _place(staging / str(n), each, wanted[each].etag, staging)
+
+
+def _manifest_last(paths: Iterable[Path], folder: Path) -> Iterator[list[Path]]:
+    """Data, then the folder's manifest: where that is, all is."""
+    manifest = folder / MANIFEST
+    yield [path for path in paths if path != manifest]
+    yield [path for path in paths if path == manifest]
+
+
+def _download(
+    transfers: TransferManager, address: _Address, prefix: str, file: StoredFile, to: Path
+) -> TransferFuture:
+    from s3transfer.subscribers import BaseSubscriber
+
+    class Listed(BaseSubscriber):
+        """Spares a request for what the listing told, so that parts are of the object listed."""
+
+        def on_queued(self, future: TransferFuture, **kwargs: Any) -> None:
+            future.meta.provide_transfer_size(file.size)
+            future.meta.provide_object_etag(f'"{file.etag}"')
+
+    return transfers.download(address.bucket, prefix + file.path, str(to), subscribers=[Listed()])
+
+
+def _place(downloaded: Path, path: Path, etag: str, staging: Path) -> None:
+    """Puts a whole file under its name. Its record comes first and is void until it does."""
+    _record(path, downloaded, etag, staging)
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    downloaded.replace(path)
+
+
+def _is_cached(path: Path, file: StoredFile) -> bool:
+    try:
+        state = path.stat()
+        return state.st_size == file.size and (
+            _record_path(path).read_text(encoding="ascii") == _state(file.etag, state)
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _record(path: Path, content: Path, etag: str, staging: Path) -> None:
+    """Notes which object a cached file is. Time and size tell whether it still is that file."""
+    written, record = staging / "record", _record_path(path)
+    written.write_text(_state(etag, content.stat()), encoding="ascii")
+    record.parent.mkdir(parents=True, exist_ok=True)
+    written.replace(record)
+
+
+def _record_path(path: Path) -> Path:
+    name = hashlib.sha256(str(path.relative_to(_cache())).encode()).hexdigest()
+    return _cache() / "etags" / name
+
+
+def _state(etag: str, state: os.stat_result) -> str:
+    return f"{etag} {state.st_size} {state.st_mtime_ns}\n"
+
+
+@contextlib.contextmanager
+def _staging() -> Iterator[Path]:
+    """A folder for unfinished downloads: beside the cached ones, where no fetch clears away."""
+    folder = _cache() / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.iterdir():
+        # A killed process cannot tidy up, and checkpoints are large.
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        yield Path(name)
+
+
+# Publishing
+
+
+def publish(folder: Path, uri: str) -> None:
+    """Uploads a stage's folder, or copies it to a local one: data first, the manifest last.
+
+    Journals and ``*.tmp`` stay behind. A later `fetch` of an address whose `local_path` the folder
+    is downloads nothing. What the address held under other names stays there.
+
+    Args:
+        folder: The folder of a stage.
+        uri: The folder that shall hold the same.
+
+    Raises:
+        UserError: The folder holds nothing, or the address cannot be written.
+    """
+    files = sorted(
+        file for file in _files_at(folder) if file.name != JOURNAL and file.suffix != ".tmp"
+    )
+    if not folder.is_dir() or not files:
+        raise UserError(
+            f"There is nothing to publish in {folder}.", "Give the folder of a finished stage."
+        )
+    batches = list(_manifest_last(files, folder))
+    if is_remote(uri):
+        address = _parse(uri)
+        with _disk_explained(_cache(), _OTHER_CACHE), _store_explained(address):
+            for batch in batches:
+                _upload(folder, batch, address)
+            if folder.resolve() == local_path(uri).resolve():
+                _record_all(address)
+        return
+    target = _local(uri)
+    if folder.resolve() != target.resolve():
+        with _disk_explained(target, "Make room and see to its permissions."):
+            for file in (file for batch in batches for file in batch):
+                _copy(file, target / file.relative_to(folder))
+
+
+def _upload(folder: Path, files: Iterable[Path], address: _Address) -> None:
+    with _transfers() as transfers:
+        begun = [
+            transfers.upload(
+                str(file), address.bucket, address.prefix + file.relative_to(folder).as_posix()
+            )
+            for file in files
+        ]
+        for upload in begun:
+            upload.result()
+
+
+def _record_all(address: _Address) -> None:
+    """Notes that the cached folder is what was uploaded from it."""
+    prefix, files = _stored(address)
+    with _staging() as staging:
+        for file in files:
+            path = _bucket_folder(address) / prefix / file.path
+            if path.is_file() and path.stat().st_size == file.size:
+                _record(path, path, file.etag, staging)
+
+
+def _copy(source: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# The client
+
+
+def _client() -> S3Client:
+    """One client for a process, and another where the environment has changed."""
+    settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    return _connect(tuple(sorted(settings.items())))
+
+
+@functools.cache
+def _connect(_settings: tuple[tuple[str, str], ...]) -> S3Client:
+    import boto3
+    from botocore.config import Config
+
+    session = boto3.session.Session()
+    # boto3 itself reads AWS_DEFAULT_REGION only.
+    region = os.environ.get("AWS_REGION") or session.region_name
+    config = Config(retries={"mode": "standard"}, connect_timeout=10, max_pool_connections=THREADS)
+    try:
+        client: S3Client = session.client("s3", region_name=region, config=config)
+    except ValueError as error:
+        if not str(error).startswith("Invalid endpoint"):
+            raise
+        raise UserError(
+            "AWS_ENDPOINT_URL is no URL.", "Write http://HOST:PORT or https://HOST."
+        ) from None
+    if _is_amazon(client.meta.endpoint_url):
+        return client
+    # Other stores have no host for each bucket, and older ones refuse the newer checksums.
+    lenient = Config(
+        s3={"addressing_style": "path"},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    merged = config.merge(lenient)
+    other: S3Client = session.client("s3", region_name=region or "us-east-1", config=merged)
+    return other
+
+
+def _is_amazon(endpoint: str) -> bool:
+    return (urlsplit(endpoint).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+def _transfers() -> TransferManager:
+    """Threads that upload and download, large files in parts, each part with its retries."""
+    from s3transfer.manager import TransferConfig, TransferManager
+
+    config = TransferConfig(max_request_concurrency=THREADS)
+    return TransferManager(_client(), config)
+
+
+# Errors
+
+
+@contextlib.contextmanager
+def _disk_explained(path: Path, mend: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        # The errors of a connection are OSErrors too, with other numbers or none.
+        if error.errno not in _DISK_FAULTS:
+            raise
+        raise UserError(f"{path} cannot be written ({error.strerror}).", mend) from None
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What a user can mend.
+
+    Args:
+        signs: The store's error codes, or the names of botocore's exceptions.
+        what: What is wrong; the names in braces are those of `_explain`.
+        mend: How to mend it.
+    """
+
+    signs: tuple[str, ...]
+    what: str
+    mend: str
+
+
+_FAULTS = (
+    _Fault(
+        ("NoSuchBucket", "InvalidBucketName"),
+        "There is no bucket {bucket} at {endpoint} ({address}).",
+        "Create it, or check its name and AWS_ENDPOINT_URL.",
+    ),
+    _Fault(
+        ("NoSuchKey", "NotFound", "404"),
+        "Nothing is stored at {address}.",
+        _CHECK_ADDRESS,
+    ),
+    _Fault(
+        ("AccessDenied", "AllAccessDisabled", "Forbidden", "403"),
+        "{address} may not be {done} with these credentials ({sign}).",
+        "Have {permission} granted to them, or give others.",
+    ),
+    _Fault(
+        ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidSecurity"),
+        "The store at {endpoint} does not accept the key for {address} ({sign}).",
+        "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
+    ),
+    _Fault(
+        (
+            *("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"),
+            *("UnauthorizedSSOTokenError", "SSOTokenLoadError", "TokenRetrievalError"),
+        ),
+        "The session token for {address} has expired or is not valid.",
+        "Sign in again (aws sso login), or give new credentials with their AWS_SESSION_TOKEN.",
+    ),
+    _Fault(
+        ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
+        "No credentials were found for {address}.",
+        "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the pod's "
+        "service account an IAM role.",
+    ),
+    _Fault(
+        ("ProfileNotFound",),
+        "There is no profile {profile} with credentials for {address}.",
+        "Check AWS_PROFILE, and the file ~/.aws/config or AWS_CONFIG_FILE.",
+    ),
+    _Fault(
+        ("AssumeRole",),
+        "The IAM role for {address} may not be taken.",
+        "Check that the role exists and trusts this service account or profile.",
+    ),
+    _Fault(
+        ("PermanentRedirect", "AuthorizationHeaderMalformed", "301"),
+        "The bucket {bucket} is not in the region that was asked ({address}).",
+        "Set AWS_REGION to {region}.",
+    ),
+    _Fault(
+        ("EndpointConnectionError", "ConnectTimeoutError"),
+        "The store at {endpoint} does not answer ({address}).",
+        "Check AWS_ENDPOINT_URL and AWS_REGION, and that this machine may connect to it.",
+    ),
+    _Fault(
+        ("SSLError",),
+        "There is no trusted connection to {endpoint} for {address}.",
+        "Check that it speaks TLS. Where its certificate is of an authority of your own, let "
+        "AWS_CA_BUNDLE name the file with that authority's.",
+    ),
+)
+
+
+@contextlib.contextmanager
+def _store_explained(address: _Address) -> Iterator[None]:
+    """Makes what a user can mend a `UserError`; anything else passes as it is."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (BotoCoreError, ClientError) as error:
+        explained = _explain(error, address)
+        if explained is None:
+            raise
+        raise explained from None
+
+
+def _explain(error: BotoCoreError | ClientError, address: _Address) -> UserError | None:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    detail: Mapping[str, Any] = error.kwargs if isinstance(error, BotoCoreError) else {}
+    operation, endpoint = "", str(detail.get("endpoint_url", ""))
+    signs = [kind.__name__ for kind in type(error).__mro__]
+    if isinstance(error, ClientError):
+        detail, operation = dict(error.response["Error"]), error.operation_name
+        endpoint = _client().meta.endpoint_url
+        # Also AssumeRoleWithWebIdentity, by which a service account gets its role.
+        is_role = operation.startswith("AssumeRole")
+        signs = ["AssumeRole" if is_role else str(detail.get("Code"))]
+    done, permission = _PERMISSIONS.get(operation, ("used", "the permission"))
+    for fault in _FAULTS:
+        if found := [sign for sign in signs if sign in fault.signs]:
+            names = {
+                "address": address,
+                "bucket": address.bucket,
+                "sign": found[0],
+                "endpoint": _host(endpoint),
+                "done": done,
+                "permission": permission,
+                "profile": detail.get("profile"),
+                "region": detail.get("Region", "the region of the bucket"),
+            }
+            return UserError(fault.what.format(**names), fault.mend.format(**names))
+    return None
+
+
+def _host(url: str) -> str:
+    """A URL without its path, which for a request is long, and without a password."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
