@@ -8,12 +8,15 @@ STAMP := .venv/.stamp
 # Tests that need no root, no GPU and no cluster.
 TESTS := $(wildcard tests/unit tests/compile tests/local)
 
+# torch and kfp take two or three times as long to import without bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env run test check lock clean
+.PHONY: help env run test check lock compiled clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 env: $(STAMP) ## Create .venv from requirements.lock; done again only when that or pyproject.toml changes
 
@@ -31,6 +34,9 @@ check: $(STAMP) ## Check format, lint and types
 lock: $(UV) ## Resolve pyproject.toml into requirements.lock anew
 	$(UV) pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-header -o requirements.lock
+
+compiled: $(STAMP) ## Write the compiled pipelines, component.yaml files and their pages anew
+	$(BIN)/python -m srccore_pipelines.regenerate
 
 clean: ## Remove the environment and all caches; runs/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

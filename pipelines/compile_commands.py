@@ -1,4 +1,4 @@
-"""``srccore compile`` and ``srccore pipeline-local``."""
+"""``srccore compile``, ``srccore pipeline-local`` and ``srccore collect``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from srccore.images import DEFAULT_REGISTRY
 
-__all__ = ["compile_command", "pipeline_local_command"]
+__all__ = ["collect_command", "compile_command", "pipeline_local_command"]
 
 Preset = Annotated[
     str, typer.Option("--preset", help="A preset's name (see srccore presets) or a YAML file.")
@@ -68,4 +68,47 @@ def compile_command(
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
+    typer.echo(out)
+
+
+def pipeline_local_command(
+    out: Annotated[Path, typer.Option("--out", help="The folder to write; made where missing.")],
+    overrides: Overrides,
+    preset: Annotated[
+        str, typer.Option("--preset", help="Whose shipped pipeline is run.")
+    ] = "tiny",
+    pipeline: Annotated[
+        Path | None, typer.Option(help="What srccore compile wrote, instead of the shipped one.")
+    ] = None,
+) -> None:
+    """Run a compiled pipeline on this machine, as Kubeflow would: a process for every task.
+
+    It is the pipeline that is tried here, not the machine: srccore run does the same work sooner.
+    """
+    from srccore.config import preset_names
+    from srccore.errors import UserError
+    from srccore_pipelines.compiling import COMPILED
+    from srccore_pipelines.local import run_locally
+    from srccore_pipelines.package import read_package
+
+    if pipeline is None and preset not in preset_names():
+        raise UserError(
+            f"There is no shipped pipeline {preset!r}.",
+            f"There are {', '.join(preset_names())}; give another with --pipeline.",
+        )
+    package = read_package(pipeline or COMPILED / f"{preset}.yaml")
+    arguments = package.arguments(str(out.resolve() / "artifacts"), overrides)
+    typer.echo(f"Report: {run_locally(package.path, arguments, out)}")
+
+
+def collect_command(
+    report: Annotated[
+        str, typer.Argument(help="The folder ARTIFACT_ROOT/report/KEY of the pipeline's run.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The run folder to make.")],
+) -> None:
+    """Bring a pipeline's run here, as a run folder for srccore report and export."""
+    from srccore.lineage import collect_report
+
+    collect_report(report, out)
     typer.echo(out)

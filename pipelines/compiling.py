@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tempfile
 from pathlib import Path
@@ -94,4 +95,7 @@ def compile_pipeline(config: RunConfig, profile: Profile, images: Images) -> str
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline, str(path), pipeline_parameters=defaults)
-        return path.read_text(encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # kfp's comments list the defaults in another order every time.
+    body = "".join(itertools.dropwhile(lambda line: line.startswith("#"), lines))
+    return f"# {description_of(config, profile)}\n{body}"

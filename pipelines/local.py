@@ -19,9 +19,9 @@ def run_locally(package: Path, arguments: Mapping[str, Any], out: Path) -> Path:
 
     Args:
         package: The compiled pipeline.
-        arguments: Its run-time parameters, without `artifact_root`.
-        out: Gets ``artifacts/`` (the artifact root), ``kubeflow/`` (what Kubeflow would keep: one
-            folder per run) and ``report.html``. What is finished there is not done again.
+        arguments: Its run-time parameters.
+        out: Gets ``kubeflow/`` (what Kubeflow would keep, one folder per run) and
+            ``report.html``.
 
     Returns:
         The report's path.
@@ -37,7 +37,7 @@ def run_locally(package: Path, arguments: Mapping[str, Any], out: Path) -> Path:
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root))
     pipeline = components.load_component_from_file(str(package))
     try:
-        pipeline(**arguments, artifact_root=str(out.resolve() / "artifacts"))
+        pipeline(**arguments)
     except RuntimeError as error:
         raise UserError(
             f"The pipeline failed: {' '.join(str(error).split())}",

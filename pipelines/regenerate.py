@@ -47,7 +47,10 @@ _SPLITS = {
     "train-dpo": "calibration",
     "evaluate": "heldout",
 }
-_LISTS = {"candidates": '[found.outputs["candidates"]]', "ratings": '[rated.outputs["ratings"]]'}
+_LISTS = {
+    "candidates": 'dsl.Collected(found.outputs["candidates"])',
+    "ratings": 'dsl.Collected(rated.outputs["ratings"])',
+}
 
 
 def generated() -> Iterator[tuple[Path, str]]:

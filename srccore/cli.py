@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
-from srccore import stage_commands
+from srccore import image_commands, stage_commands
 from srccore.errors import UserError
+from srccore_pipelines import commands, compile_commands
 
 __all__ = ["app", "main"]
 
@@ -29,6 +30,15 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 app.add_typer(stage_commands.app, name="stage")
+app.add_typer(commands.runs_app, name="runs")
+app.add_typer(image_commands.app, name="images")
+
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "trl", "peft", "accelerate", "datasets"), "train"),
+    **dict.fromkeys(("kfp", "kfp_server_api", "kubernetes", "croniter"), "pipelines"),
+    "openai": "teacher",
+}
+"""The extra that brings each package that may be missing."""
 
 Preset = Annotated[
     str, typer.Option("--preset", help="A preset's name (see srccore presets) or a YAML file.")
@@ -95,6 +105,30 @@ def export_command(
     typer.echo(out)
 
 
+app.command(
+    "compile",
+    epilog="Example: srccore compile --preset llava-1.5-7b --shards 16 "
+    "--registry registry.example.com/team -o src.yaml",
+)(compile_commands.compile_command)
+app.command(
+    "pipeline-local",
+    epilog="Example: srccore pipeline-local --out runs/pipeline --set search.samples=50",
+)(compile_commands.pipeline_local_command)
+app.command(
+    "submit",
+    epilog="Example: srccore submit src.yaml --artifact-root s3://bucket/src "
+    "--host https://kubeflow.example.com/pipeline --wait",
+)(commands.submit_command)
+app.command(
+    "schedule",
+    epilog="Example: srccore schedule src.yaml --artifact-root s3://bucket/src --name weekly "
+    '--cron "0 2 * * 0"',
+)(commands.schedule_command)
+app.command("collect", epilog="Example: srccore collect s3://bucket/src/report/3f9c -o runs/src")(
+    compile_commands.collect_command
+)
+
+
 @app.command("presets")
 def presets_command() -> None:
     """List the presets."""
@@ -126,4 +160,14 @@ def main() -> None:
         app()
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(error.name or "")
+        if extra is None:
+            raise
+        typer.echo(
+            f"Error: This command needs {error.name}, which is not installed. "
+            f"Install it with pip install 'srccore[{extra}]'.",
+            err=True,
+        )
         sys.exit(2)

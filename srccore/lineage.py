@@ -7,25 +7,28 @@ export` work as they do after a local run.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from srccore import storage
-from srccore.config import RunConfig
+from srccore.config import RunConfig, validate_config
 from srccore.errors import UserError
 from srccore.manifest import read_manifest, write_json
 from srccore.policy import POLICY_FILE, parse_policy, write_policy
-from srccore.step import STEP, Lineage
+from srccore.step import RUN, STEP, Lineage
 
-__all__ = ["collect_run"]
+__all__ = ["collect_report", "collect_run"]
 
-WEIGHTS = ".safetensors"
+_LARGE = re.compile(r"\.safetensors$|^train\.parquet$")
+"""What no report reads: weights, and the split of stage 1."""
 
 
 def collect_run(
-    artifact_root: str, evaluation: str, config: RunConfig, out: Path, *, weights: bool = False
+    artifact_root: str, evaluation: str, config: RunConfig, out: Path, *, whole: bool = False
 ) -> None:
     """Makes a run folder of what a pipeline wrote.
 
@@ -34,7 +37,7 @@ def collect_run(
         evaluation: The URI of the folder of its last `evaluate`.
         config: The run's configuration.
         out: The folder to make.
-        weights: Whether adapters and R-Scorer's weights come too.
+        whole: Whether weights and the train split come too, which `srccore report` needs not.
 
     Raises:
         UserError: A folder is missing, or is no output of a pipeline.
@@ -42,16 +45,40 @@ def collect_run(
     root = artifact_root.rstrip("/")
     places = dict(_places(root, evaluation))
     for uri, place in places.items():
-        _bring(uri, out / place, weights)
+        _bring(uri, out / place, whole)
     for uri, place in places.items():
-        if weights and (out / place / POLICY_FILE).exists():
+        if whole and (out / place / POLICY_FILE).exists():
             _move_policy(uri, out / place / POLICY_FILE, places, out)
     evaluations = sorted(
         (place for place in places.values() if place.endswith("/evaluate")), key=_round_of
     )
     write_json(out / "figures.json", [read_manifest(out / place).figures for place in evaluations])
     done = config.model_copy(update={"rounds": max(1, len(evaluations) - 1)})
-    write_json(out / "run.json", done.model_dump(mode="json"))
+    write_json(out / RUN, done.model_dump(mode="json"))
+
+
+def collect_report(uri: str, out: Path) -> None:
+    """Makes a whole run folder of the run that a report is of.
+
+    Args:
+        uri: The folder that the pipeline's last step wrote, ``<artifact root>/report/<key>``.
+        out: The folder to make.
+
+    Raises:
+        UserError: It is no such folder, or something of the run is missing.
+    """
+    uri = uri.rstrip("/")
+    if not storage.exists(storage.join(uri, RUN)):
+        raise UserError(
+            f"{uri} is no report of a pipeline: there is no {RUN}.",
+            "Give the folder <artifact root>/report/<key>, as the log of its last step names it.",
+        )
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"The folder {out} is not empty.", "Give another; nothing was changed.")
+    root = storage.join(uri, "../..")
+    config = validate_config(json.loads(storage.read_text(storage.join(uri, RUN))), uri)
+    (evaluation,) = _Step(root, uri).inputs("last_evaluation")
+    collect_run(root, evaluation, config, out, whole=True)
 
 
 def _places(root: str, evaluation: str) -> Iterator[tuple[str, str]]:
@@ -137,9 +164,9 @@ class _Step:
         return self.lineage.round
 
 
-def _bring(uri: str, folder: Path, weights: bool) -> None:
+def _bring(uri: str, folder: Path, whole: bool) -> None:
     for file in storage.listing(uri):
-        if file.path.endswith(WEIGHTS) and not weights:
+        if _LARGE.search(file.path) and not whole:
             continue
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,10 +29,22 @@ from srccore.errors import UserError
 from srccore.manifest import MANIFEST, hash_input, write_json
 from srccore.policy import POLICY_FILE, Policy, parse_policy, policy_document, write_policy
 
-__all__ = ["STEP", "Finished", "Lineage", "Reference", "import_output", "report_run", "run_stage"]
+__all__ = [
+    "RUN",
+    "STEP",
+    "Finished",
+    "Lineage",
+    "Reference",
+    "fetch_output",
+    "import_output",
+    "report_run",
+    "run_stage",
+]
 
 STEP = "step.json"
 """In a stage's folder: which folders went into it."""
+RUN = "run.json"
+"""In a report's folder: the run's configuration."""
 
 
 class Reference(BaseModel):
@@ -164,19 +177,39 @@ def import_output(uri: str, artifact: str) -> None:
         _write(Path(artifact), reference.model_dump(mode="json"))
 
 
+def fetch_output(artifact: str) -> Path:
+    """Brings what an output refers to, for a component of your own.
+
+    Args:
+        artifact: The path of a Kubeflow artifact that a component of the suite wrote.
+
+    Returns:
+        The file or folder on this machine: of search-candidates, one with ``candidates.jsonl``.
+
+    Raises:
+        SystemExit: With 2, where it is no reference or nothing lies there.
+    """
+    with _explained():
+        reference = _reference(Path(artifact))
+        if reference is None:
+            raise UserError(
+                f"{artifact} is no reference.", "Give an output of a component of the suite."
+            )
+        return storage.fetch(reference.uri)
+
+
 def report_run(
-    artifact_root: str, evaluation: str, page: str, config: Mapping[str, Any]
-) -> dict[str, Any]:
+    artifact_root: str, last_evaluation: str, page: str, config: Mapping[str, Any]
+) -> None:
     """Writes the report of the run that ends with an evaluation.
+
+    The report also stays under the artifact root, in a folder that `srccore collect` takes.
 
     Args:
         artifact_root: The folder or ``s3://...`` of the run.
-        evaluation: The artifact of the last `evaluate`.
+        last_evaluation: The artifact of the last `evaluate`.
         page: The path of the artifact that gets the HTML page.
         config: The run's configuration, as `srccore.config.RunConfig` has it.
-
-    Returns:
-        The figures of the last evaluation.
 
     Raises:
         SystemExit: With 2, where something is missing.
@@ -185,18 +218,27 @@ def report_run(
     from srccore.config import validate_config
     from srccore.lineage import collect_run
 
-    with _explained(), tempfile.TemporaryDirectory() as folder:
-        reference = _reference(Path(evaluation))
+    with _explained(), tempfile.TemporaryDirectory() as scratch:
+        root = artifact_root.rstrip("/")
+        reference = _reference(Path(last_evaluation))
         if reference is None:
             raise UserError(
                 "The evaluation is no reference.", "Give what the component evaluate returned."
             )
-        run = Path(folder) / "run"
+        run = Path(scratch) / "run"
         checked = validate_config(config, "The configuration")
-        collect_run(artifact_root, reference.uri, checked, run)
+        collect_run(root, reference.uri, checked, run)
+        given = {"last_evaluation": [_Input(reference.uri, reference.uri)]}
+        uri = storage.join(root, f"report/{_key('report', {'config': checked}, given, root)}")
+        folder = storage.local_path(uri)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (write_report(run), run / RUN):
+            shutil.copyfile(file, folder / file.name)
+        _write_lineage(folder, "report", None, given, root)
+        storage.publish(folder, uri)
         Path(page).parent.mkdir(parents=True, exist_ok=True)
-        Path(page).write_bytes(write_report(run).read_bytes())
-        return reference.figures
+        shutil.copyfile(folder / "report.html", page)
+        print(f"The report is at {uri}; srccore collect {uri} brings the run.", file=sys.stderr)
 
 
 def _run(
@@ -235,15 +277,22 @@ def _run(
             arguments[name] = paths if isinstance(inputs[name], (list, tuple)) else paths[0]
         with ConsoleObserver().stage(stage, arguments.get("round_number")) as progress:
             figures = function(**arguments, out=folder, progress=progress)
-    lineage = Lineage(
-        stage=stage,
-        round=arguments.get("round_number"),
-        inputs={name: [_below(root, each.uri) for each in found] for name, found in given.items()},
-    )
-    write_json(folder / STEP, lineage.model_dump(mode="json"))
+    _write_lineage(folder, stage, arguments.get("round_number"), given, root)
     storage.publish(folder, uri)
     print(f"{stage} is done: {uri}", file=sys.stderr)
     return Finished(uri, figures)
+
+
+def _write_lineage(
+    folder: Path,
+    stage: str,
+    round_number: int | None,
+    given: Mapping[str, Sequence[_Input]],
+    root: str,
+) -> None:
+    inputs = {name: [_below(root, each.uri) for each in found] for name, found in given.items()}
+    lineage = Lineage(stage=stage, round=round_number, inputs=inputs)
+    write_json(folder / STEP, lineage.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)
@@ -252,12 +301,12 @@ class _Input:
 
     Attributes:
         uri: Where it lies; for a policy, the folder of its last adapter's stage.
-        mark: What it counts by in the key, beside the URI.
+        mark: What it counts by in the key.
         policy: The policy, with URIs as adapters, where it is one.
     """
 
     uri: str
-    mark: str = ""
+    mark: str
     policy: Policy | None = None
 
     def fetch(self, scratch: Path) -> Path:
@@ -274,12 +323,21 @@ def _read_input(name: str, path: Path) -> _Input:
     """Reads an artifact: a reference, a policy, or the thing itself, which counts by its bytes."""
     reference = _reference(path)
     if name == "policy":
-        policy = _policy_at(reference.uri if reference else str(path))
-        last = storage.join(policy.adapters[-1], "..") if policy.adapters else policy.base.path
-        return _Input(uri=last, mark=policy.model_dump_json(), policy=policy)
+        return _policy_input(reference.uri if reference else str(path))
     if reference:
-        return _Input(uri=reference.uri, mark=reference.fingerprint or "")
+        return _Input(uri=reference.uri, mark=f"{reference.uri} {reference.fingerprint or ''}")
     return _Input(uri=str(path), mark=hash_input(name, path))
+
+
+def _policy_input(uri: str) -> _Input:
+    policy = _policy_at(uri)
+    base = policy.base.path
+    content = storage.fingerprint(base) if storage.is_remote(base) else ""
+    return _Input(
+        uri=storage.join(policy.adapters[-1], "..") if policy.adapters else base,
+        mark=f"{policy.model_dump_json()} {content}",
+        policy=policy,
+    )
 
 
 def _reference(path: Path) -> Reference | None:
@@ -312,8 +370,7 @@ def _key(
         for name, value in arguments.items()
     }
     inputs = {
-        name: [(_below(root, each.uri), each.mark.replace(root + "/", "")) for each in found]
-        for name, found in given.items()
+        name: [each.mark.replace(f"{root}/", "") for each in found] for name, found in given.items()
     }
     sources = [_source(value) for value in arguments.values()]
     text = json.dumps([stage, srccore.__version__, values, sources, inputs], sort_keys=True)

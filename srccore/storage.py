@@ -576,7 +576,7 @@ def _connect(_settings: tuple[tuple[str, str], ...]) -> S3Client:
         response_checksum_validation="when_required",
     )
     merged = config.merge(lenient)
-    other: S3Client = session.client("s3", region_name=region or "us-east-1", config=merged)
+    other: S3Client = session.client("s3", region_name=region, config=merged)
     return other
 
 

@@ -1,0 +1,344 @@
+"""The commands against a Kubeflow Pipelines backend: ``srccore submit``, ``schedule``, ``runs``.
+
+A thin shell: every command connects, calls one function and prints.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from srccore.errors import UserError
+
+if TYPE_CHECKING:
+    from srccore_pipelines.client import Backend, Connection
+
+__all__ = ["runs_app", "schedule_command", "submit_command"]
+
+runs_app = typer.Typer(
+    help="List, follow and stop runs on Kubeflow Pipelines.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+TIMED_OUT = 124
+"""Exit code where --timeout is over, as of coreutils' timeout."""
+
+Host = Annotated[
+    str | None,
+    typer.Option(
+        envvar=["KFP_HOST", "KF_PIPELINES_ENDPOINT"],
+        help="Address of Kubeflow Pipelines. Without it: the cluster that this runs in, or the "
+        "kubeconfig's.",
+    ),
+]
+Namespace = Annotated[
+    str | None,
+    typer.Option(envvar="KFP_NAMESPACE", help="Your profile's namespace, in multi-user installs."),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(help="A file with a bearer token; or set KFP_TOKEN.", show_default=False),
+]
+CookiesFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="A file with cookies as NAME=VALUE; NAME=VALUE; or set KFP_COOKIES.",
+        show_default=False,
+    ),
+]
+UserHeader = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        envvar="KFP_USER_HEADER",
+        help="A header that names the user: kubeflow-userid=ann@example.org.",
+    ),
+]
+CaBundle = Annotated[
+    Path | None, typer.Option(help="Certificates to trust, in PEM; the public ones otherwise.")
+]
+UiUrl = Annotated[
+    str | None,
+    typer.Option(
+        envvar="KF_PIPELINES_UI_ENDPOINT", help="What links begin with; the host otherwise."
+    ),
+]
+
+File = Annotated[Path, typer.Argument(help="What srccore compile wrote.", show_default=False)]
+ArtifactRoot = Annotated[
+    str,
+    typer.Option(metavar="URI", help="Where the run writes: s3://BUCKET/PREFIX."),
+]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        show_default=False,
+        default_factory=list,
+        help="Override a setting by its dotted name: --set search.width=6.",
+    ),
+]
+Parameters = Annotated[
+    list[str],
+    typer.Option(
+        "--param",
+        metavar="NAME=VALUE",
+        show_default=False,
+        default_factory=list,
+        help="Give a parameter of the pipeline that is no setting.",
+    ),
+]
+Experiment = Annotated[
+    str | None, typer.Option(help="The experiment; the pipeline's name otherwise.")
+]
+ServiceAccount = Annotated[
+    str | None, typer.Option(help="The pods' account; the backend's default otherwise.")
+]
+Cache = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Take finished tasks of earlier runs over.")
+]
+Wait = Annotated[
+    bool,
+    typer.Option(
+        "--wait", help="Follow the run; exit with 0 if it succeeds, 1 if not, 124 on --timeout."
+    ),
+]
+Interval = Annotated[
+    float, typer.Option(min=0.01, metavar="SECONDS", help="Time between two looks.")
+]
+Timeout = Annotated[
+    float | None, typer.Option(metavar="SECONDS", help="How long to follow; the run goes on.")
+]
+Run = Annotated[str, typer.Argument(help="The run's id.", show_default=False)]
+
+
+def submit_command(
+    pipeline: File,
+    artifact_root: ArtifactRoot,
+    overrides: Overrides,
+    parameters: Parameters,
+    run_name: Annotated[str | None, typer.Option(help="The run's display name.")] = None,
+    experiment: Experiment = None,
+    service_account: ServiceAccount = None,
+    cache: Cache = True,
+    wait: Wait = False,
+    interval: Interval = 10.0,
+    timeout: Timeout = None,
+    host: Host = None,
+    namespace: Namespace = None,
+    token_file: TokenFile = None,
+    cookies_file: CookiesFile = None,
+    user_header: UserHeader = None,
+    ca_bundle: CaBundle = None,
+    ui_url: UiUrl = None,
+) -> None:
+    """Start a run of a compiled pipeline on Kubeflow Pipelines."""
+    from srccore_pipelines.client import Connection, connect
+    from srccore_pipelines.package import read_package, shared_root
+    from srccore_pipelines.runs import submit
+
+    package = read_package(pipeline)
+    arguments = package.arguments(shared_root(artifact_root), overrides, parameters)
+    connection = Connection(
+        host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url
+    )
+    backend = connect(connection)
+    run = submit(
+        backend,
+        package,
+        arguments,
+        name=run_name,
+        experiment=experiment,
+        service_account=service_account,
+        cache=cache,
+    )
+    typer.echo(f"Run {run.run_id}\n{backend.run_url(run.run_id)}")
+    if wait:
+        _follow(backend, connection, run.run_id, interval, timeout)
+    else:
+        typer.echo(f"Follow it: {_follow_it(connection, run.run_id)}")
+
+
+def schedule_command(
+    pipeline: File,
+    artifact_root: ArtifactRoot,
+    name: Annotated[
+        str, typer.Option(help="The schedule's name; an earlier one of that name is disabled.")
+    ],
+    cron: Annotated[
+        str,
+        typer.Option(
+            metavar="LINE",
+            help='Five fields as in a crontab, or six with seconds first: "0 2 * * 0".',
+        ),
+    ],
+    overrides: Overrides,
+    parameters: Parameters,
+    experiment: Experiment = None,
+    service_account: ServiceAccount = None,
+    cache: Cache = True,
+    host: Host = None,
+    namespace: Namespace = None,
+    token_file: TokenFile = None,
+    cookies_file: CookiesFile = None,
+    user_header: UserHeader = None,
+    ca_bundle: CaBundle = None,
+    ui_url: UiUrl = None,
+) -> None:
+    """Start runs of a compiled pipeline by the clock, one at a time, without catching up."""
+    from srccore_pipelines.client import Connection, connect
+    from srccore_pipelines.package import read_package, shared_root
+    from srccore_pipelines.schedule import next_times, read_cron, schedule
+
+    line = read_cron(cron)
+    package = read_package(pipeline)
+    arguments = package.arguments(shared_root(artifact_root), overrides, parameters)
+    backend = connect(
+        Connection(host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url)
+    )
+    made = schedule(
+        backend,
+        package,
+        arguments,
+        name=name,
+        cron=line,
+        experiment=experiment,
+        service_account=service_account,
+        cache=cache,
+    )
+    typer.echo(f"Schedule {made.id}\n{backend.schedule_url(made.id)}")
+    for old in made.disabled:
+        typer.echo(f"Disabled the earlier one of that name: {old}")
+    times = ", ".join(f"{each:%a %Y-%m-%d %H:%M:%S}" for each in next_times(line, _now()))
+    typer.echo(f"Next runs, where the backend's clock is UTC: {times}")
+
+
+@runs_app.command("list")
+def list_command(
+    experiment: Annotated[
+        str | None, typer.Option(help="Only the runs of the experiment of this name.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many at most, newest first.")] = 20,
+    host: Host = None,
+    namespace: Namespace = None,
+    token_file: TokenFile = None,
+    cookies_file: CookiesFile = None,
+    user_header: UserHeader = None,
+    ca_bundle: CaBundle = None,
+    ui_url: UiUrl = None,
+) -> None:
+    """List the newest runs."""
+    from srccore_pipelines.client import Connection, connect
+    from srccore_pipelines.follow import duration
+    from srccore_pipelines.runs import list_runs
+
+    backend = connect(
+        Connection(host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url)
+    )
+    rows = [("ID", "NAME", "STATE", "CREATED (UTC)", "DURATION")]
+    for row in list_runs(backend, experiment, limit):
+        created = f"{row.created:%Y-%m-%d %H:%M}" if row.created else "-"
+        took = duration(row.seconds) if row.seconds is not None else "-"
+        rows.append((row.id, row.name, row.state, created, took))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for cells in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        typer.echo(line.rstrip())
+
+
+@runs_app.command("status")
+def status_command(
+    run: Run,
+    wait: Wait = False,
+    interval: Interval = 10.0,
+    timeout: Timeout = None,
+    host: Host = None,
+    namespace: Namespace = None,
+    token_file: TokenFile = None,
+    cookies_file: CookiesFile = None,
+    user_header: UserHeader = None,
+    ca_bundle: CaBundle = None,
+    ui_url: UiUrl = None,
+) -> None:
+    """Show how far a run has come, or follow it."""
+    from rich.console import Console
+
+    from srccore_pipelines.client import Connection, connect
+    from srccore_pipelines.follow import tree
+    from srccore_pipelines.runs import get_run
+
+    connection = Connection(
+        host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url
+    )
+    backend = connect(connection, needs_namespace=False)
+    if wait:
+        _follow(backend, connection, run, interval, timeout)
+        return
+    Console(highlight=False).print(tree(get_run(backend, run)))
+    typer.echo(backend.run_url(run))
+
+
+@runs_app.command("stop")
+def stop_command(
+    run: Run,
+    host: Host = None,
+    namespace: Namespace = None,
+    token_file: TokenFile = None,
+    cookies_file: CookiesFile = None,
+    user_header: UserHeader = None,
+    ca_bundle: CaBundle = None,
+    ui_url: UiUrl = None,
+) -> None:
+    """Stop a run; what it has finished stays."""
+    from srccore_pipelines.client import Connection, connect
+    from srccore_pipelines.runs import FINISHED, stop
+
+    backend = connect(
+        Connection(host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url),
+        needs_namespace=False,
+    )
+    state = stop(backend, run)
+    done = f"had finished before: {state}" if state in FINISHED else "is being stopped"
+    typer.echo(f"Run {run} {done}.")
+
+
+def _follow(
+    backend: Backend, connection: Connection, run_id: str, interval: float, timeout: float | None
+) -> None:
+    """Follows a run, and exits with what became of it."""
+    from rich.console import Console
+
+    from srccore_pipelines.follow import ending, follow, screen
+
+    goes_on = (
+        f"The run goes on. Follow it: {_follow_it(connection, run_id)}\n"
+        f"Stop it: srccore runs stop {run_id}{connection.options()}"
+    )
+    try:
+        with screen(Console(highlight=False)) as on:
+            run = follow(backend, run_id, on, interval=interval, timeout=timeout)
+    except KeyboardInterrupt:
+        typer.echo(f"\n{goes_on}")
+        raise typer.Exit(130) from None
+    except TimeoutError:
+        typer.echo(f"It has not finished after {timeout:g} s. {goes_on}")
+        raise typer.Exit(TIMED_OUT) from None
+    except UserError:
+        typer.echo(goes_on)
+        raise
+    typer.echo(ending(run, backend.run_url(run_id)))
+    if run.state != "SUCCEEDED":
+        raise typer.Exit(1)
+
+
+def _follow_it(connection: Connection, run_id: str) -> str:
+    return f"srccore runs status {run_id} --wait{connection.options()}"
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

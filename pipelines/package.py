@@ -1,0 +1,263 @@
+"""A compiled pipeline file, and the arguments of a run of it.
+
+A file is Kubeflow's own form, two YAML documents: the pipeline, and what concerns Kubernetes alone.
+Its description begins with ``srccore <version>``: the images hold that version, so another one is
+refused. Its parameters are fields and sections of `RunConfig`, whose defaults are the preset's;
+what `RunConfig` has beyond them was fixed when the file was compiled.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import srccore
+from srccore.config import RunConfig, apply_overrides, validate_config
+from srccore.errors import UserError
+
+__all__ = ["Package", "Parameter", "read_package", "shared_root"]
+
+ARTIFACT_ROOT = "artifact_root"
+COMPILE = "Compile it with srccore compile."
+_MADE_BY = re.compile(r"srccore ([^\s,]+)(?:,|\s|$)")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A run-time parameter.
+
+    Args:
+        type: As the file says it: ``STRING``, ``NUMBER_INTEGER``, ``STRUCT``, ...
+        default: What it is where not given; None for none.
+        required: Whether it must be given.
+    """
+
+    type: str
+    default: Any = None
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Package:
+    """A compiled pipeline that this version of srccore made.
+
+    Args:
+        path: The file.
+        name: The pipeline's name.
+        version: The version of srccore that compiled it.
+        parameters: By name.
+        pipeline: The first document.
+        platforms: The second document, if there is one.
+    """
+
+    path: Path
+    name: str
+    version: str
+    parameters: Mapping[str, Parameter]
+    pipeline: Mapping[str, Any]
+    platforms: Mapping[str, Any] | None = None
+
+    def spec(self, *, cache: bool = True) -> dict[str, Any]:
+        """What the API takes.
+
+        Args:
+            cache: False turns the cache off for every task, those of nested pipelines included.
+        """
+        pipeline = copy.deepcopy(dict(self.pipeline))
+        if not cache:
+            for dag in dags(pipeline):
+                for task in dag["tasks"].values():
+                    task["cachingOptions"] = {}
+        if self.platforms is None:
+            return pipeline
+        return {"pipeline_spec": pipeline, "platform_spec": dict(self.platforms)}
+
+    def arguments(
+        self, artifact_root: str, settings: Sequence[str] = (), given: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """The arguments of a run: the artifact root, and what differs from the defaults.
+
+        Args:
+            artifact_root: The folder or ``s3://...`` under which the run writes.
+            settings: ``dotted.name=value`` each, as ``srccore run --set`` takes them.
+            given: ``name=value`` each, for parameters that are no settings.
+
+        Raises:
+            UserError: There is no such name, or a value is ill-typed, missing or fixed.
+        """
+        arguments: dict[str, Any] = {ARTIFACT_ROOT: artifact_root}
+        arguments |= self._settings(settings)
+        arguments |= dict(self._given(text) for text in given)
+        missing = [
+            name for name, p in self.parameters.items() if p.required and name not in arguments
+        ]
+        if missing:
+            raise UserError(
+                f"{self.path} needs {', '.join(missing)}.", f"Give --param {missing[0]}=VALUE."
+            )
+        return arguments
+
+    def _settings(self, overrides: Sequence[str]) -> dict[str, Any]:
+        """Sections and fields that the overrides change, whole."""
+        if not overrides:
+            return {}
+        defaults = {
+            name: parameter.default
+            for name, parameter in self.parameters.items()
+            if name in RunConfig.model_fields
+        }
+        for override in overrides:
+            name = override.partition("=")[0].partition(".")[0]
+            if name in RunConfig.model_fields and name not in defaults:
+                raise UserError(
+                    f"--set {override}: {name} is fixed when the pipeline is compiled.",
+                    f"Compile it again: srccore compile --set {override}.",
+                )
+        values = copy.deepcopy(defaults)
+        apply_overrides(values, overrides)
+        before, after = self._config(defaults), self._config(values)
+        return {name: after[name] for name in defaults if after[name] != before[name]}
+
+    def _config(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values as a run would read them, checked."""
+        # The name is no setting, and a pipeline's parameter cannot be None: there it is 0.
+        whole = {**values, "name": self.name, "threads": values.get("threads") or None}
+        validate_config(whole, f"The configuration of {self.path}")
+        # Not what `validate_config` returns: a folder of this machine is none of a pod's.
+        # None is left out, since it is every such field's default and Kubeflow's dicts hold none.
+        checked = RunConfig.model_validate(whole).model_dump(mode="json", exclude_none=True)
+        return {"threads": 0} | checked
+
+    def _given(self, text: str) -> tuple[str, Any]:
+        name, found, value = text.partition("=")
+        others = [n for n in self.parameters if n not in {*RunConfig.model_fields, ARTIFACT_ROOT}]
+        if not found:
+            raise UserError(
+                f"--param {text} is not of the form name=value.",
+                f"Parameters are {', '.join(others) or 'none'}.",
+            )
+        if name in RunConfig.model_fields or name == ARTIFACT_ROOT:
+            option = "--artifact-root" if name == ARTIFACT_ROOT else "--set"
+            raise UserError(f"--param {text}: {name} is a setting.", f"Give it with {option}.")
+        if name not in others:
+            raise UserError(
+                f"--param {text}: {self.path} has no such parameter.",
+                f"It has {', '.join(others) or 'none but settings'}.",
+            )
+        return name, _typed(name, value, self.parameters[name].type)
+
+
+def shared_root(artifact_root: str) -> str:
+    """Checks that all pods of a run reach an artifact root.
+
+    Raises:
+        UserError: It is not in a bucket.
+    """
+    if not re.fullmatch(r"s3://[^/]+(/.*)?", artifact_root):
+        raise UserError(
+            f"--artifact-root {artifact_root} is no place that all pods of a run reach.",
+            "Write --artifact-root s3://BUCKET/PREFIX.",
+        )
+    return artifact_root.rstrip("/")
+
+
+def read_package(path: Path) -> Package:
+    """Reads and checks a compiled pipeline file.
+
+    Args:
+        path: What ``srccore compile`` wrote.
+
+    Raises:
+        UserError: It is missing, no compiled pipeline, or one of another version.
+    """
+    documents = _documents(path)
+    pipeline = documents[0] if documents else None
+    if not (isinstance(pipeline, dict) and {"pipelineInfo", "root"} <= pipeline.keys()):
+        raise UserError(f"{path} is no compiled pipeline.", COMPILE)
+    schema = str(pipeline.get("schemaVersion"))
+    if not schema.startswith("2.1."):
+        raise UserError(
+            f"{path} is written in version {schema} of Kubeflow's pipeline form, not in 2.1.",
+            COMPILE,
+        )
+    information = pipeline["pipelineInfo"]
+    made_by = _MADE_BY.match(information.get("description") or "")
+    if made_by is None:
+        raise UserError(f"{path} was not compiled by srccore.", COMPILE)
+    if made_by[1] != srccore.__version__:
+        raise UserError(
+            f"{path} was compiled by srccore {made_by[1]}, and this is {srccore.__version__}.",
+            "Compile it again with this version, or install that one.",
+        )
+    parameters = _parameters(pipeline)
+    if ARTIFACT_ROOT not in parameters:
+        raise UserError(f"{path} has no parameter {ARTIFACT_ROOT}.", COMPILE)
+    return Package(
+        path=path,
+        name=information["name"],
+        version=made_by[1],
+        parameters=parameters,
+        pipeline=pipeline,
+        platforms=documents[1] if len(documents) > 1 else None,
+    )
+
+
+def dags(pipeline: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """All DAGs of a pipeline: the root's and those of its components."""
+    for component in (pipeline["root"], *pipeline.get("components", {}).values()):
+        if "dag" in component:
+            yield component["dag"]
+
+
+def _documents(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return [each for each in yaml.safe_load_all(text) if each is not None]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", COMPILE) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not YAML: {reason}.", COMPILE) from None
+
+
+def _parameters(pipeline: Mapping[str, Any]) -> dict[str, Parameter]:
+    inputs = pipeline["root"].get("inputDefinitions", {}).get("parameters", {})
+    return {
+        name: Parameter(
+            type=definition["parameterType"],
+            default=definition.get("defaultValue"),
+            required="defaultValue" not in definition and not definition.get("isOptional"),
+        )
+        for name, definition in inputs.items()
+    }
+
+
+def _typed(name: str, text: str, kind: str) -> Any:
+    """A parameter's value out of what the command line gave."""
+    if kind == "STRING":
+        return text
+    wanted: dict[str, type | tuple[type, ...]] = {
+        "NUMBER_INTEGER": int,
+        "NUMBER_DOUBLE": (int, float),
+        "BOOLEAN": bool,
+        "LIST": list,
+        "STRUCT": dict,
+    }
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    is_number = not isinstance(value, bool) or kind == "BOOLEAN"
+    if not (isinstance(value, wanted.get(kind, object)) and is_number):
+        raise UserError(
+            f"--param {name}={text} is no {kind.lower().replace('_', ' ')}.",
+            "Write the value as JSON does.",
+        )
+    return value

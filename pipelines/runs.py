@@ -1,0 +1,132 @@
+"""Runs of a compiled pipeline on a backend: submit, look up, list, stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+from srccore.errors import UserError
+from srccore_pipelines.client import Backend
+from srccore_pipelines.package import Package
+from srccore_pipelines.tasks import moment
+
+__all__ = ["FINISHED", "RunRow", "get_run", "list_runs", "stop", "submit"]
+
+FINISHED = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A run in a list.
+
+    Args:
+        id: The run's id.
+        name: Its display name; several may have one name.
+        state: One of the API's states.
+        created: When it was submitted.
+        seconds: How long it took, or has taken so far.
+    """
+
+    id: str
+    name: str
+    state: str
+    created: datetime | None
+    seconds: float | None
+
+
+def submit(
+    backend: Backend,
+    package: Package,
+    arguments: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    experiment: str | None = None,
+    service_account: str | None = None,
+    cache: bool = True,
+) -> Any:
+    """Starts a run.
+
+    Args:
+        backend: Where.
+        package: The pipeline; it travels with the run and is not left behind on the backend.
+        arguments: The run's parameters, as `Package.arguments` gives them.
+        name: The run's display name; the pipeline's with the time where None.
+        experiment: Its experiment, made where missing; the pipeline's name where None.
+        service_account: The pods' account; the backend's default where None.
+        cache: False works everything out anew.
+
+    Returns:
+        A ``V2beta1Run``.
+    """
+    from kfp_server_api import V2beta1Run, V2beta1RuntimeConfig
+
+    body = V2beta1Run(
+        display_name=name or f"{package.name} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}",
+        experiment_id=backend.create_experiment(experiment or package.name),
+        pipeline_spec=package.spec(cache=cache),
+        runtime_config=V2beta1RuntimeConfig(parameters=dict(arguments)),
+        service_account=service_account,
+    )
+    return backend.call(backend.runs.run_service_create_run, run=body)
+
+
+def get_run(backend: Backend, run_id: str) -> Any:
+    """A ``V2beta1Run`` with what is known of its tasks."""
+    return backend.call(backend.runs.run_service_get_run, run_id=run_id)
+
+
+def list_runs(backend: Backend, experiment: str | None = None, limit: int = 20) -> list[RunRow]:
+    """The newest runs, newest first.
+
+    Args:
+        backend: Where.
+        experiment: Only those of the experiment of this name.
+        limit: How many at most.
+
+    Raises:
+        UserError: There is no such experiment.
+    """
+    where: dict[str, Any] = {"namespace": backend.namespace}
+    if experiment is not None:
+        where = {"experiment_id": backend.experiment(experiment)}
+        if where["experiment_id"] is None:
+            raise UserError(
+                f"There is no experiment {experiment!r}.",
+                "srccore submit names it after the pipeline where --experiment does not.",
+            )
+    found = backend.pages(
+        backend.runs.run_service_list_runs, "runs", sort_by="created_at desc", **where
+    )
+    return [_row(run) for run in islice(found, limit)]
+
+
+def stop(backend: Backend, run_id: str) -> str:
+    """Stops a run that has not finished.
+
+    Args:
+        backend: Where.
+        run_id: The run.
+
+    Returns:
+        The state in which it was found.
+    """
+    state = str(get_run(backend, run_id).state)
+    if state not in FINISHED:
+        backend.call(backend.runs.run_service_terminate_run, run_id=run_id)
+    return state
+
+
+def _row(run: Any) -> RunRow:
+    created, finished = moment(run.created_at), moment(run.finished_at)
+    if run.state not in FINISHED:
+        finished = datetime.now(UTC)
+    return RunRow(
+        id=run.run_id,
+        name=run.display_name,
+        state=run.state or "PENDING",
+        created=created,
+        seconds=(finished - created).total_seconds() if finished and created else None,
+    )

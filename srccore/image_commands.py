@@ -1,0 +1,120 @@
+"""``srccore images ...``: build, push and list the container images.
+
+Progress goes to standard error; standard output holds nothing but what was asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from srccore.errors import UserError
+from srccore.images import DEFAULT_REGISTRY, STAGES, Images, read_digests
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Build, push and list the container images.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    epilog="Example: srccore images push --registry registry.example.com/team -o images.txt",
+)
+
+ToolName = Annotated[
+    str | None,
+    typer.Option("--tool", help="podman, buildah or docker; the first that is there if not given."),
+]
+BASE_IMAGE_HELP = "What the bases stand on: a Debian with Python 3.11 and its venv module."
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+@app.command(
+    "build",
+    epilog="Example: srccore images build --stage curate-preference -- --network=host",
+)
+def build(
+    stages: Annotated[
+        list[str],
+        typer.Option(
+            "--stage", metavar="NAME", show_default=False, default_factory=list, help="Only these."
+        ),
+    ],
+    extra: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="-- ARGUMENTS",
+            show_default=False,
+            default_factory=list,
+            help="Further arguments of the tool, for every image.",
+        ),
+    ],
+    base_image: Annotated[str | None, typer.Option(help=BASE_IMAGE_HELP)] = None,
+    source: Annotated[str, typer.Option(help="Where the source lies, for the label.")] = "",
+    tool: ToolName = None,
+) -> None:
+    """Build the images of this checkout under localhost/srccore/, on two shared bases."""
+    from srccore import containers
+
+    built = containers.build_images(
+        containers.find_tool(tool),
+        containers.open_checkout(),
+        stages,
+        base_image=base_image or containers.DEFAULT_BASE_IMAGE,
+        source=source,
+        extra=extra,
+        starting=lambda image: _say(f"building {image}"),
+    )
+    for image in built:
+        typer.echo(f"{image.name}  {image.size}  {image.seconds:.1f} s")
+
+
+@app.command("push", epilog="Example: srccore images push --registry 127.0.0.1:5000 -o images.txt")
+def push(
+    registry: Annotated[
+        str, typer.Option(help="Host and path before /srccore/STAGE: registry.example.com/team.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Also write the list to this file.")
+    ] = None,
+    tls_verify: Annotated[
+        bool, typer.Option(help="Whether the registry must show a trusted certificate.")
+    ] = True,
+    tool: ToolName = None,
+) -> None:
+    """Push the images that were built and print each with its digest."""
+    from srccore import containers
+
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"There is no folder {out.parent}.", "Make it, or give another --out.")
+    lines = []
+    pushed = containers.push_images(
+        containers.find_tool(tool),
+        registry,
+        tls_verify=tls_verify,
+        starting=lambda image: _say(f"pushing {image}"),
+    )
+    for line in pushed:
+        typer.echo(line)
+        lines.append(line)
+    if out is not None:
+        out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+@app.command("list", epilog="Example: srccore images list --registry mirror.example.com/src")
+def list_images(
+    registry: Annotated[
+        str, typer.Option(help="Host and path before /srccore/STAGE.")
+    ] = DEFAULT_REGISTRY,
+    digests: Annotated[
+        Path | None, typer.Option(help="The list that push wrote, of this registry or another.")
+    ] = None,
+) -> None:
+    """Print every image that a pipeline of this release may pull."""
+    images = Images(registry, digests=read_digests(digests, registry) if digests else {})
+    for stage in STAGES:
+        typer.echo(images.of(stage))

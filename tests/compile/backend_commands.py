@@ -1,0 +1,49 @@
+"""The commands against a backend, called as the command line calls them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+from typer.testing import CliRunner
+
+from srccore.errors import UserError
+from srccore_pipelines.commands import runs_app, schedule_command, submit_command
+
+app = typer.Typer()
+app.command("submit")(submit_command)
+app.command("schedule")(schedule_command)
+app.add_typer(runs_app, name="runs")
+
+NO_BACKEND = dict.fromkeys(
+    [
+        "KFP_HOST",
+        "KFP_NAMESPACE",
+        "KFP_TOKEN",
+        "KFP_COOKIES",
+        "KFP_USER_HEADER",
+        "KF_PIPELINES_ENDPOINT",
+        "KF_PIPELINES_UI_ENDPOINT",
+        "KUBERNETES_SERVICE_HOST",
+    ]
+)
+"""An environment that knows of no backend."""
+ROOT = "--artifact-root=s3://bucket/runs"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+
+
+def call(*arguments: object, **environment: str | Path) -> Outcome:
+    """Calls a command; what a user can mend has exit code 2, as in `srccore.cli.main`."""
+    given = {name: str(value) for name, value in environment.items()}
+    result = CliRunner().invoke(app, [str(each) for each in arguments], env=NO_BACKEND | given)
+    if isinstance(result.exception, UserError):
+        return Outcome(2, f"{result.output}{result.exception}")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Outcome(result.exit_code, result.output)

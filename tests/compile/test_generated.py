@@ -1,0 +1,64 @@
+"""What is generated and committed is what would be generated today (`make compiled`)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from srccore.images import STAGES, Images
+from srccore_pipelines.regenerate import ROOT, generated
+
+FOLDERS = [stage.replace("-", "_") for stage in STAGES]
+
+
+def test_generated_files_are_current() -> None:
+    stale = []
+    for path, text in generated():
+        found = (ROOT / path).read_text(encoding="utf-8") if (ROOT / path).exists() else ""
+        if path.suffix == ".yaml":
+            # kfp writes the comments at the top in no fixed order.
+            is_same = list(yaml.safe_load_all(found)) == list(yaml.safe_load_all(text))
+        else:
+            is_same = found == text
+        if not is_same:
+            stale.append(str(path))
+    assert not stale, f"run make compiled: {', '.join(stale)}"
+
+
+def test_every_stage_is_a_component_with_its_page() -> None:
+    found = {path.parent.name for path in (ROOT / "components").glob("*/component.py")}
+    assert found == set(FOLDERS)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_component_file_loads_and_names_its_image(stage: str) -> None:
+    from kfp import components
+
+    path = ROOT / "components" / stage.replace("-", "_") / "component.yaml"
+    assert components.load_component_from_file(str(path)).name == stage
+    spec = next(yaml.safe_load_all(path.read_text()))
+    (executor,) = spec["deploymentSpec"]["executors"].values()
+    assert executor["container"]["image"] == Images().of(stage)
+    assert "pip install" not in str(executor)
+
+
+def test_importing_the_components_needs_kfp_and_no_heavy_package() -> None:
+    code = (
+        "import sys, srccore_components\n"
+        "heavy = {'torch', 'transformers', 'pydantic', 'numpy', 'boto3'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "components").glob("*/component.py")), ids=str)
+def test_a_body_is_ten_statements_at_most_and_calls_the_library(path: Path) -> None:
+    import ast
+
+    (function,) = (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef))
+    assert "from srccore." in ast.unparse(function)
+    assert len(function.body) <= 10

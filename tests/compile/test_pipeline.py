@@ -1,0 +1,251 @@
+"""The compiled pipeline: what every task is given, what is wired to what, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ir import dags, unsafe
+
+from srccore.config import load_config, preset_names
+from srccore.errors import UserError
+from srccore.images import STAGES, Images, read_digests
+from srccore_pipelines.compiling import COMPILED, compile_pipeline
+from srccore_pipelines.profile import Profile, load_profile
+
+Ir = dict[str, Any]
+
+
+def compiled(preset: str = "llava-1.5-7b", images: Images | None = None, **changes: Any) -> Ir:
+    config = load_config(preset)
+    text = compile_pipeline(config, load_profile(None, config, **changes), images or Images())
+    pipeline, platforms = yaml.safe_load_all(text)
+    return {**pipeline, "kubernetes": platforms["platforms"]["kubernetes"]["deploymentSpec"]}
+
+
+@pytest.fixture(scope="module")
+def llava() -> Ir:
+    return compiled()
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Ir:
+    return compiled("tiny")
+
+
+def executors(ir: Ir) -> Iterator[tuple[str, Ir, Ir]]:
+    """Stage, container and Kubernetes settings of every executor."""
+    for label, executor in ir["deploymentSpec"]["executors"].items():
+        settings = ir["kubernetes"]["executors"][label]
+        yield re.sub(r"^exec-|-\d+$", "", label), executor["container"], settings
+
+
+@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"augment": False},
+        {"scorer": "given"},
+        {"scorer": "train-on-given-pairs"},
+        {"rounds": 1, "shards": 1},
+        {"rounds": 5, "shards": 32, "parallelism": 4},
+        {"launcher": "pytorchjob"},
+    ],
+    ids=str,
+)
+def test_nothing_unsafe_is_compiled(preset: str, changes: dict[str, Any]) -> None:
+    assert unsafe(compiled(preset, **changes)) == []
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_a_shipped_pipeline_loads_and_is_safe(preset: str) -> None:
+    from kfp import components
+
+    path = COMPILED / f"{preset}.yaml"
+    assert components.load_component_from_file(str(path)).name.startswith("src-")
+    assert unsafe(next(yaml.safe_load_all(path.read_text()))) == []
+
+
+def test_every_gpu_task_has_all_that_a_gpu_task_needs(llava: Ir) -> None:
+    seen = set()
+    for stage, container, settings in executors(llava):
+        if STAGES[stage] != "models":
+            assert "accelerator" not in container["resources"]
+            continue
+        seen.add(stage)
+        assert container["resources"]["accelerator"]["resourceType"] == "nvidia.com/gpu"
+        assert container["resources"]["resourceMemoryLimit"]
+        assert container["resources"]["resourceCpuRequest"] == "8"
+        assert settings["nodeSelector"]["nodeSelectorJson"]
+        assert settings["tolerations"][0]["tolerationJson"]
+        assert {"mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "8Gi"}.items() <= next(
+            mount for mount in settings["emptyDirMounts"] if mount["volumeName"] == "shared-memory"
+        ).items()
+    assert seen == {stage for stage, base in STAGES.items() if base == "models"}
+
+
+def test_every_task_is_bounded_and_runs_as_a_plain_user(llava: Ir) -> None:
+    for stage, container, settings in executors(llava):
+        assert container["image"] == Images().of(stage)
+        assert int(settings["activeDeadlineSeconds"]) > 0
+        assert settings["securityContext"] == {"runAsUser": "1000", "runAsNonRoot": True}
+        assert settings["podMetadata"]["labels"]["app.kubernetes.io/component"] == stage
+    for _, component in dags(llava):
+        for task in component["dag"]["tasks"].values():
+            if "executorLabel" in llava["components"][task["componentRef"]["name"]]:
+                assert task["retryPolicy"]["maxRetryCount"] == 2
+
+
+def test_tiny_asks_for_no_gpu(tiny: Ir) -> None:
+    for _, container, settings in executors(tiny):
+        assert "accelerator" not in container["resources"]
+        assert "nodeSelector" not in settings
+
+
+def test_search_and_scoring_fan_out_over_the_shards(llava: Ir) -> None:
+    loops = [
+        (task, component)
+        for _, component in dags(llava)
+        for task in component["dag"]["tasks"].values()
+        if "parameterIterator" in task
+    ]
+    assert len(loops) == 3
+    for task, _ in loops:
+        assert task["parameterIterator"]["items"]["raw"] == str(list(range(16)))
+        assert task["iteratorPolicy"]["parallelismLimit"] == 16
+        body = llava["components"][task["componentRef"]["name"]]["dag"]["tasks"]
+        assert set(body) == {"search-candidates", "score-candidates"}
+
+
+def test_each_round_starts_from_the_policy_before_and_no_round_waits_for_figures(
+    llava: Ir,
+) -> None:
+    tasks = llava["root"]["dag"]["tasks"]
+    producers = [
+        tasks[name]["inputs"]["artifacts"]["policy"]["taskOutputArtifact"]["producerTask"]
+        for name in ("src-round", "src-round-2", "src-round-3")
+    ]
+    assert producers == ["tune-rationale", "src-round", "src-round-2"]
+    for name in ("src-round", "src-round-2", "src-round-3"):
+        assert not any("evaluate" in each for each in tasks[name]["dependentTasks"])
+        assert tasks[name]["taskInfo"]["name"].startswith("round ")
+
+
+def test_only_evaluation_reads_the_held_out_split(llava: Ir) -> None:
+    readers = {
+        name
+        for name, task in llava["root"]["dag"]["tasks"].items()
+        if "'outputArtifactKey': 'heldout'" in str(task.get("inputs"))
+    }
+    assert readers == {"evaluate", "evaluate-2", "evaluate-3", "evaluate-4"}
+
+
+def test_stages_are_optional_by_profile() -> None:
+    def names(**changes: Any) -> set[str]:
+        return set(compiled("tiny", rounds=1, **changes)["root"]["dag"]["tasks"])
+
+    whole = names()
+    assert whole - names(augment=False) == {"augment-rationales", "augment-rationales-2"}
+    trained = {"sample-responses", "annotate-ratings", "train-scorer"}
+    assert whole - names(scorer="given") == trained
+    assert whole - names(scorer="train-on-given-pairs") == {"sample-responses", "annotate-ratings"}
+    assert "import-output" in names(scorer="given")
+
+
+def test_a_preset_s_settings_are_defaults_of_run_time_parameters(llava: Ir) -> None:
+    parameters = llava["root"]["inputDefinitions"]["parameters"]
+    assert parameters["dpo"]["defaultValue"]["lora"]["rank"] == 256
+    assert parameters["search"]["defaultValue"]["samples"] == 12000
+    assert parameters["training_memory"]["defaultValue"] == "64Gi"
+    assert parameters["tolerations"]["defaultValue"][0]["key"] == "nvidia.com/gpu"
+    assert "defaultValue" not in parameters["artifact_root"]
+
+
+def test_secrets_proxy_certificates_and_cache_come_from_the_profile(tmp_path: Path) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text(
+        """
+environment: {HTTPS_PROXY: "http://proxy:3128", AWS_ENDPOINT_URL: "https://s3.example.com"}
+secrets: [{name: s3, keys: {access: AWS_ACCESS_KEY_ID, secret: AWS_SECRET_ACCESS_KEY}}]
+ca_bundle: {config_map: trusted}
+image_pull_secrets: [registry]
+cache_claim: models
+run_as_user: null
+stages: {train-dpo: {cpu: "16", memory: 200Gi, gpus: 4, timeout_hours: 72, retries: 5}}
+"""
+    )
+    config = load_config("llava-1.5-7b")
+    text = compile_pipeline(config, load_profile(path, config), Images())
+    pipeline, platforms = yaml.safe_load_all(text)
+    ir = {**pipeline, "kubernetes": platforms["platforms"]["kubernetes"]["deploymentSpec"]}
+    for _, container, settings in executors(ir):
+        environment = {each["name"]: each["value"] for each in container["env"]}
+        assert environment["HTTPS_PROXY"] == "http://proxy:3128"
+        assert environment["AWS_CA_BUNDLE"] == "/etc/srccore/ca/ca-bundle.crt"
+        assert settings["secretAsEnv"][0]["keyToEnv"][0]["envVar"] == "AWS_ACCESS_KEY_ID"
+        assert settings["configMapAsVolume"][0]["configMapName"] == "trusted"
+        assert settings["imagePullSecret"][0]["secretName"] == "registry"
+        assert settings["pvcMount"][0]["mountPath"] == "/cache"
+        assert "securityContext" not in settings
+    defaults = pipeline["root"]["inputDefinitions"]["parameters"]
+    assert defaults["training_gpus"]["defaultValue"] == "4"
+
+
+def test_digests_replace_every_tag(tmp_path: Path) -> None:
+    path = tmp_path / "images.txt"
+    path.write_text(
+        "".join(f"other.example.com/srccore/{stage}@sha256:{'a' * 64}\n" for stage in STAGES)
+    )
+    images = Images("registry.example.com", digests=read_digests(path, "registry.example.com"))
+    for stage, container, _ in executors(compiled("tiny", images)):
+        assert container["image"] == f"registry.example.com/srccore/{stage}@sha256:{'a' * 64}"
+
+
+def test_an_image_without_a_digest_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "images.txt"
+    path.write_text(f"r/srccore/evaluate@sha256:{'a' * 64}\n")
+    with pytest.raises(UserError, match="no digest for the image r/srccore/"):
+        compiled("tiny", Images("r", digests=read_digests(path, "r")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shards": 0}, "shards: Input should be greater than or equal to 1"),
+        ({"rounds": 0}, "rounds: Input should be greater than or equal to 1"),
+        ({"scorer": "found"}, "scorer: Input should be"),
+        ({"stages": {"train": {}}}, "Mend stages.train"),
+    ],
+    ids=str,
+)
+def test_a_wrong_profile_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_profile(None, load_config("tiny"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("shard: 4", "shard: Extra inputs are not permitted"),
+        ("- 1", "is not a YAML mapping"),
+        ("a: [", "cannot be read"),
+        ("stages: {train: {cpu: '1', memory: 1Gi, timeout_hours: 1}}", "there is no stage train"),
+        ("models: {cpu: '1', memory: lots, timeout_hours: 1}", "models.memory"),
+    ],
+)
+def test_a_wrong_profile_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_profile(path, load_config("tiny"))
+
+
+def test_what_a_pipeline_cannot_do_is_refused() -> None:
+    config = load_config("tiny", ["on_regression=keep_previous"])
+    with pytest.raises(UserError, match="cannot go back"):
+        compile_pipeline(config, Profile(), Images())

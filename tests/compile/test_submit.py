@@ -1,0 +1,475 @@
+"""``srccore submit``: what is sent, who asks, and what goes wrong."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from backend_commands import ROOT, Outcome, call
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from kfp_server import KfpServer, serving
+from small_pipeline import CONFIG, compile_small
+
+import srccore
+from srccore_pipelines import client
+
+SECRET = "eyJhbGciOi.the-secret.of-ann"
+
+
+@pytest.fixture
+def server() -> Iterator[KfpServer]:
+    with serving() as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_small(tmp_path_factory.mktemp("compiled") / "src-tiny.yaml")
+
+
+def submit(server: KfpServer, pipeline: Path, *options: object, **environment: str | Path) -> dict:
+    """Submits, and returns the body that the backend was sent."""
+    result = call("submit", pipeline, ROOT, "--host", server.url, *options, **environment)
+    assert result.code == 0, result.out
+    return server.sent("POST", "/runs")[-1].body
+
+
+def test_submit_sends_the_pipeline_and_says_where_the_run_is(
+    server: KfpServer, pipeline: Path
+) -> None:
+    result = call("submit", pipeline, ROOT, "--host", f"{server.url}/#/runs")
+    assert result.code == 0, result.out
+    [run_id] = server.runs
+    assert result.out.splitlines() == [
+        f"Run {run_id}",
+        f"{server.url}/#/runs/details/{run_id}",
+        f"Follow it: srccore runs status {run_id} --wait --host {server.url}/#/runs".replace(
+            f"{server.url}/#/runs", f"'{server.url}/#/runs'"
+        ),
+    ]
+    body = server.sent("POST", "/runs")[0].body
+    documents = list(yaml.safe_load_all(pipeline.read_text()))
+    assert body["pipeline_spec"] == {"pipeline_spec": documents[0], "platform_spec": documents[1]}
+    assert body["runtime_config"] == {"parameters": {"artifact_root": "s3://bucket/runs"}}
+    assert body["display_name"].startswith("src-tiny 2")
+    assert "service_account" not in body
+    [experiment] = server.experiments.values()
+    assert (experiment.display_name, experiment.namespace) == ("src-tiny", None)
+
+
+def test_a_setting_is_sent_with_its_whole_section_and_nothing_else(
+    server: KfpServer, pipeline: Path
+) -> None:
+    body = submit(
+        server,
+        pipeline,
+        *("--set", "search.width=6", "--set", "seed=7", "--set", "threads=2"),
+        *("--set", f"dpo.beta={CONFIG['dpo']['beta']}", "--set", "scorer.lora=null"),
+    )
+    assert body["runtime_config"]["parameters"] == {
+        "artifact_root": "s3://bucket/runs",
+        "search": CONFIG["search"] | {"width": 6},
+        "seed": 7,
+        "threads": 2,
+    }
+
+
+def test_a_path_is_sent_as_it_is_written_though_there_is_such_a_folder_here(
+    server: KfpServer, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    body = submit(server, pipeline, "--set", "model.path=model")
+    assert body["runtime_config"]["parameters"]["model"]["path"] == "model"
+
+
+def test_other_parameters_are_given_in_their_type(server: KfpServer, pipeline: Path) -> None:
+    body = submit(
+        server,
+        pipeline,
+        *("--param", "scorer_uri=s3://bucket/a=b", "--param", 'tolerations=[{"key": "gpu"}]'),
+    )
+    parameters = body["runtime_config"]["parameters"]
+    assert parameters["scorer_uri"] == "s3://bucket/a=b"
+    assert parameters["tolerations"] == [{"key": "gpu"}]
+
+
+def test_without_the_cache_no_task_of_any_round_takes_an_earlier_result(
+    server: KfpServer, pipeline: Path
+) -> None:
+    spec = submit(server, pipeline, "--no-cache")["pipeline_spec"]["pipeline_spec"]
+    dags = [each["dag"] for each in (spec["root"], *spec["components"].values()) if "dag" in each]
+    tasks = [task for dag in dags for task in dag["tasks"].values()]
+    assert len(tasks) == 3 + 2 * (2 + 1)
+    assert all(task["cachingOptions"] == {} for task in tasks)
+    with_cache = submit(server, pipeline)["pipeline_spec"]["pipeline_spec"]
+    assert with_cache["root"]["dag"]["tasks"]["prepare"]["cachingOptions"] == {"enableCache": True}
+
+
+def test_names_and_account_are_passed_on_and_an_experiment_is_used_again(
+    server: KfpServer, pipeline: Path
+) -> None:
+    server.largest_page = 1
+    options = ("--run-name", "nightly", "--service-account", "src")
+    first = submit(server, pipeline, *options, "--experiment", "other")
+    assert (first["display_name"], first["service_account"]) == ("nightly", "src")
+    second = submit(server, pipeline, *options, "--experiment", "tiny")
+    third = submit(server, pipeline, *options, "--experiment", "tiny")
+    assert first["experiment_id"] != second["experiment_id"] == third["experiment_id"]
+    assert len(server.experiments) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--set", "rounds=4"], "rounds is fixed when the pipeline is compiled"),
+        (["--set", "shards=4"], "srccore compile --set shards=4"),
+        (["--set", "name=x"], "is fixed"),
+        (["--set", "on_regression=continue"], "is fixed"),
+        (["--set", "search.widht=6"], "Did you mean search.width"),
+        (["--set", "search.width=wide"], "search.width"),
+        (["--set", "search.width"], "name=value"),
+        (["--set", "device=tpu"], "device"),
+        (["--param", "scorer_ury=x"], "It has scorer_uri"),
+        (["--param", "seed=1"], "Give it with --set"),
+        (["--param", "artifact_root=s3://x"], "Give it with --artifact-root"),
+        (["--param", "scorer_uri"], "name=value"),
+        (["--param", "tolerations={}"], "is no list"),
+        (["--param", "tolerations=["], "is no list"),
+        (["--artifact-root", "/tmp/runs"], "s3://BUCKET/PREFIX"),
+        (["--artifact-root", "s3://"], "s3://BUCKET/PREFIX"),
+    ],
+)
+def test_a_wrong_argument_is_told_before_anything_is_sent(
+    server: KfpServer, pipeline: Path, options: list[str], told: str
+) -> None:
+    result = call("submit", pipeline, ROOT, "--host", server.url, *options)
+    assert result.code == 2
+    assert told in result.out
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (f"srccore {srccore.__version__},", "srccore 0.0.1,", "compiled by srccore 0.0.1, and"),
+        (f"srccore {srccore.__version__}, preset", "from preset", "not compiled by srccore"),
+        ("schemaVersion: 2.1.0", "schemaVersion: 2.0.0", "version 2.0.0"),
+        ("\nroot:", "\nroots:", "no compiled pipeline"),
+        ("\nroot:", "\nroot: [", "not YAML"),
+        ("artifact_root", "artifact_boot", "no parameter artifact_root"),
+    ],
+)
+def test_a_file_that_this_version_did_not_compile_is_told_with_its_mend(
+    server: KfpServer, pipeline: Path, tmp_path: Path, old: str, new: str, told: str
+) -> None:
+    text = pipeline.read_text()
+    assert old in text
+    path = tmp_path / "changed.yaml"
+    path.write_text(text.replace(old, new))
+    result = call("submit", path, ROOT, "--host", server.url)
+    assert result.code == 2
+    assert told in result.out
+    assert len(result.out.splitlines()) == 1
+    assert not server.requests
+
+
+def test_a_parameter_without_a_default_must_be_given(
+    server: KfpServer, pipeline: Path, tmp_path: Path
+) -> None:
+    documents = list(yaml.safe_load_all(pipeline.read_text()))
+    parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
+    parameters["scorer_uri"] = {"parameterType": "STRING"}
+    path = tmp_path / "changed.yaml"
+    path.write_text(yaml.safe_dump_all(documents))
+    result = call("submit", path, ROOT, "--host", server.url)
+    assert result.code == 2
+    assert "needs scorer_uri. Give --param scorer_uri=VALUE." in result.out
+    assert submit(server, path, "--param", "scorer_uri=s3://a/b")
+
+
+def test_a_missing_or_foreign_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "image.yaml").write_bytes(b"\x89PNG\xff")
+    for name in ("none.yaml", "empty.yaml", "image.yaml"):
+        result = call("submit", tmp_path / name, ROOT)
+        assert result.code == 2
+        assert "srccore compile" in result.out
+
+
+def _refused(result: Outcome, told: str) -> None:
+    assert result.code == 2, result.out
+    assert told in result.out
+    assert len(result.out.strip().splitlines()) == 1
+    assert "HTTPConnectionPool" not in result.out
+    assert SECRET not in result.out
+
+
+def test_an_unreachable_host_is_told_at_once(pipeline: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        host = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        result = call("submit", pipeline, ROOT, "--host", host)
+    _refused(result, f"{host} does not answer: Connection refused. Check the address, or forward")
+    assert "kubectl port-forward --namespace kubeflow service/ml-pipeline-ui" in result.out
+    _refused(call("submit", pipeline, ROOT, "--host", "http://no host"), "http://no host")
+
+
+def test_without_a_host_a_pod_or_a_kubeconfig_the_ways_are_named(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    result = call("submit", pipeline, ROOT, KUBECONFIG=tmp_path / "none", HOME=tmp_path)
+    _refused(result, "No host of Kubeflow Pipelines is given")
+    assert "--host or KFP_HOST" in result.out
+
+
+def test_a_missing_credential_is_told_with_the_ways_to_give_one(
+    server: KfpServer, pipeline: Path
+) -> None:
+    server.required = ("Authorization", f"Bearer {SECRET}")
+    result = call("submit", pipeline, ROOT, "--host", server.url)
+    _refused(result, "does not know who asks (401: Request header error")
+    assert "--token-file or KFP_TOKEN" in result.out
+
+
+def test_an_expired_token_is_told_by_where_it_came_from(
+    server: KfpServer, pipeline: Path, tmp_path: Path
+) -> None:
+    server.required = ("Authorization", "Bearer the new one")
+    file = tmp_path / "token"
+    file.write_text(SECRET)
+    for given in (["--token-file", file], []):
+        environment = {} if given else {"KFP_TOKEN": SECRET}
+        result = call("submit", pipeline, ROOT, "--host", server.url, *given, **environment)
+        _refused(result, f"Renew the token in {file if given else 'KFP_TOKEN'}")
+    result = call("submit", pipeline, ROOT, "--host", server.url, KFP_COOKIES=f"session={SECRET}")
+    _refused(result, "Renew the cookies")
+
+
+def test_missing_rights_are_told(server: KfpServer, pipeline: Path) -> None:
+    server.forbidden = True
+    result = call("submit", pipeline, ROOT, "--host", server.url, "--user-header", "user=ann")
+    _refused(result, "refuses whoever asks (403: User 'ann@example.org' is not authorized")
+
+
+def test_a_login_page_is_taken_for_one(server: KfpServer, pipeline: Path) -> None:
+    server.login = "https://login.example.org/dex/auth?client_id=secret"
+    result = call("submit", pipeline, ROOT, "--host", server.url)
+    _refused(result, "sends its visitors on to https://login.example.org, a page to log in")
+    assert "client_id" not in result.out
+    server.login = server.url.replace("http", "https") + "/apis"
+    result = call("submit", pipeline, ROOT, "--host", server.url)
+    _refused(result, f"speaks TLS alone. Write --host {server.url.replace('http', 'https')}.")
+
+
+def test_a_host_that_is_no_kubeflow_is_told(server: KfpServer, pipeline: Path) -> None:
+    server.page = "<html>Welcome to nginx!</html>"
+    _refused(call("submit", pipeline, ROOT, "--host", server.url), "not as Kubeflow Pipelines 2")
+    server.page = '{"status": "fine"}'
+    _refused(call("submit", pipeline, ROOT, "--host", server.url), "not as Kubeflow Pipelines 2")
+    server.page, server.prefix = None, "/pipeline"
+    _refused(call("submit", pipeline, ROOT, "--host", server.url), "Not Found")
+    server.failures = [("healthz", 404)]
+    _refused(call("submit", pipeline, ROOT, "--host", server.url), "not as Kubeflow Pipelines 2")
+
+
+@pytest.mark.parametrize(("status", "told"), [(503, "in trouble (503)"), (None, "does not answer")])
+def test_a_backend_in_trouble_is_told_and_a_run_is_never_asked_for_twice(
+    server: KfpServer, pipeline: Path, status: int | None, told: str
+) -> None:
+    server.failures = [("POST .*/runs", status)]
+    _refused(call("submit", pipeline, ROOT, "--host", server.url), told)
+    assert len(server.sent("POST", "/runs")) == 1
+
+
+def test_what_the_backend_refuses_is_told_in_its_words(server: KfpServer, pipeline: Path) -> None:
+    path = pipeline.with_name("odd.yaml")
+    path.write_text(pipeline.read_text().replace("iteratorPolicy", "iteratorPolitics"))
+    result = call("submit", path, ROOT, "--host", server.url)
+    _refused(result, "refuses this (400): invalid v2 pipeline spec")
+    assert "iteratorPolitics" in result.out
+
+
+def test_a_multi_user_install_needs_a_namespace_and_gets_it(
+    server: KfpServer, pipeline: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server.multi_user = True
+    monkeypatch.setattr(client, "POD_NAMESPACE", tmp_path / "namespace")
+    _refused(call("submit", pipeline, ROOT, "--host", server.url), "--namespace or KFP_NAMESPACE")
+    submit(server, pipeline, "--namespace", "ann")
+    submit(server, pipeline, KFP_NAMESPACE="bob")
+    (tmp_path / "namespace").write_text("pod\n")
+    submit(server, pipeline)
+    assert [each.namespace for each in server.experiments.values()] == ["ann", "bob", "pod"]
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "options", "environment"),
+    [
+        ("Authorization", f"Bearer {SECRET}", ["--token-file", "{secret}"], {}),
+        ("Authorization", f"Bearer {SECRET}", [], {"KFP_TOKEN": SECRET}),
+        ("Cookie", SECRET, ["--cookies-file", "{secret}"], {}),
+        ("Cookie", SECRET, [], {"KFP_COOKIES": SECRET}),
+        ("kubeflow-userid", "ann@x.org", ["--user-header", "kubeflow-userid=ann@x.org"], {}),
+    ],
+)
+def test_every_request_carries_the_credential_and_nothing_prints_it(
+    server: KfpServer,
+    pipeline: Path,
+    tmp_path: Path,
+    header: str,
+    value: str,
+    options: list[str],
+    environment: dict[str, str],
+) -> None:
+    (tmp_path / "secret").write_text(f"{SECRET}\n")
+    server.required = (header, value)
+    given = [option.format(secret=tmp_path / "secret") for option in options]
+    result = call("submit", pipeline, ROOT, "--host", server.url, *given, **environment)
+    assert result.code == 0, result.out
+    assert SECRET not in result.out
+    # What it says to follow the run with works: the options without the secret itself.
+    line = result.out.splitlines()[-1].removeprefix("Follow it: srccore ").replace("--wait ", "")
+    assert call(*line.split(), **environment).code == 0
+
+
+def test_a_token_that_is_renewed_in_its_file_is_taken_up(server: KfpServer, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("old")
+    backend = client.connect(client.Connection(host=server.url, token_file=file))
+    file.write_text("new")
+    backend.experiment("none")
+    sent = [request.headers["authorization"] for request in server.requests]
+    assert sent == ["Bearer old", "Bearer new"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "one line"),
+        ("two\nlines", "one line"),
+        ("ümlaut", "one line"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_that_holds_no_token_is_told_without_its_content(
+    server: KfpServer, pipeline: Path, tmp_path: Path, text: str | None, told: str
+) -> None:
+    if text is not None:
+        (tmp_path / "token").write_text(text)
+    result = call(
+        "submit", pipeline, ROOT, "--host", server.url, "--token-file", tmp_path / "token"
+    )
+    _refused(result, told)
+    assert not text or text.splitlines()[0] not in result.out
+    result = call("submit", pipeline, ROOT, "--host", server.url, "--user-header", "ann")
+    _refused(result, "NAME=VALUE")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A key and a certificate for this machine, which no public authority signed."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
+    path.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        + made.public_bytes(serialization.Encoding.PEM)
+    )
+    return path
+
+
+def test_an_authority_of_ones_own_is_trusted_when_it_is_given(
+    pipeline: Path, certificate: Path
+) -> None:
+    with serving(certificate) as server:
+        host = server.url.removeprefix("https://")
+        submit(server, pipeline, "--ca-bundle", certificate)
+        _refused(call("submit", pipeline, ROOT, "--host", host), "--ca-bundle")
+        result = call("submit", pipeline, ROOT, "--host", host, "--ca-bundle", pipeline)
+        _refused(result, "holds no certificates")
+    with serving() as plain:
+        host = plain.url.removeprefix("http://")
+        _refused(call("submit", pipeline, ROOT, "--host", host), "write --host http://")
+
+
+def test_the_kubeconfig_leads_through_the_proxy_of_the_kubernetes_api(
+    server: KfpServer, pipeline: Path, tmp_path: Path
+) -> None:
+    server.prefix = "/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy"
+    server.required = ("Authorization", f"Bearer {SECRET}")
+    kubeconfig = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "contexts": [{"name": "here", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": server.url}}],
+        "users": [{"name": "u", "user": {"token": SECRET}}],
+    }
+    path = tmp_path / "config"
+    path.write_text(yaml.safe_dump(kubeconfig))
+    result = call("submit", pipeline, ROOT, KUBECONFIG=path)
+    assert result.code == 0, result.out
+    assert "/pipeline/#/runs/details/" in result.out
+    result = call("submit", pipeline, ROOT, "--ui-url", "https://kf.example.org", KUBECONFIG=path)
+    assert "\nhttps://kf.example.org/#/runs/details/" in result.out
+    assert SECRET not in result.out
+    server.gateway = 'services "ml-pipeline" is forbidden'
+    result = call("submit", pipeline, ROOT, KUBECONFIG=path)
+    _refused(result, f"(403: {server.gateway}). Renew the kubeconfig's user, or ask for the rights")
+
+
+def test_in_a_pod_the_service_and_the_projected_token_are_found(
+    server: KfpServer, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "IN_CLUSTER_HOST", server.url)
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "KF_PIPELINES_SA_TOKEN_PATH": tmp_path / "token"}
+    assert call("submit", pipeline, ROOT, **pod).code == 0, "a single-user install has no token"
+    server.required = ("Authorization", f"Bearer {SECRET}")
+    (tmp_path / "token").write_text(SECRET)
+    assert call("submit", pipeline, ROOT, **pod).code == 0
+
+
+def test_nothing_is_written_to_the_home_of_the_user(
+    server: KfpServer, pipeline: Path, tmp_path: Path
+) -> None:
+    server.multi_user = True
+    submit(server, pipeline, "--namespace", "ann", HOME=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_commands_are_imported_without_a_heavy_package() -> None:
+    code = (
+        "import sys, srccore_pipelines.commands\n"
+        "heavy = {'kfp', 'kfp_server_api', 'kubernetes', 'pydantic', 'croniter'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,741 @@
+"""Storage, against S3 servers that run here, and against files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3_server
+from botocore.exceptions import ClientError
+from hypothesis import given
+from hypothesis import strategies as st
+from s3_server import S3Server, free_port
+
+from srccore import storage
+from srccore.errors import UserError
+from srccore.manifest import JOURNAL, MANIFEST
+
+moto, versitygw = s3_server.moto, s3_server.versitygw
+s3, no_aws = s3_server.s3, s3_server.no_aws
+
+FILES = {
+    "stage.json": b"{}",
+    "manifest.json": b'{"figures": {}}',
+    "policy.json": b'{"name": "\xc3\xa4"}',
+    "adapter/adapter_model.safetensors": bytes(range(256)) * 4096,
+    "adapter/empty": b"",
+    "a b/100 %+?#.txt": b"a name to be quoted",
+}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+Hook = Callable[[str, Callable[..., None]], None]
+
+
+@pytest.fixture
+def on(s3: S3Server) -> Iterator[Hook]:
+    """Lets a test look at, or into, what storage's own client does."""
+    events, added = storage._client().meta.events, []
+
+    def add(event: str, look: Callable[..., None]) -> None:
+        events.register(event, look)
+        added.append((event, look))
+
+    yield add
+    for event, look in added:
+        events.unregister(event, look)
+
+
+class Requests:
+    """The requests of a client, in their order, as (operation, key)."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[str, str]] = []
+
+    def note(self, params: dict[str, Any], model: Any, **_: object) -> None:
+        self.made.append((model.name, params.get("Key", "")))
+
+    def keys(self, operation: str) -> list[str]:
+        return [key for name, key in self.made if name == operation]
+
+
+@pytest.fixture
+def requests(on: Hook) -> Requests:
+    """What storage asked of the server so far."""
+    it = Requests()
+    on("provide-client-params.s3", it.note)
+    return it
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("uri", "remote"),
+    [
+        ("s3://bucket/key", True),
+        ("runs/tiny", False),
+        ("/runs/tiny", False),
+        ("file:///runs/tiny", False),
+        ("embedded:lvlm", False),
+        ("llava-hf/llava-1.5-7b-hf", False),
+    ],
+)
+def test_an_address_is_remote_by_its_scheme(uri: str, remote: bool) -> None:
+    assert storage.is_remote(uri) is remote
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "gs://bucket/key",
+        "minio://bucket/key",
+        "https://user:hidden@host/key?X-Amz-Signature=hidden",
+        "S3://bucket/key",
+        "s3:/bucket/key",
+    ],
+)
+def test_another_scheme_is_refused_with_what_to_write_and_no_secret(uri: str) -> None:
+    with pytest.raises(UserError, match=r"s3://BUCKET/KEY.*AWS_ENDPOINT_URL") as caught:
+        storage.is_remote(uri)
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://", "s3:///key", "s3://b/../etc", "s3://bucket/a//b", "s3://k:hidden@bucket/a"]
+)
+def test_an_address_that_is_none_is_refused(uri: str, no_aws: None) -> None:
+    with pytest.raises(UserError, match="is no address in a bucket") as caught:
+        storage.fetch(uri)
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "name", "joined"),
+    [
+        ("s3://bucket/run/tune", "adapter", "s3://bucket/run/tune/adapter"),
+        ("s3://bucket/run/tune/", "../dpo/k/adapter", "s3://bucket/run/dpo/k/adapter"),
+        ("s3://bucket/run", "..", "s3://bucket"),
+        ("s3://bucket", "run", "s3://bucket/run"),
+        ("runs/tiny/tune", "../dpo/adapter", "runs/tiny/dpo/adapter"),
+        ("/runs", "./adapter/", "/runs/adapter"),
+        ("file:///runs/a%20b", "adapter", "/runs/a b/adapter"),
+    ],
+)
+def test_a_reference_is_relative_to_its_folder(uri: str, name: str, joined: str) -> None:
+    assert storage.join(uri, name) == joined
+
+
+@pytest.mark.parametrize("name", ["/adapter", "s3://other/adapter", "file:///adapter"])
+@pytest.mark.parametrize("uri", ["s3://bucket/run", "runs/tiny"])
+def test_an_absolute_reference_is_refused(uri: str, name: str) -> None:
+    with pytest.raises(UserError, match="is not relative to"):
+        storage.join(uri, name)
+
+
+SEGMENTS = st.lists(st.sampled_from(["a", "b c", "..", ".", "", "s3:", "...", "~"]), max_size=8)
+
+
+@given(SEGMENTS, SEGMENTS)
+def test_no_reference_leaves_its_bucket(base: list[str], name: list[str]) -> None:
+    key = "/".join(part for part in base if part not in ("", ".", ".."))
+    try:
+        joined = storage.join(f"s3://bucket/{key}", "/".join(name))
+    except UserError:
+        return
+    assert joined == "s3://bucket" or joined.startswith("s3://bucket/")
+    assert not {"", ".", ".."} & set(joined.removeprefix("s3://").split("/"))
+    # Where it does not leave the bucket, it means what it means for files.
+    assert joined == "s3:/" + posixpath.normpath(posixpath.join("/bucket", key, "/".join(name)))
+
+
+@given(SEGMENTS.filter(lambda parts: not {"", ".", ".."} & set(parts)))
+def test_a_reference_from_one_folder_to_another_is_resolved_to_it(parts: list[str]) -> None:
+    target = posixpath.join("/bucket", *parts)
+    name = posixpath.relpath(target, "/bucket/run/tune")
+    assert storage.join("s3://bucket/run/tune", name) == "s3:/" + target
+
+
+def test_the_cache_is_where_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SRCCORE_CACHE", "/cache")
+    assert storage.local_path("s3://bucket/run/tune/") == Path("/cache/s3/bucket/run/tune")
+    monkeypatch.delenv("SRCCORE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert storage.local_path("s3://bucket") == Path("/xdg/srccore/s3/bucket")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert storage.local_path("s3://bucket") == tmp_path / ".cache/srccore/s3/bucket"
+    assert storage.local_path("runs/tiny") == Path("runs/tiny")
+
+
+def test_importing_storage_does_not_import_boto3() -> None:
+    code = "import sys, srccore.storage; sys.exit('boto3' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Local folders
+
+
+def test_a_local_folder_is_fetched_where_it_lies(tmp_path: Path) -> None:
+    folder = write(tmp_path / "tune", FILES)
+    assert storage.fetch(str(folder)) == folder
+    assert storage.fetch(f"file://{folder}") == folder
+    assert [file.path for file in storage.listing(str(folder))] == sorted(FILES)
+    assert storage.read_text(str(folder / "policy.json")) == '{"name": "ä"}'
+    assert storage.listing(str(folder / "stage.json")) == [storage.StoredFile("stage.json", 2, "")]
+
+
+@pytest.mark.parametrize("ask", [storage.fetch, storage.listing, storage.read_text])
+def test_a_missing_local_folder_is_told(ask: Callable[[str], object], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "none"):
+        assert not storage.exists(str(tmp_path / name))
+        with pytest.raises(UserError, match="Nothing is stored at"):
+            ask(str(tmp_path / name))
+
+
+def test_a_local_folder_is_published_by_copying(tmp_path: Path) -> None:
+    folder = write(tmp_path / "tune", FILES | {JOURNAL: b"{}", "part.tmp": b"half"})
+    storage.publish(folder, str(tmp_path / "kept/tune"))
+    assert contents(tmp_path / "kept/tune") == FILES
+    assert (tmp_path / "kept/tune" / MANIFEST).stat().st_mtime_ns >= max(
+        path.stat().st_mtime_ns for path in (tmp_path / "kept/tune").rglob("*") if path.is_file()
+    )
+
+
+def test_publishing_a_folder_to_itself_does_nothing(tmp_path: Path) -> None:
+    folder = write(tmp_path / "tune", FILES)
+    before = {path: path.stat() for path in folder.rglob("*")}
+    storage.publish(folder, f"file://{tmp_path}/x/../tune")
+    assert {path: path.stat() for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("uri", ["out", "s3://bucket/out"])
+def test_a_folder_of_nothing_is_not_published(tmp_path: Path, uri: str) -> None:
+    for folder in (tmp_path / "none", write(tmp_path / "tune", {JOURNAL: b"{}"})):
+        with pytest.raises(UserError, match="nothing to publish"):
+            storage.publish(folder, uri)
+
+
+def test_an_unwritable_place_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="file/out cannot be written"):
+        storage.publish(write(tmp_path / "tune", FILES), str(tmp_path / "file/out"))
+
+
+# Buckets: there and back
+
+
+def test_a_folder_comes_back_byte_for_byte(s3: S3Server, tmp_path: Path) -> None:
+    uri = f"{s3.uri}/run/tune"
+    storage.publish(write(tmp_path / "tune", FILES), uri)
+    assert storage.fetch(uri) == storage.local_path(uri)
+    assert contents(storage.local_path(uri)) == FILES
+    assert storage.fetch(s3.uri + "/").name == s3.bucket
+
+
+def test_a_large_file_travels_in_parts(s3: S3Server, tmp_path: Path, requests: Requests) -> None:
+    # Parts begin at 8 MiB: two whole ones and one more byte.
+    data = os.urandom(16 * 2**20 + 1)
+    storage.publish(write(tmp_path / "tune", {"model.safetensors": data}), f"{s3.uri}/tune")
+    assert len(requests.keys("UploadPart")) == 3
+    assert storage.fetch(f"{s3.uri}/tune/model.safetensors").read_bytes() == data
+    assert len(requests.keys("GetObject")) == 3
+
+
+def test_what_is_there_is_told_and_what_is_not(s3: S3Server) -> None:
+    s3.put("run/tune/adapter/weights", b"12345")
+    s3.put("marked/", b"")
+    s3.put("run/tune-2/weights")
+    for name in ("", "run", "run/tune", "run/tune/", "run/tune/adapter/weights"):
+        assert storage.exists(f"{s3.uri}/{name}".rstrip("/"))
+    for name in ("ru", "run/tun", "run/tune/adapter/weight", "marked"):
+        assert not storage.exists(f"{s3.uri}/{name}")
+        with pytest.raises(UserError, match=f"Nothing is stored at {s3.uri}/{name}"):
+            storage.fetch(f"{s3.uri}/{name}")
+    (file,) = storage.listing(f"{s3.uri}/run/tune")
+    assert (file.path, file.size) == ("adapter/weights", 5)
+    assert storage.listing(f"{s3.uri}/run/tune/adapter/weights") == [
+        storage.StoredFile("weights", 5, file.etag)
+    ]
+
+
+def test_a_small_file_is_read_without_a_trace(s3: S3Server, tmp_path: Path) -> None:
+    s3.put("policy.json", FILES["policy.json"])
+    s3.put("weights", b"\xff\xfe")
+    assert storage.read_text(f"{s3.uri}/policy.json") == '{"name": "ä"}'
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(UserError, match="is no UTF-8 text"):
+        storage.read_text(f"{s3.uri}/weights")
+    for missing in (f"{s3.uri}/none", s3.uri):
+        with pytest.raises(UserError, match="Nothing is stored"):
+            storage.read_text(missing)
+
+
+def test_a_fingerprint_knows_names_and_contents(s3: S3Server) -> None:
+    s3.put("model/weights", b"12345")
+    first = storage.fingerprint(f"{s3.uri}/model")
+    assert storage.fingerprint(f"{s3.uri}/model") == first
+    s3.put("model/weights", b"54321")
+    second = storage.fingerprint(f"{s3.uri}/model")
+    s3.put("model/weights-2", b"")
+    assert len({first, second, storage.fingerprint(f"{s3.uri}/model")}) == 3
+
+
+# Buckets: publishing
+
+
+def test_the_manifest_is_uploaded_last_and_the_journal_not_at_all(
+    s3: S3Server, tmp_path: Path, on: Hook
+) -> None:
+    stored_before: list[list[str]] = []
+
+    def look(params: dict[str, Any], **_: object) -> None:
+        if params["Key"] == f"tune/{MANIFEST}":
+            stored_before.append(s3.keys())
+
+    on("provide-client-params.s3.PutObject", look)
+    folder = write(tmp_path / "tune", FILES | {JOURNAL: b"{}", "adapter/part.tmp": b"half"})
+    storage.publish(folder, f"{s3.uri}/tune")
+    stored = sorted(f"tune/{name}" for name in FILES)
+    assert sorted(s3.keys()) == stored
+    assert [sorted(keys) for keys in stored_before] == [
+        [key for key in stored if key != f"tune/{MANIFEST}"]
+    ]
+
+
+def test_what_was_published_from_the_cache_is_not_downloaded(
+    s3: S3Server, requests: Requests
+) -> None:
+    uri = f"{s3.uri}/run/tune"
+    storage.publish(write(storage.local_path(uri), FILES), uri)
+    requests.made.clear()
+    storage.fetch(uri)
+    assert requests.made == [("ListObjectsV2", "")]
+
+
+# Buckets: fetching
+
+
+def test_a_second_fetch_downloads_nothing(s3: S3Server, tmp_path: Path, requests: Requests) -> None:
+    storage.publish(write(tmp_path / "tune", FILES), f"{s3.uri}/run/tune")
+    requests.made.clear()
+    storage.fetch(f"{s3.uri}/run/tune")
+    assert sorted(requests.keys("GetObject")) == sorted(f"run/tune/{name}" for name in FILES)
+    assert requests.keys("GetObject")[-1] == f"run/tune/{MANIFEST}"
+    requests.made.clear()
+    storage.fetch(f"{s3.uri}/run/tune")
+    # Nor does a part of it, or more than it.
+    storage.fetch(f"{s3.uri}/run/tune/adapter")
+    storage.fetch(s3.uri)
+    assert requests.made == [("ListObjectsV2", "")] * 3
+
+
+def test_a_changed_object_is_fetched_again_and_a_removed_one_goes(
+    s3: S3Server, requests: Requests
+) -> None:
+    for name in ("changed", "kept", "removed", "deep/removed"):
+        s3.put(f"model/{name}", b"before")
+    folder = storage.fetch(f"{s3.uri}/model")
+    s3.put("model/changed", b"behind")
+    s3.delete("model/removed")
+    s3.delete("model/deep/removed")
+    write(folder, {"stray": b"never stored"})
+    requests.made.clear()
+    storage.fetch(f"{s3.uri}/model")
+    assert requests.keys("GetObject") == ["model/changed"]
+    assert contents(folder) == {"changed": b"behind", "kept": b"before"}
+
+
+def test_a_cached_file_that_somebody_touched_is_fetched_again(s3: S3Server) -> None:
+    s3.put("model/weights", b"before")
+    folder = storage.fetch(f"{s3.uri}/model")
+    (folder / "weights").write_bytes(b"broken")
+    storage.fetch(f"{s3.uri}/model")
+    assert contents(folder) == {"weights": b"before"}
+
+
+def test_a_folder_and_a_file_may_change_places(s3: S3Server) -> None:
+    s3.put("model/a/b", b"1")
+    folder = storage.fetch(f"{s3.uri}/model")
+    s3.delete("model/a/b")
+    s3.delete("model/a/")
+    s3.put("model/a", b"2")
+    storage.fetch(f"{s3.uri}/model")
+    assert contents(folder) == {"a": b"2"}
+    s3.delete("model/a")
+    s3.put("model/a/b", b"1")
+    storage.fetch(f"{s3.uri}/model")
+    assert contents(folder) == {"a/b": b"1"}
+
+
+def test_an_object_that_changes_while_it_is_fetched_is_not_taken(s3: S3Server, on: Hook) -> None:
+    s3.put("model/weights", b"before")
+    folder = storage.fetch(f"{s3.uri}/model")
+    s3.put("model/weights", b"behind")
+    on("provide-client-params.s3.GetObject", lambda **_: s3.put("model/weights", b"between"))
+    with pytest.raises(Exception, match="did not match expected ETag"):
+        storage.fetch(f"{s3.uri}/model")
+    assert contents(folder) == {"weights": b"before"}
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_download_that_breaks_off_leaves_no_half_file(s3: S3Server, tmp_path: Path) -> None:
+    s3.put("model/config.json", b"{}")
+    s3.put("model/weights", bytes(2**20))
+    with (
+        files_no_larger_than(2**19),
+        pytest.raises(UserError, match=r"cannot be written \(File too large\).*SRCCORE_CACHE"),
+    ):
+        storage.fetch(f"{s3.uri}/model")
+    assert not (storage.local_path(f"{s3.uri}/model") / "weights").exists()
+    assert list((tmp_path / "cache/tmp").iterdir()) == []
+    assert (storage.fetch(f"{s3.uri}/model") / "weights").stat().st_size == 2**20
+
+
+def test_a_cache_that_cannot_be_written_is_told(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    s3.put("model/weights")
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("SRCCORE_CACHE", str(tmp_path / "file/cache"))
+    with pytest.raises(UserError, match=r"file/cache cannot be written.*SRCCORE_CACHE"):
+        storage.fetch(f"{s3.uri}/model")
+
+
+def test_downloads_that_were_killed_long_ago_are_cleared_away(s3: S3Server, tmp_path: Path) -> None:
+    for name, age in (("old", storage.ABANDONED + 60), ("young", 60)):
+        left = write(tmp_path / "cache/tmp" / name, {"0": b"half"})
+        os.utime(left, (time.time() - age,) * 2)
+    s3.put("model/weights")
+    storage.fetch(f"{s3.uri}/model")
+    assert [left.name for left in (tmp_path / "cache/tmp").iterdir()] == ["young"]
+
+
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+def test_two_processes_may_fetch_the_same_at_once(s3: S3Server, requests: Requests) -> None:
+    files = {f"shard-{number}": os.urandom(2**16) for number in range(20)}
+    for name, data in files.items():
+        s3.put(f"model/{name}", data)
+    code = f"from srccore.storage import fetch; fetch('{s3.uri}/model')"
+
+    def run(_: int) -> int:
+        return subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode
+
+    with ThreadPoolExecutor() as both:
+        assert list(both.map(run, range(2))) == [0, 0]
+    assert contents(storage.local_path(f"{s3.uri}/model")) == files
+    storage.fetch(f"{s3.uri}/model")
+    assert requests.keys("GetObject") == []
+
+
+# versitygw lets nobody store such keys.
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+@pytest.mark.parametrize(
+    "key",
+    ["../evil", "a/../../../../evil", "/evil", "a//evil", "./evil", "a/..", "nul\0", "fine/below"],
+)
+def test_a_key_that_is_no_file_below_the_folder_is_refused(
+    s3: S3Server, tmp_path: Path, key: str
+) -> None:
+    s3.put("model/fine")
+    s3.put(f"model/{key}")
+    for ask in (storage.fetch, storage.listing, storage.fingerprint):
+        with pytest.raises(UserError, match=r"The object .* cannot be a file below a folder"):
+            ask(f"{s3.uri}/model")
+    assert not (tmp_path / "cache").exists()
+
+
+# Faults
+
+ASKS: list[Callable[[str], object]] = [
+    storage.exists,
+    storage.fetch,
+    storage.listing,
+    storage.read_text,
+]
+
+
+def refused(ask: Callable[[str], object], uri: str, match: str) -> str:
+    with pytest.raises(UserError, match=match) as caught:
+        ask(uri)
+    assert uri in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "folder", FILES)
+
+
+def test_a_missing_bucket_is_told(s3: S3Server, folder: Path) -> None:
+    for ask in [*ASKS, lambda uri: storage.publish(folder, uri)]:
+        message = refused(ask, "s3://no-such-bucket/key", "There is no bucket no-such-bucket")
+        assert s3.endpoint in message
+
+
+@pytest.mark.parametrize("s3", ["versitygw"], indirect=True)
+@pytest.mark.parametrize(
+    ("variable", "code"),
+    [
+        ("AWS_ACCESS_KEY_ID", "InvalidAccessKeyId"),
+        ("AWS_SECRET_ACCESS_KEY", "SignatureDoesNotMatch"),
+    ],
+)
+def test_a_wrong_key_is_told_and_not_shown(
+    s3: S3Server, folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str, code: str
+) -> None:
+    monkeypatch.setenv(variable, "not-to-be-seen")
+    for ask in [*ASKS, lambda uri: storage.publish(folder, uri)]:
+        message = refused(ask, f"{s3.uri}/key", f"does not accept the key.*{code}.*Check AWS_")
+        assert "not-to-be-seen" not in message and s3.secret not in message
+
+
+@pytest.mark.parametrize("s3", ["versitygw"], indirect=True)
+@pytest.mark.parametrize(
+    ("rights", "ask", "match"),
+    [
+        ([], storage.exists, "may not be listed .*s3:ListBucket"),
+        ([], storage.read_text, "may not be read .*s3:GetObject"),
+        (["s3:GetObject"], storage.fetch, "may not be listed .*s3:ListBucket"),
+        (["s3:ListBucket"], storage.fetch, "may not be read .*s3:GetObject"),
+        (
+            ["s3:ListBucket", "s3:GetObject"],
+            lambda uri: storage.publish(storage.fetch(uri), uri),
+            "may not be written .*s3:PutObject",
+        ),
+    ],
+)
+def test_a_missing_permission_is_named(
+    s3: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+    rights: list[str],
+    ask: Callable[[str], object],
+    match: str,
+) -> None:
+    s3.put("model/weights")
+    user = s3.with_user_who_may(*rights)
+    for name, value in user.environment.items():
+        monkeypatch.setenv(name, value)
+    refused(ask, f"{s3.uri}/model", match)
+
+
+@pytest.mark.parametrize("s3", ["versitygw"], indirect=True)
+def test_a_region_that_the_store_corrects_is_no_fault(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.put("key")
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    assert storage.exists(f"{s3.uri}/key")
+
+
+ANSWER = """<?xml version="1.0" encoding="UTF-8"?>
+<Error><Code>{code}</Code><Message>hidden</Message><Region>eu-central-1</Region></Error>"""
+STS_ANSWER = """<ErrorResponse><Error><Code>{code}</Code><Message>hidden</Message></Error>
+</ErrorResponse>"""
+
+
+class Scripted(ThreadingHTTPServer):
+    """Answers all with the same: for what no server here can be brought to say."""
+
+    status, body = 200, ""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            assert isinstance(self.server, Scripted)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(self.server.status)
+            self.send_header("Content-Length", str(len(self.server.body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(self.server.body.encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+
+for method in ("GET", "HEAD", "POST"):
+    setattr(Scripted.Handler, f"do_{method}", Scripted.Handler.answer)
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[Scripted]:
+    with Scripted(("127.0.0.1", 0), Scripted.Handler) as it:
+        thread = threading.Thread(target=it.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield it
+        finally:
+            it.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def keys(no_aws: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "match"),
+    [
+        (400, "ExpiredToken", "session token .* has expired .*AWS_SESSION_TOKEN"),
+        (400, "InvalidToken", "session token .* is not valid"),
+        (301, "PermanentRedirect", "not in the region .*AWS_REGION to eu-central-1"),
+        (400, "AuthorizationHeaderMalformed", "not in the region .*AWS_REGION to eu-central-1"),
+        (403, "AccessDenied", "may not be listed"),
+        (403, "AllAccessDisabled", "may not be listed"),
+    ],
+)
+def test_a_refusal_is_explained(
+    keys: None,
+    monkeypatch: pytest.MonkeyPatch,
+    scripted: Scripted,
+    status: int,
+    code: str,
+    match: str,
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", scripted.url)
+    scripted.status, scripted.body = status, ANSWER.format(code=code)
+    assert "hidden" not in refused(storage.listing, "s3://bucket/key", match)
+
+
+def test_a_fault_of_the_store_passes_as_it_is(
+    keys: None, monkeypatch: pytest.MonkeyPatch, scripted: Scripted
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", scripted.url)
+    scripted.status, scripted.body = 500, ANSWER.format(code="InternalError")
+    with pytest.raises(ClientError, match="InternalError"):
+        storage.listing("s3://bucket/key")
+
+
+def test_a_role_that_may_not_be_taken_is_told(
+    no_aws: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scripted: Scripted
+) -> None:
+    (tmp_path / "token").write_text("hidden")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", scripted.url)
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/src")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    scripted.status, scripted.body = 403, STS_ANSWER.format(code="AccessDenied")
+    message = refused(storage.listing, "s3://bucket/key", "role .* may not be taken")
+    assert "hidden" not in message
+
+
+def test_missing_credentials_are_told(no_aws: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    refused(storage.exists, "s3://bucket/key", "No credentials .*AWS_ACCESS_KEY_ID.*IAM role")
+
+
+def test_a_missing_profile_is_told(keys: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    refused(storage.exists, "s3://bucket/key", "no profile nobody")
+
+
+def test_an_endpoint_that_does_not_answer_is_named(
+    keys: None, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    port = free_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:hidden@127.0.0.1:{port}")
+    for ask in [*ASKS, lambda uri: storage.publish(folder, uri)]:
+        message = refused(ask, "s3://bucket/key", f"http://127.0.0.1:{port} does not answer")
+        assert "hidden" not in message
+
+
+def test_an_endpoint_that_is_no_url_is_told(keys: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "user:hidden@minio:9000")
+    with pytest.raises(UserError, match="AWS_ENDPOINT_URL is no URL") as caught:
+        storage.exists("s3://bucket/key")
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bundle", [None, "/no/such/file"])
+def test_a_connection_without_trust_is_told(
+    keys: None, monkeypatch: pytest.MonkeyPatch, scripted: Scripted, bundle: str | None
+) -> None:
+    if bundle:
+        monkeypatch.setenv("AWS_CA_BUNDLE", bundle)
+    # It speaks no TLS.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", scripted.url.replace("http:", "https:"))
+    refused(storage.exists, "s3://bucket/key", "no trusted connection .*AWS_CA_BUNDLE")
+
+
+# The client
+
+
+def test_a_store_that_is_not_amazons_gets_paths_and_no_new_checksums(
+    keys: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9000")
+    config = storage._client().meta.config
+    assert config.s3 == {"addressing_style": "path"}
+    assert config.request_checksum_calculation == "when_required"
+    assert config.response_checksum_validation == "when_required"
+    assert storage._client().meta.region_name == "us-east-1"
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    assert storage._client().meta.region_name == "eu-west-1"
+    assert storage._client() is storage._client()
+
+
+@pytest.mark.parametrize("variable", ["AWS_REGION", "AWS_DEFAULT_REGION"])
+def test_amazon_keeps_the_defaults(
+    keys: None, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "eu-west-1")
+    client = storage._client()
+    assert client.meta.endpoint_url == "https://s3.eu-west-1.amazonaws.com"
+    assert client.meta.config.request_checksum_calculation == "when_supported"
+
+
+def test_what_amazon_gets_by_default_does_too(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Another environment, so another client: the newer checksums, no IfMatch for small files.
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setattr(storage, "_is_amazon", lambda endpoint: True)
+    files = FILES | {"model.safetensors": os.urandom(8 * 2**20 + 1)}
+    storage.publish(write(tmp_path / "tune", files), f"{s3.uri}/tune")
+    assert contents(storage.fetch(f"{s3.uri}/tune")) == files
+    assert storage._client().meta.config.request_checksum_calculation == "when_supported"
