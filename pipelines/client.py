@@ -16,6 +16,7 @@ import logging
 import os
 import shlex
 import ssl
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,15 @@ from srccore.errors import UserError
 if TYPE_CHECKING:
     from kfp_server_api import ApiClient, Configuration
 
-__all__ = ["Backend", "Connection", "UnavailableError", "connect"]
+__all__ = [
+    "Backend",
+    "Connection",
+    "ExistsError",
+    "MissingError",
+    "UnavailableError",
+    "connect",
+    "named",
+]
 
 FORWARD = (
     "kubectl port-forward --namespace kubeflow service/ml-pipeline-ui 8080:80, "
@@ -45,6 +54,14 @@ PAGE = 100
 
 class UnavailableError(UserError):
     """The backend does not answer now, and may do so later."""
+
+
+class MissingError(UserError):
+    """The backend does not have what is asked for."""
+
+
+class ExistsError(UserError):
+    """The backend has one of this name already."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +119,11 @@ class Backend:
         self.namespace: str | None = None
         self.health = api.HealthzServiceApi(client)
         self.experiments = api.ExperimentServiceApi(client)
+        self.pipelines = api.PipelineServiceApi(client)
+        self.uploads = api.PipelineUploadServiceApi(client)
         self.runs = api.RunServiceApi(client)
         self.recurring_runs = api.RecurringRunServiceApi(client)
+        self._specs: dict[str, Any] = {}
 
     def call(self, method: Callable[..., Any], **arguments: Any) -> Any:
         """Makes one request.
@@ -164,12 +184,82 @@ class Backend:
         """The id of the experiment of a name, which is made where missing."""
         from kfp_server_api import V2beta1Experiment
 
-        found = self.experiment(name)
-        if found is not None:
-            return found
-        body = V2beta1Experiment(display_name=name, namespace=self.namespace)
-        made = self.call(self.experiments.experiment_service_create_experiment, experiment=body)
-        return str(made.experiment_id)
+        def create() -> str:
+            body = V2beta1Experiment(display_name=name, namespace=self.namespace)
+            made = self.call(self.experiments.experiment_service_create_experiment, experiment=body)
+            return str(made.experiment_id)
+
+        return _found_or_made(lambda: self.experiment(name), create)
+
+    def create_pipeline(self, name: str) -> str:
+        """The id of the pipeline of a name, which is made where missing, without a version yet."""
+        from kfp_server_api import V2beta1Pipeline
+
+        def find() -> str | None:
+            found = self.pages(
+                self.pipelines.pipeline_service_list_pipelines,
+                "pipelines",
+                namespace=self.namespace,
+                filter=named(name, "name"),
+            )
+            return next((each.pipeline_id for each in found if each.name == name), None)
+
+        def create() -> str:
+            # Uploading one would make a version too, of the pipeline's name.
+            body = V2beta1Pipeline(name=name, display_name=name, namespace=self.namespace)
+            made = self.call(self.pipelines.pipeline_service_create_pipeline, pipeline=body)
+            return str(made.pipeline_id)
+
+        return _found_or_made(find, create)
+
+    def create_version(self, pipeline_id: str, name: str, text: str) -> str:
+        """The id of a pipeline's version of a name, which is uploaded where missing.
+
+        Args:
+            pipeline_id: The pipeline.
+            name: The version's name.
+            text: The compiled pipeline, in YAML.
+        """
+
+        def find() -> str | None:
+            found = self.pages(
+                self.pipelines.pipeline_service_list_pipeline_versions,
+                "pipeline_versions",
+                pipeline_id=pipeline_id,
+                filter=named(name, "name"),
+            )
+            return next((each.pipeline_version_id for each in found if each.name == name), None)
+
+        def upload() -> str:
+            with tempfile.TemporaryDirectory() as folder:
+                # The backend knows YAML by the end of the file's name.
+                file = Path(folder, "pipeline.yaml")
+                file.write_text(text, encoding="utf-8")
+                made = self.call(
+                    self.uploads.upload_pipeline_version,
+                    uploadfile=str(file),
+                    name=name,
+                    pipelineid=pipeline_id,
+                )
+            return str(made.pipeline_version_id)
+
+        return _found_or_made(find, upload)
+
+    def version_spec(self, reference: Any) -> Any:
+        """The pipeline of a version, which never changes, so that it is asked for once.
+
+        Args:
+            reference: A ``V2beta1PipelineVersionReference``.
+        """
+        version_id = reference.pipeline_version_id
+        if version_id not in self._specs:
+            version = self.call(
+                self.pipelines.pipeline_service_get_pipeline_version,
+                pipeline_id=reference.pipeline_id,
+                pipeline_version_id=version_id,
+            )
+            self._specs[version_id] = version.pipeline_spec
+        return self._specs[version_id]
 
     def run_url(self, run_id: str) -> str:
         """Where the UI shows a run."""
@@ -178,6 +268,13 @@ class Backend:
     def schedule_url(self, recurring_run_id: str) -> str:
         """Where the UI shows a recurring run."""
         return f"{self.ui}/#/recurringrun/details/{recurring_run_id}"
+
+    def version_url(self, reference: Any) -> str:
+        """Where the UI shows the version that a ``V2beta1PipelineVersionReference`` names."""
+        return (
+            f"{self.ui}/#/pipelines/details/{reference.pipeline_id}"
+            f"/version/{reference.pipeline_version_id}"
+        )
 
     def _refused(self, error: Any) -> UserError:
         message = _message(error.body)
@@ -197,13 +294,21 @@ class Backend:
             )
         if message is None:
             return self._stranger()
-        if error.status == 404:
-            return UserError(
+        return self._denied(error.status, message)
+
+    def _denied(self, status: int, message: str) -> UserError:
+        if status == 409:
+            return ExistsError(
+                f"Kubeflow Pipelines at {self.host} has one of this name already: {message}.",
+                "Try again: another client may be making it right now.",
+            )
+        if status == 404:
+            return MissingError(
                 f"Kubeflow Pipelines at {self.host} does not have it: {message}.",
                 "List what is there with srccore runs list.",
             )
         return UserError(
-            f"Kubeflow Pipelines at {self.host} refuses this ({error.status}): {message}.",
+            f"Kubeflow Pipelines at {self.host} refuses this ({status}): {message}.",
             "Mend what it names; its version must be 2.15 or later.",
         )
 
@@ -295,10 +400,29 @@ def connect(connection: Connection, *, needs_namespace: bool = True) -> Backend:
     return backend
 
 
-def named(name: str) -> str:
-    """The filter of list calls for a display name."""
-    predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
+def named(name: str, key: str = "display_name") -> str:
+    """The filter of list calls for a name.
+
+    Args:
+        name: The name.
+        key: ``name`` for pipelines and their versions, whose display names users may change.
+    """
+    predicate = {"operation": "EQUALS", "key": key, "stringValue": name}
     return json.dumps({"predicates": [predicate]})
+
+
+def _found_or_made(find: Callable[[], str | None], make: Callable[[], str]) -> str:
+    """The id of what there is, or else is made, by us or by another client at the same time."""
+    found = find()
+    if found is not None:
+        return found
+    try:
+        return make()
+    except ExistsError:
+        found = find()
+        if found is None:
+            raise
+        return found
 
 
 def _configure(connection: Connection) -> tuple[Configuration, str, str | None]:
@@ -442,11 +566,17 @@ def _message(body: str | None) -> str | None:
     """What the backend, or the Kubernetes API before it, says; None if it is another."""
     try:
         status = json.loads(body or "")
+        if "error_message" in status:  # uploads have a form of their own
+            return _line(status["error_message"])
         details = status.get("details")
         inner = [each.get("message") for each in details] if isinstance(details, list) else []
         text = next(filter(None, inner), None) or status["message"]
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         return None
+    return _line(text)
+
+
+def _line(text: object) -> str:
     return " ".join(str(text).split())[:500].rstrip(".")
 
 

@@ -102,6 +102,14 @@ ServiceAccount = Annotated[
 Cache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Take finished tasks of earlier runs over.")
 ]
+Upload = Annotated[
+    bool,
+    typer.Option(
+        "--upload",
+        help="Keep the pipeline on Kubeflow, as a version of the pipeline of its name, for all to "
+        "find and start from the UI.",
+    ),
+]
 Wait = Annotated[
     bool,
     typer.Option(
@@ -126,6 +134,7 @@ def submit_command(
     experiment: Experiment = None,
     service_account: ServiceAccount = None,
     cache: Cache = True,
+    upload: Upload = False,
     wait: Wait = False,
     interval: Interval = 10.0,
     timeout: Timeout = None,
@@ -156,8 +165,11 @@ def submit_command(
         experiment=experiment,
         service_account=service_account,
         cache=cache,
+        upload=upload,
     )
     typer.echo(f"Run {run.run_id}\n{backend.run_url(run.run_id)}")
+    if upload:
+        typer.echo(f"Pipeline: {backend.version_url(run.pipeline_version_reference)}")
     if wait:
         _follow(backend, connection, run.run_id, interval, timeout)
     else:
@@ -182,6 +194,7 @@ def schedule_command(
     experiment: Experiment = None,
     service_account: ServiceAccount = None,
     cache: Cache = True,
+    upload: Upload = False,
     host: Host = None,
     namespace: Namespace = None,
     token_file: TokenFile = None,
@@ -210,8 +223,11 @@ def schedule_command(
         experiment=experiment,
         service_account=service_account,
         cache=cache,
+        upload=upload,
     )
     typer.echo(f"Schedule {made.id}\n{backend.schedule_url(made.id)}")
+    if upload:
+        typer.echo(f"Pipeline: {backend.version_url(made.version)}")
     for old in made.disabled:
         typer.echo(f"Disabled the earlier one of that name: {old}")
     times = ", ".join(f"{each:%a %Y-%m-%d %H:%M:%S}" for each in next_times(line, _now()))

@@ -135,7 +135,9 @@ def load_profile(path: Path | None, config: RunConfig, **changes: Any) -> Profil
     """
     values: dict[str, Any] = {"rounds": config.rounds, "shards": config.shards}
     if config.device == "cpu":
-        values["models"] = Resources(cpu="2", memory="8Gi", timeout_hours=12)
+        # Such a pipeline is tried out: whoever looks on wants to hear of a failure at once.
+        values["models"] = Resources(cpu="2", memory="8Gi", timeout_hours=12, retries=0)
+        values["light"] = Resources(cpu="1", memory="2Gi", timeout_hours=12, retries=0)
     if path is not None:
         values |= _read(path)
     values |= {name: value for name, value in changes.items() if value is not None}

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
 
+import yaml
+
 from srccore.errors import UserError
-from srccore_pipelines.client import Backend
+from srccore_pipelines.client import Backend, MissingError
 from srccore_pipelines.package import Package
 from srccore_pipelines.tasks import moment
 
-__all__ = ["FINISHED", "RunRow", "get_run", "list_runs", "stop", "submit"]
+__all__ = ["FINISHED", "RunRow", "get_run", "list_runs", "pipeline_source", "stop", "submit"]
 
 FINISHED = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
 
@@ -46,36 +50,78 @@ def submit(
     experiment: str | None = None,
     service_account: str | None = None,
     cache: bool = True,
+    upload: bool = False,
 ) -> Any:
     """Starts a run.
 
     Args:
         backend: Where.
-        package: The pipeline; it travels with the run and is not left behind on the backend.
+        package: The pipeline.
         arguments: The run's parameters, as `Package.arguments` gives them.
         name: The run's display name; the pipeline's with the time where None.
         experiment: Its experiment, made where missing; the pipeline's name where None.
         service_account: The pods' account; the backend's default where None.
         cache: False works everything out anew.
+        upload: Whether the pipeline is uploaded, as `pipeline_source` says.
 
     Returns:
         A ``V2beta1Run``.
     """
     from kfp_server_api import V2beta1Run, V2beta1RuntimeConfig
 
+    source = pipeline_source(backend, package, cache=cache, upload=upload)
     body = V2beta1Run(
         display_name=name or f"{package.name} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}",
         experiment_id=backend.create_experiment(experiment or package.name),
-        pipeline_spec=package.spec(cache=cache),
         runtime_config=V2beta1RuntimeConfig(parameters=dict(arguments)),
         service_account=service_account,
+        **source,
     )
     return backend.call(backend.runs.run_service_create_run, run=body)
 
 
+def pipeline_source(
+    backend: Backend, package: Package, *, cache: bool, upload: bool
+) -> dict[str, Any]:
+    """What a run or a recurring run starts.
+
+    An uploaded version is named after the version of srccore and the hash of its text. What is
+    there already under that name is therefore the same, and is used again.
+
+    Args:
+        backend: Where.
+        package: The pipeline.
+        cache: False turns the cache off in what is sent or uploaded.
+        upload: True keeps it on the backend, as a version of the pipeline of its name, which is
+            made where missing; False lets it travel with the run and leaves nothing behind.
+
+    Returns:
+        The field of a ``V2beta1Run`` or ``V2beta1RecurringRun``, by its name.
+    """
+    from kfp_server_api import V2beta1PipelineVersionReference
+
+    spec = package.spec(cache=cache)
+    if not upload:
+        return {"pipeline_spec": spec}
+    text = yaml.safe_dump_all(spec.values() if "platform_spec" in spec else [spec])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    pipeline_id = backend.create_pipeline(package.name)
+    version_id = backend.create_version(pipeline_id, f"{package.version}-{digest[:12]}", text)
+    reference = V2beta1PipelineVersionReference(
+        pipeline_id=pipeline_id, pipeline_version_id=version_id
+    )
+    return {"pipeline_version_reference": reference}
+
+
 def get_run(backend: Backend, run_id: str) -> Any:
-    """A ``V2beta1Run`` with what is known of its tasks."""
-    return backend.call(backend.runs.run_service_get_run, run_id=run_id)
+    """A ``V2beta1Run`` with its pipeline, and with what is known of its tasks."""
+    run = _run(backend, run_id)
+    # A run of an uploaded version comes without its pipeline.
+    if run.pipeline_spec is None and run.pipeline_version_reference is not None:
+        # A version may be deleted while its runs stay; their tasks can be listed without it.
+        with contextlib.suppress(MissingError):
+            run.pipeline_spec = backend.version_spec(run.pipeline_version_reference)
+    return run
 
 
 def list_runs(backend: Backend, experiment: str | None = None, limit: int = 20) -> list[RunRow]:
@@ -113,10 +159,14 @@ def stop(backend: Backend, run_id: str) -> str:
     Returns:
         The state in which it was found.
     """
-    state = str(get_run(backend, run_id).state)
+    state = str(_run(backend, run_id).state)
     if state not in FINISHED:
         backend.call(backend.runs.run_service_terminate_run, run_id=run_id)
     return state
+
+
+def _run(backend: Backend, run_id: str) -> Any:
+    return backend.call(backend.runs.run_service_get_run, run_id=run_id)
 
 
 def _row(run: Any) -> RunRow:

@@ -15,6 +15,7 @@ from typing import Any
 from srccore.errors import UserError
 from srccore_pipelines.client import Backend, named
 from srccore_pipelines.package import Package
+from srccore_pipelines.runs import pipeline_source
 
 __all__ = ["Schedule", "next_times", "read_cron", "schedule"]
 
@@ -32,10 +33,12 @@ class Schedule:
     Args:
         id: The new recurring run.
         disabled: Those of its name that were enabled before.
+        version: The ``V2beta1PipelineVersionReference`` of what it starts; None if not uploaded.
     """
 
     id: str
     disabled: tuple[str, ...]
+    version: Any = None
 
 
 def read_cron(line: str) -> str:
@@ -92,41 +95,45 @@ def schedule(
     experiment: str | None = None,
     service_account: str | None = None,
     cache: bool = True,
+    upload: bool = False,
 ) -> Schedule:
     """Makes a recurring run, and disables those of its name that there were.
 
     Args:
         backend: Where.
-        package: The pipeline; it travels with the recurring run.
+        package: The pipeline.
         arguments: The runs' parameters, as `Package.arguments` gives them.
         name: The schedule's display name.
         cron: Six fields, seconds first, as `read_cron` gives them.
         experiment: The runs' experiment, made where missing; the pipeline's name where None.
         service_account: The pods' account; the backend's default where None.
         cache: False works everything out anew each time.
+        upload: Whether the pipeline is uploaded, as `pipeline_source` says.
 
     Raises:
         UserError: The backend refuses the new one, or to disable an old one.
     """
     import kfp_server_api as api
 
+    source = pipeline_source(backend, package, cache=cache, upload=upload)
     body = api.V2beta1RecurringRun(
         display_name=name,
         description=f"srccore {package.version}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         experiment_id=backend.create_experiment(experiment or package.name),
         namespace=backend.namespace,
-        pipeline_spec=package.spec(cache=cache),
         runtime_config=api.V2beta1RuntimeConfig(parameters=dict(arguments)),
         service_account=service_account,
         trigger=api.V2beta1Trigger(cron_schedule=api.V2beta1CronSchedule(cron=cron)),
         mode=api.RecurringRunMode.ENABLE,
         no_catchup=True,
         max_concurrency="1",
+        **source,
     )
     service = backend.recurring_runs
     made = backend.call(service.recurring_run_service_create_recurring_run, recurring_run=body)
     new = str(made.recurring_run_id)
-    return Schedule(new, tuple(_disable_others(backend, name, new)))
+    disabled = tuple(_disable_others(backend, name, new))
+    return Schedule(new, disabled, body.pipeline_version_reference)
 
 
 def _disable_others(backend: Backend, name: str, new: str) -> list[str]:

@@ -4,12 +4,14 @@ Its answers are the models of `kfp_server_api`, so that no field is invented, an
 is sent as the backend does: credentials, namespaces, pipelines, types of parameters. What those
 models leave open was read in the backend's sources: times that there are not yet are 1970; a run's
 tasks are the nodes of Argo's workflow, listed flat, whose parents, pods and errors are empty and
-whose children are node ids; terminating a finished run is an error.
+whose children are node ids; terminating a finished run is an error; a run of an uploaded version
+comes without its pipeline; uploads have a form of their own for errors.
 """
 
 from __future__ import annotations
 
 import contextlib
+import email
 import functools
 import json
 import re
@@ -26,6 +28,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import kfp_server_api as api
+import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
@@ -61,6 +64,20 @@ class Step:
 
     state: str
     tasks: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_body(content_type: str, content: bytes) -> Any:
+    """A body of JSON; or the files of a form, each as its name and its text, by their fields."""
+    if not content_type.startswith("multipart/form-data"):
+        return json.loads(content) if content else None
+    form = email.message_from_bytes(f"Content-Type: {content_type}\r\n\r\n".encode() + content)
+    return {
+        part.get_param("name", header="Content-Disposition"): (
+            part.get_filename(),
+            part.get_payload(decode=True).decode(),
+        )
+        for part in form.get_payload()
+    }
 
 
 def clock(second: int) -> str:
@@ -185,12 +202,20 @@ class KfpServer:
         """What stands before every path, as with the proxy of the Kubernetes API."""
         self.failures: list[tuple[str, int | None]] = []
         """Requests to fail: a pattern of ``METHOD path``, and a status; None drops them."""
+        self.races: list[str] = []
+        """Requests that another client makes too, a moment earlier: patterns as above."""
+        self.lists_versions = True
+        """Whether versions are listed; those are not that have been made, but are not ready."""
         self.largest_page = 200
         self.script: list[Step] = [Step("PENDING")]
         """Where a run stands when it is looked at for the first time, the second, and so on; the
         last one stays."""
         self.requests: list[Request] = []
         self.experiments: dict[str, api.V2beta1Experiment] = {}
+        self.pipelines: dict[str, api.V2beta1Pipeline] = {}
+        self.versions: dict[str, api.V2beta1PipelineVersion] = {}
+        self.texts: dict[str, str] = {}
+        """What was uploaded, by the version's id."""
         self.runs: dict[str, api.V2beta1Run] = {}
         self.recurring_runs: dict[str, api.V2beta1RecurringRun] = {}
         self.looks: dict[str, int] = defaultdict(int)
@@ -264,12 +289,14 @@ class KfpServer:
             unquote(url.path),
             query,
             dict(handler.headers),
-            json.loads(text) if text else None,
+            read_body(handler.headers.get("Content-Type") or "", text),
         )
         with self.seen:
             self.requests.append(request)
             self.seen.notify_all()
-            failure = self._failure(request)
+            failure = self._first(self.failures, request, lambda each: each[0])
+            if self._first(self.races, request, str) is not None:
+                self._reply(request)
             if failure is None:
                 status, body, headers = self._reply(request)
             elif failure[1] is not None:
@@ -286,11 +313,13 @@ class KfpServer:
             handler.end_headers()
             handler.wfile.write(body)
 
-    def _failure(self, request: Request) -> tuple[str, int | None] | None:
+    @staticmethod
+    def _first(entries: list[Any], request: Request, pattern: Callable[[Any], str]) -> Any:
+        """The first entry whose pattern the request matches, which is taken out; else None."""
         line = f"{request.method} {request.path}"
-        found = next((each for each in self.failures if re.search(each[0], line)), None)
+        found = next((each for each in entries if re.search(pattern(each), line)), None)
         if found is not None:
-            self.failures.remove(found)
+            entries.remove(found)
         return found
 
     def _reply(self, request: Request) -> tuple[int, bytes, dict[str, str]]:
@@ -311,6 +340,8 @@ class KfpServer:
                 "message": f"Failed: {refusal}",
                 "details": [detail | {"message": str(refusal)}],
             }
+            if request.path.endswith("/upload_version"):
+                error = {"error_message": str(refusal), "error_details": str(refusal)}
             return HTTP_OF_CODE[refusal.code], json.dumps(error).encode(), {}
 
     def _admit(self, request: Request) -> None:
@@ -327,6 +358,11 @@ class KfpServer:
             r"GET healthz": self._health,
             r"GET experiments": self._list_experiments,
             r"POST experiments": self._create_experiment,
+            r"GET pipelines": self._list_pipelines,
+            r"POST pipelines": self._create_pipeline,
+            r"POST pipelines/upload_version": self._upload_version,
+            r"GET pipelines/([^/:]+)/versions": self._list_versions,
+            r"GET pipelines/([^/:]+)/versions/([^/:]+)": self._get_version,
             r"GET runs": self._list_runs,
             r"POST runs": self._create_run,
             r"GET runs/([^/:]+)": self._get_run,
@@ -389,19 +425,92 @@ class KfpServer:
         self.experiments[body.experiment_id] = body
         return body
 
+    def _list_pipelines(self, request: Request) -> Any:
+        namespace = self._namespace(request.query.get("namespace"))
+        found = [p for p in self.pipelines.values() if p.namespace == namespace]
+        return self._listed(request, found, api.V2beta1ListPipelinesResponse, "pipelines")
+
+    def _create_pipeline(self, request: Request) -> Any:
+        body = api.V2beta1Pipeline(**request.body)
+        body.namespace = self._namespace(body.namespace)
+        if any(
+            (p.name, p.namespace) == (body.name, body.namespace) for p in self.pipelines.values()
+        ):
+            raise RefusalError(6, f"Failed to create a new pipeline. The name {body.name} exists")
+        body.pipeline_id, body.created_at = str(uuid.uuid4()), clock(0)
+        self.pipelines[body.pipeline_id] = body
+        return body
+
+    def _list_versions(self, request: Request, pipeline_id: str) -> Any:
+        found = [
+            v
+            for v in self.versions.values()
+            if self.lists_versions and v.pipeline_id == pipeline_id
+        ]
+        return self._listed(
+            request, found, api.V2beta1ListPipelineVersionsResponse, "pipeline_versions"
+        )
+
+    def _upload_version(self, request: Request) -> Any:
+        file, text = request.body.get("uploadfile", ("", ""))
+        pipeline_id, name = request.query.get("pipelineid"), request.query["name"]
+        if not file.endswith((".yaml", ".yml")) or pipeline_id not in self.pipelines:
+            raise RefusalError(3, "Failed to create a pipeline version")
+        try:
+            pipeline, *platforms = (yaml.safe_load(each) for each in text.split("\n---\n"))
+        except yaml.YAMLError:
+            raise RefusalError(3, "Failed to create a pipeline version") from None
+        spec = {"pipeline_spec": pipeline, "platform_spec": platforms[0]} if platforms else pipeline
+        self._parsed(spec)
+        if any((v.name, v.pipeline_id) == (name, pipeline_id) for v in self.versions.values()):
+            raise RefusalError(6, "Failed to create a pipeline version")
+        version = api.V2beta1PipelineVersion(
+            pipeline_id=pipeline_id,
+            pipeline_version_id=str(uuid.uuid4()),
+            name=name,
+            display_name=name,
+            created_at=clock(0),
+            pipeline_spec=spec,
+        )
+        self.versions[version.pipeline_version_id] = version
+        self.texts[version.pipeline_version_id] = text
+        return version
+
+    def _get_version(self, _request: Request, pipeline_id: str, version_id: str) -> Any:
+        version = self.versions.get(version_id)
+        if version is None or version.pipeline_id != pipeline_id:
+            raise RefusalError(5, f"PipelineVersion {version_id} not found")
+        return version
+
+    def _source(self, body: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What a run or recurring run starts, with its platforms, if it is still there."""
+        reference = body.get("pipeline_version_reference")
+        if reference is None:
+            return body.get("pipeline_spec")
+        version = self.versions.get(reference["pipeline_version_id"])
+        return version and version.pipeline_spec
+
+    def _parsed(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline of what is sent, less its platforms."""
+        pipeline = spec.get("pipeline_spec", spec)
+        try:
+            json_format.ParseDict(pipeline, pipeline_spec_pb2.PipelineSpec())
+            platform = spec.get("platform_spec", {})
+            json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
+        except json_format.ParseError as error:
+            raise RefusalError(3, f"invalid v2 pipeline spec: {error}") from None
+        return pipeline
+
     def _checked(self, body: dict[str, Any]) -> dict[str, Any]:
         """The pipeline of a run or recurring run that is asked for."""
         if body.get("experiment_id") not in self.experiments:
             raise RefusalError(5, f"Experiment {body.get('experiment_id')} not found")
         if not body.get("display_name"):
             raise RefusalError(3, "The run name is empty. Please specify a valid name")
-        pipeline = body["pipeline_spec"].get("pipeline_spec", body["pipeline_spec"])
-        try:
-            json_format.ParseDict(pipeline, pipeline_spec_pb2.PipelineSpec())
-            platform = body["pipeline_spec"].get("platform_spec", {})
-            json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
-        except json_format.ParseError as error:
-            raise RefusalError(3, f"invalid v2 pipeline spec: {error}") from None
+        source = self._source(body)
+        if source is None:
+            raise RefusalError(13, "Internal Server Error")
+        pipeline = self._parsed(source)
         parameters = body.get("runtime_config", {}).get("parameters", {})
         wanted = pipeline["root"].get("inputDefinitions", {}).get("parameters", {})
         kinds = {"STRING": str, "STRUCT": dict, "LIST": list, "BOOLEAN": bool}
@@ -437,8 +546,9 @@ class KfpServer:
         step = self.script[min(self.looks[run_id], len(self.script) - 1)]
         self.looks[run_id] += 1
         run.state = step.state
-        if run.pipeline_spec:
-            pipeline = run.pipeline_spec.get("pipeline_spec", run.pipeline_spec)
+        source = self._source(run.to_dict())
+        if source:
+            pipeline = source.get("pipeline_spec", source)
             details = Workflow(pipeline, "src-tiny-x7k2p", step.tasks).details(run_id)
             run.run_details = api.V2beta1RunDetails(task_details=details)
         if step.state in FINISHED:

@@ -94,6 +94,36 @@ def test_submit_and_wait_says_every_change_and_ends_with_zero(
     ]
 
 
+def test_a_run_of_an_uploaded_version_is_followed_like_one_that_brings_its_pipeline(
+    server: KfpServer, pipeline: Path
+) -> None:
+    said = []
+    for options in ((), ("--upload",)):
+        server.script = SUCCESS
+        result = call("submit", pipeline, ROOT, "--host", server.url, "--wait", FAST, *options)
+        assert result.code == 0, result.out
+        said.append([line for line in result.out.splitlines() if line.startswith("[")])
+    assert said[0] == said[1]
+    assert len(said[0]) == 9
+    [version_id] = server.versions
+    assert len(server.sent("GET", f"/versions/{version_id}")) == 1, "a version never changes"
+
+
+def test_a_run_whose_version_was_deleted_is_shown_and_stopped_all_the_same(
+    server: KfpServer, pipeline: Path
+) -> None:
+    server.script = [Step("RUNNING", SEARCHING)]
+    assert call("submit", pipeline, ROOT, "--host", server.url, "--upload").code == 0
+    [run_id] = server.runs
+    assert "round 1" in call("runs", "status", run_id, "--host", server.url).out
+    server.versions.clear()
+    result = call("runs", "status", run_id, "--host", server.url)
+    assert result.code == 0, result.out
+    assert "search" in result.out
+    assert "round 1" not in result.out
+    assert call("runs", "stop", run_id, "--host", server.url).code == 0
+
+
 def test_a_failed_run_names_the_task_that_failed_and_its_round(
     server: KfpServer, run_id: str
 ) -> None:
@@ -197,14 +227,8 @@ def test_ctrl_c_leaves_the_run_going_and_says_how_to_follow_and_stop_it(
     server: KfpServer, pipeline: Path
 ) -> None:
     server.script = [Step("RUNNING", SEARCHING)]
-    program = (
-        "from srccore.cli import app, main\n"
-        "from srccore_pipelines.commands import submit_command\n"
-        "app.command('submit')(submit_command)\n"
-        "main()\n"
-    )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, "submit", pipeline, ROOT, "--wait", "--interval=60"],
+        [sys.executable, "-m", "srccore", "submit", pipeline, ROOT, "--wait", "--interval=60"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

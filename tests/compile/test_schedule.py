@@ -59,6 +59,22 @@ def test_a_schedule_runs_one_at_a_time_without_catching_up(
     assert lines[2].count("Sun ") == 3
 
 
+def test_a_schedule_starts_the_version_that_was_uploaded(server: KfpServer, pipeline: Path) -> None:
+    result = schedule(server, pipeline, "--upload")
+    assert result.code == 0, result.out
+    [(version_id, version)] = server.versions.items()
+    [request] = server.sent("POST", "/recurringruns")
+    assert "pipeline_spec" not in request.body
+    assert request.body["pipeline_version_reference"] == {
+        "pipeline_id": version.pipeline_id,
+        "pipeline_version_id": version_id,
+    }
+    url = f"{server.url}/#/pipelines/details/{version.pipeline_id}/version/{version_id}"
+    assert result.out.splitlines()[2] == f"Pipeline: {url}"
+    assert call("submit", pipeline, ROOT, "--host", server.url, "--upload").code == 0
+    assert len(server.versions) == 1, "a run starts the same version"
+
+
 def test_a_new_schedule_is_there_before_the_old_ones_of_its_name_are_disabled(
     server: KfpServer, pipeline: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import ipaddress
 import socket
 import subprocess
@@ -127,6 +128,120 @@ def test_names_and_account_are_passed_on_and_an_experiment_is_used_again(
     third = submit(server, pipeline, *options, "--experiment", "tiny")
     assert first["experiment_id"] != second["experiment_id"] == third["experiment_id"]
     assert len(server.experiments) == 2
+
+
+def test_an_uploaded_pipeline_is_kept_as_a_version_that_the_run_refers_to(
+    server: KfpServer, pipeline: Path
+) -> None:
+    result = call("submit", pipeline, ROOT, "--host", server.url, "--upload")
+    assert result.code == 0, result.out
+    [(pipeline_id, kept)] = server.pipelines.items()
+    [(version_id, version)] = server.versions.items()
+    text = server.texts[version_id]
+    assert list(yaml.safe_load_all(text)) == list(yaml.safe_load_all(pipeline.read_text()))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    assert version.name == f"{srccore.__version__}-{digest[:12]}"
+    assert (kept.name, kept.namespace, version.pipeline_id) == ("src-tiny", None, pipeline_id)
+    body = server.sent("POST", "/runs")[0].body
+    assert "pipeline_spec" not in body
+    assert body["pipeline_version_reference"] == {
+        "pipeline_id": pipeline_id,
+        "pipeline_version_id": version_id,
+    }
+    url = f"{server.url}/#/pipelines/details/{pipeline_id}/version/{version_id}"
+    assert result.out.splitlines()[2] == f"Pipeline: {url}"
+
+
+def test_a_pipeline_that_concerns_kubernetes_in_nothing_is_one_document(
+    server: KfpServer, pipeline: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "plain.yaml"
+    path.write_text(pipeline.read_text().partition("\n---\n")[0])
+    submit(server, path, "--upload")
+    [text] = server.texts.values()
+    assert yaml.safe_load(text) == yaml.safe_load(path.read_text())
+
+
+def test_the_same_text_is_uploaded_once_and_another_is_a_new_version(
+    server: KfpServer, pipeline: Path, tmp_path: Path
+) -> None:
+    server.largest_page = 1
+    other = tmp_path / "other.yaml"
+    other.write_text(pipeline.read_text().replace("src-tiny", "src-other"))
+    submit(server, other, "--upload")
+    [kept] = server.pipelines.values()
+    first = submit(server, pipeline, "--upload")["pipeline_version_reference"]
+    # Users may change what is displayed, which is not the name then.
+    for each in (*server.pipelines.values(), *server.versions.values()):
+        each.display_name = "shown"
+    assert submit(server, pipeline, "--upload")["pipeline_version_reference"] == first
+    comment = tmp_path / "comment.yaml"
+    comment.write_text("# The same.\n" + pipeline.read_text())
+    assert submit(server, comment, "--upload")["pipeline_version_reference"] == first
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(pipeline.read_text().replace("python:3.11-slim", "python:3.12-slim"))
+    second = submit(server, changed, "--upload")["pipeline_version_reference"]
+    third = submit(server, pipeline, "--upload", "--no-cache")["pipeline_version_reference"]
+    assert len({each["pipeline_version_id"] for each in (first, second, third)}) == 3
+    assert {each["pipeline_id"] for each in (first, second, third)} == {
+        each for each in server.pipelines if each != kept.pipeline_id
+    }
+    assert len(server.sent("POST", "/upload_version")) == len(server.versions) == 4
+    assert "enableCache" not in server.texts[third["pipeline_version_id"]]
+
+
+def test_another_client_may_make_the_same_at_the_same_time(
+    server: KfpServer, pipeline: Path
+) -> None:
+    server.races = ["POST .*/experiments$", "POST .*/pipelines$", "POST .*/upload_version$"]
+    body = submit(server, pipeline, "--upload")
+    assert not server.races
+    made = (server.experiments, server.pipelines, server.versions)
+    assert [len(each) for each in made] == [1, 1, 1]
+    assert body["pipeline_version_reference"]["pipeline_version_id"] in server.versions
+
+
+def test_a_version_that_is_there_but_not_listed_is_told(server: KfpServer, pipeline: Path) -> None:
+    submit(server, pipeline, "--upload")
+    server.lists_versions = False
+    result = call("submit", pipeline, ROOT, "--host", server.url, "--upload")
+    _refused(result, "has one of this name already: Failed to create a pipeline version. Try again")
+    assert len(server.runs) == 1
+
+
+def test_in_a_multi_user_install_a_pipeline_is_uploaded_to_the_namespace(
+    server: KfpServer, pipeline: Path
+) -> None:
+    server.multi_user = True
+    for namespace in ("ann", "bob", "ann"):
+        submit(server, pipeline, "--upload", "--namespace", namespace)
+    assert [each.namespace for each in server.pipelines.values()] == ["ann", "bob"]
+    assert len(server.versions) == 2
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    ["GET .*/pipelines$", "POST .*/pipelines$", "GET .*/versions$", "POST .*/upload"],
+)
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (401, "does not know who asks (401)"),
+        (403, "refuses whoever asks (403)"),
+        (503, "is in trouble (503)"),
+        (None, "does not answer"),
+    ],
+)
+def test_an_upload_that_fails_is_told_and_nothing_is_started(
+    server: KfpServer, pipeline: Path, request_line: str, status: int | None, told: str
+) -> None:
+    server.failures = [(request_line, status)]
+    result = call("submit", pipeline, ROOT, "--host", server.url, "--upload")
+    _refused(result, told)
+    assert not server.failures
+    assert not server.sent("POST", "/runs")
+    submit(server, pipeline, "--upload")
+    assert (len(server.pipelines), len(server.versions)) == (1, 1), "the command mends it"
 
 
 @pytest.mark.parametrize(
@@ -295,9 +410,10 @@ def test_a_backend_in_trouble_is_told_and_a_run_is_never_asked_for_twice(
 def test_what_the_backend_refuses_is_told_in_its_words(server: KfpServer, pipeline: Path) -> None:
     path = pipeline.with_name("odd.yaml")
     path.write_text(pipeline.read_text().replace("iteratorPolicy", "iteratorPolitics"))
-    result = call("submit", path, ROOT, "--host", server.url)
-    _refused(result, "refuses this (400): invalid v2 pipeline spec")
-    assert "iteratorPolitics" in result.out
+    for options in ((), ("--upload",)):
+        result = call("submit", path, ROOT, "--host", server.url, *options)
+        _refused(result, "refuses this (400): invalid v2 pipeline spec")
+        assert "iteratorPolitics" in result.out
 
 
 def test_a_multi_user_install_needs_a_namespace_and_gets_it(

@@ -77,6 +77,15 @@ def test_a_run_is_followed_to_its_end_and_listed(pipeline: Path) -> None:
     assert "1/1" in call("runs", "status", run_id)
 
 
+def test_an_uploaded_pipeline_is_used_again_and_its_run_is_followed(pipeline: Path) -> None:
+    _, first = submit(pipeline, "--upload", "--wait", "--interval=2", "--timeout=800")
+    assert "[1/1] round 1 / shell: succeeded" in first
+    _, second = submit(pipeline, "--upload")
+    found = re.search(r"Pipeline: \S+/version/\S+\n", first)
+    assert found is not None
+    assert found[0] in second
+
+
 def test_a_task_that_fails_is_named(pipeline: Path) -> None:
     options = ("--param", "command=exit 3", "--wait", "--interval=2", "--timeout=800")
     _, out = submit(pipeline, *options, code=1)

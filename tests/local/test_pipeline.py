@@ -1,0 +1,104 @@
+"""The compiled pipeline, run task by task under kfp's local runner, against `srccore run`."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from shrunken import SETTINGS, Recorder, shrunken
+
+from srccore.loop import load_run, policy_of_round, run
+from srccore.policy import read_policy
+from srccore.records import Preference, read_records
+
+METHOD = [f"--set={each}" for each in SETTINGS if not each.startswith("rounds=")]
+
+
+def srccore(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "srccore", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def looped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`srccore run` over two shards."""
+    out = tmp_path_factory.mktemp("looped") / "run"
+    run(shrunken("shards=2"), out, Recorder())
+    return out
+
+
+@pytest.fixture(scope="module")
+def piped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same through the compiled pipeline, brought back as a run folder."""
+    folder = tmp_path_factory.mktemp("piped")
+    package = folder / "tiny.yaml"
+    made = srccore("compile", "--rounds", "1", "--shards", "2", "-o", package)
+    assert made.returncode == 0, made.stderr
+    done = srccore("pipeline-local", "--pipeline", package, "--out", folder / "local", *METHOD)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert (folder / "local" / "report.html").stat().st_size > 50_000
+    (report,) = (folder / "local" / "artifacts" / "report").iterdir()
+    brought = srccore("collect", report, "-o", folder / "run")
+    assert brought.returncode == 0, brought.stderr
+    return folder / "run"
+
+
+def test_preferences_and_figures_are_those_of_srccore_run(looped: Path, piped: Path) -> None:
+    def preferences(folder: Path) -> list[Preference]:
+        file = folder / "round-1" / "curate-preference" / "preferences.jsonl"
+        return list(read_records(file, Preference))
+
+    assert preferences(piped) == preferences(looped) != []
+    figures = [json.loads((folder / "figures.json").read_text()) for folder in (piped, looped)]
+    assert figures[0] == figures[1]
+    assert len(figures[0]) == 2
+
+
+def test_search_and_scoring_were_done_in_two_shards(piped: Path) -> None:
+    for stage in ("search-candidates", "score-candidates"):
+        assert len(list(piped.glob(f"round-1/{stage}-*/manifest.json"))) == 2
+
+
+def test_a_brought_run_has_its_policies_and_is_reported(piped: Path) -> None:
+    assert load_run(piped).rounds == 1
+    policy = read_policy(policy_of_round(piped, 1))
+    assert [Path(adapter).parent.name for adapter in policy.adapters] == [
+        "tune-rationale",
+        "train-dpo",
+    ]
+    for adapter in policy.adapters:
+        assert (Path(adapter) / "adapter_model.safetensors").is_file()
+    assert srccore("report", piped).returncode == 0
+
+
+def test_a_failed_task_is_one_paragraph_after_its_own(tmp_path: Path) -> None:
+    done = srccore(
+        *("pipeline-local", "--out", tmp_path / "out", "--set", f"data.source={tmp_path}/none")
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr.rpartition("Error: ")[2]
+    assert re.search(r"Error: The pipeline failed: .*prepare-data", done.stderr)
+    assert f"The input data.source is missing: {tmp_path}/none" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--preset", "none"), "There is no shipped pipeline 'none'"),
+        (("--set", "rounds=2"), "rounds is fixed when the pipeline is compiled"),
+        (("--set", "search.widht=2"), "Did you mean search.width?"),
+        (("--pipeline", "none.yaml"), "none.yaml cannot be read"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_wrong_input_is_refused_at_once(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = srccore("pipeline-local", "--out", tmp_path / "out", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()

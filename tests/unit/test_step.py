@@ -1,0 +1,228 @@
+"""Steps of a pipeline, on a local artifact root and on one in a bucket."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3_server
+from s3_server import S3Server
+
+from srccore import storage
+from srccore.cluster import train
+from srccore.records import Rationale, read_records
+from srccore.step import Finished, Reference, fetch_output, import_output, run_stage
+
+moto, no_aws = s3_server.moto, s3_server.no_aws
+
+DATA = {"train": 8.0, "calibration": 8.0, "heldout": 8.0, "seed": 0.0}
+
+
+def prepare(root: str, **changes: Any) -> Finished:
+    return run_stage("prepare-data", root, inputs={}, settings={"config": {**DATA, **changes}})
+
+
+def augment(root: str, data: Path, **changes: Any) -> Finished:
+    return run_stage(
+        "augment-rationales",
+        root,
+        inputs={"data": str(data)},
+        settings={"config": {"teacher": "facts", **changes}},
+    )
+
+
+def refer(done: Finished, name: str, path: Path) -> Path:
+    done.refer(str(path), name)
+    return path
+
+
+@pytest.fixture
+def s3(no_aws: None, moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """An empty bucket; the environment leads to it. Storage itself is tested on more servers."""
+    it = moto.with_new_bucket()
+    for name, value in it.environment.items():
+        monkeypatch.setenv(name, value)
+    return it
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "folder":
+        return str(tmp_path / "artifacts")
+    server: S3Server = request.getfixturevalue("s3")
+    return f"{server.uri}/artifacts"
+
+
+def test_a_step_reads_what_another_wrote(root: str, tmp_path: Path) -> None:
+    train_split = refer(prepare(root), "train.parquet", tmp_path / "train")
+    rationales = refer(augment(root, train_split), "", tmp_path / "rationales")
+    folder = fetch_output(str(rationales))
+    assert len(list(read_records(folder / "rationales.jsonl", Rationale))) == 8
+
+
+def test_work_that_was_done_is_not_done_again(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare(root)
+    monkeypatch.setenv("SRCCORE_CACHE", str(tmp_path / "another cache"))
+
+    def fail(*_: object) -> None:
+        raise AssertionError("it was done again")
+
+    monkeypatch.setattr("srccore.dataset.write_data", fail)
+    assert prepare(root) == first
+
+
+def test_another_setting_makes_another_folder_and_an_operational_one_does_not(
+    root: str, tmp_path: Path
+) -> None:
+    split = refer(prepare(root), "train.parquet", tmp_path / "train")
+    assert prepare(root, seed=1).uri != prepare(root).uri
+    endpoint = {"url": "http://elsewhere.example.com"}
+    assert augment(root, split, endpoint=endpoint).uri == augment(root, split).uri
+
+
+def test_a_root_can_be_moved(tmp_path: Path) -> None:
+    def both(root: Path) -> tuple[Finished, Finished]:
+        done = prepare(str(root))
+        split = refer(done, "train.parquet", tmp_path / root.name / "reference")
+        return done, augment(str(root), split)
+
+    before = both(tmp_path / "one" / "artifacts")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    after = both(tmp_path / "two" / "artifacts")
+    assert [Path(each.uri).name for each in before] == [Path(each.uri).name for each in after]
+    assert sorted(p.name for p in (tmp_path / "two" / "artifacts").iterdir()) == [
+        "augment-rationales",
+        "prepare-data",
+    ]
+
+
+def test_a_folder_in_a_bucket_ends_with_its_manifest_and_tells_its_inputs(
+    s3: S3Server, tmp_path: Path
+) -> None:
+    root = f"{s3.uri}/artifacts"
+    done = prepare(root)
+    made = augment(root, refer(done, "train.parquet", tmp_path / "train"))
+    names = {file.path for file in storage.listing(made.uri)}
+    assert names == {"manifest.json", "rationales.jsonl", "stage.json", "step.json"}
+    step = json.loads(storage.read_text(storage.join(made.uri, "step.json")))
+    key = done.uri.rpartition("/")[2]
+    assert step["inputs"] == {"data": [f"prepare-data/{key}/train.parquet"]}
+
+
+def test_an_input_may_be_the_thing_itself_and_counts_by_its_content(
+    root: str, tmp_path: Path
+) -> None:
+    split = refer(prepare(root), "train.parquet", tmp_path / "train")
+    first = shutil.copyfile(fetch_output(str(split)), tmp_path / "mine.parquet")
+    second = shutil.copyfile(first, tmp_path / "the same again.parquet")
+    assert augment(root, first).uri == augment(root, second).uri
+
+
+def test_what_is_imported_counts_by_what_lies_there(root: str, tmp_path: Path) -> None:
+    split = refer(prepare(root), "train.parquet", tmp_path / "train")
+    other = refer(prepare(root, seed=1), "train.parquet", tmp_path / "other")
+    mine = tmp_path / "mine.parquet"
+    found = []
+    for source in (split, other):
+        shutil.copyfile(fetch_output(str(source)), mine)
+        import_output(str(mine), str(tmp_path / "imported"))
+        found.append(augment(root, tmp_path / "imported").uri)
+    assert found[0] != found[1]
+
+
+def test_changed_data_at_the_same_path_are_prepared_anew(tmp_path: Path) -> None:
+    root = str(tmp_path / "artifacts")
+    mine = tmp_path / "mine.parquet"
+    uris = set()
+    for seed in (0, 1):
+        done = prepare(root, seed=seed)
+        shutil.copyfile(Path(done.uri) / "train.parquet", mine)
+        uris.add(prepare(root, source=str(mine), train=4, calibration=4, heldout=4).uri)
+    assert len(uris) == 2
+
+
+def test_numbers_are_shown_as_metrics_and_written_to_their_file(tmp_path: Path) -> None:
+    class Metrics:
+        path = str(tmp_path / "metrics")
+
+        def __init__(self) -> None:
+            self.logged: dict[str, float] = {}
+
+        def log_metric(self, metric: str, value: float) -> None:
+            self.logged[metric] = value
+
+    metrics = Metrics()
+    Finished("uri", {"n": 3, "ok": True, "mean": None, "by": {"a": 0.5}}).log(metrics)
+    assert metrics.logged == {"n": 3.0, "by.a": 0.5}
+    assert json.loads(Path(metrics.path).read_text()) == metrics.logged
+
+
+WRONG: list[tuple[str, Callable[[Path], object], str]] = [
+    (
+        "an ill-typed setting",
+        lambda folder: prepare(str(folder), train="many"),
+        "The setting config of prepare-data does not hold: train",
+    ),
+    (
+        "an unknown setting",
+        lambda folder: prepare(str(folder), trian=3),
+        "does not hold: trian: Extra inputs are not permitted",
+    ),
+    (
+        "a missing input",
+        lambda folder: augment(str(folder), folder / "none"),
+        "The input data is missing",
+    ),
+    (
+        "another scheme",
+        lambda _: prepare("gs://bucket/root"),
+        "is no address that srccore can read or write",
+    ),
+    (
+        "an import of nothing",
+        lambda folder: import_output(str(folder / "none"), str(folder / "out")),
+        "There is nothing at",
+    ),
+    (
+        "a launcher that is not there yet",
+        lambda folder: train(
+            "train-dpo", str(folder), launcher="pytorchjob", inputs={}, settings={}
+        ),
+        "launcher: inprocess",
+    ),
+    (
+        "an artifact that is no reference",
+        lambda folder: fetch_output(str(folder / "none")),
+        "is no reference",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
+def test_what_the_user_can_mend_ends_with_one_paragraph_and_2(
+    call: Callable[[Path], object],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        call(tmp_path)
+    assert stopped.value.code == 2
+    (paragraph,) = capsys.readouterr().err.strip().splitlines()
+    assert paragraph.startswith("Error: ") and message in paragraph
+
+
+def test_a_reference_whose_folder_is_gone_says_so(
+    s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.write_text(Reference(uri=f"{s3.uri}/prepare-data/none/train.parquet").model_dump_json())
+    with pytest.raises(SystemExit):
+        augment(f"{s3.uri}/artifacts", gone)
+    assert "nothing is stored" in capsys.readouterr().err.lower()
