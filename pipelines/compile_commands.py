@@ -98,7 +98,16 @@ def pipeline_local_command(
         )
     package = read_package(pipeline or COMPILED / f"{preset}.yaml")
     arguments = package.arguments(str(out.resolve() / "artifacts"), overrides)
-    typer.echo(f"Report: {run_locally(package.path, arguments, out)}")
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    try:
+        page = run_locally(package.path, arguments, out, say)
+    except KeyboardInterrupt:
+        say(f"Interrupted. The same command goes on with {out}.")
+        raise typer.Exit(130) from None
+    typer.echo(f"Report: {page}")
 
 
 def collect_command(

@@ -2,47 +2,104 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import shutil
-from collections.abc import Mapping
+import time
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from srccore.errors import UserError
 
-__all__ = ["run_locally"]
+__all__ = ["LOG", "run_locally"]
 
+LOG = "pipeline.log"
 PAGE = "report.html"
+_COLOUR = re.compile(r"\x1b\[\d+m")
+_TASK = re.compile(
+    r"Executing task '(?P<began>[^']+)'|Task '(?P<ended>[^']+)' finished with status "
+    r"(?P<status>\w+)|^\s*(?P<error>Error: .+)"
+)
 
 
-def run_locally(package: Path, arguments: Mapping[str, Any], out: Path) -> Path:
+def run_locally(
+    package: Path, arguments: Mapping[str, Any], out: Path, say: Callable[[str], None] = print
+) -> Path:
     """Runs a pipeline under kfp's SubprocessRunner.
 
     Args:
         package: The compiled pipeline.
         arguments: Its run-time parameters.
-        out: Gets ``kubeflow/`` (what Kubeflow would keep, one folder per run) and
-            ``report.html``.
+        out: Gets ``kubeflow/`` (what Kubeflow would keep, one folder per run), ``pipeline.log``
+            (all that the tasks say) and ``report.html``.
+        say: Is told when a task ends, and of errors.
 
     Returns:
         The report's path.
 
     Raises:
-        UserError: A task failed; its own words are in the output above.
+        UserError: A task failed.
     """
     from kfp import components, local
 
     root = out.resolve() / "kubeflow"
     root.mkdir(parents=True, exist_ok=True)
     before = set(root.iterdir())
-    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root))
-    pipeline = components.load_component_from_file(str(package))
-    try:
-        pipeline(**arguments)
-    except RuntimeError as error:
-        raise UserError(
-            f"The pipeline failed: {' '.join(str(error).split())}",
-            f"What the task said stands above. The same command goes on with {out}.",
-        ) from None
+    log = out / LOG
+    with (
+        log.open("a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(_Tasks(file, say)),
+        warnings.catch_warnings(),
+    ):
+        # kfp warns of every image and resource that a process has no use for.
+        warnings.simplefilter("ignore")
+        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root))
+        pipeline = components.load_component_from_file(str(package))
+        try:
+            pipeline(**arguments)
+        except RuntimeError as error:
+            reason = _COLOUR.sub("", " ".join(str(error).split()))
+            raise UserError(
+                f"The pipeline failed: {reason}",
+                f"What its tasks said is in {log}. The same command goes on with {out}.",
+            ) from None
     (run,) = set(root.iterdir()) - before
     (page,) = run.rglob("report/page*")
     return Path(shutil.copyfile(page, out / PAGE))
+
+
+class _Tasks(io.TextIOBase):
+    """Writes kfp's output to a file, and says what it tells of tasks."""
+
+    def __init__(self, log: TextIO, say: Callable[[str], None]) -> None:
+        self.log = log
+        self.say = say
+        self.began: dict[str, float] = {}
+        self.rest = ""
+
+    def write(self, text: str) -> int:
+        self.log.write(text)
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            self._read(_COLOUR.sub("", line))
+        return len(text)
+
+    def flush(self) -> None:
+        self.log.flush()
+
+    def _read(self, line: str) -> None:
+        found = _TASK.search(line)
+        if found is None:
+            return
+        if found["began"]:
+            self.began[found["began"]] = time.monotonic()
+        elif found["ended"]:
+            name = found["ended"]
+            seconds = time.monotonic() - self.began.get(name, time.monotonic())
+            outcome = "" if found["status"] == "SUCCESS" else f"  {found['status'].lower()}"
+            self.say(f"{name:<36} {seconds:8.1f} s{outcome}")
+        else:
+            self.say(found["error"])

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +46,8 @@ DEFAULT_BASE_IMAGE = "docker.io/library/python:3.11-slim-bookworm"
 BASE_TIME = 315532800
 """1980-01-01, the first time that a zip file can tell."""
 LOCAL = Images()
-LAST_LINES = 15
+LAST_LINES = 8
+LINE_LENGTH = 240
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,7 @@ def build_images(
             began = time.monotonic()
             _run(
                 build.command(tool, extra),
-                "What it printed says what to mend; behind a proxy, docs/images.md has what to "
-                "pass on.",
+                "Behind a proxy, pass on what docs/images.md says.",
                 {"SOURCE_DATE_EPOCH": str(build.stamp)},
             )
             yield Built(build.image, time.monotonic() - began, _size(tool, build.image))
@@ -339,15 +338,14 @@ def _size(tool: Tool, image: str) -> str:
 
 
 def _run(command: Sequence[str], advice: str, environment: Mapping[str, str] | None = None) -> str:
-    """Runs a program to its end and keeps its last lines for whoever has to mend a failure.
+    """Runs a program to its end.
 
     Returns:
-        The last lines of its output.
+        What it printed.
 
     Raises:
-        UserError: It failed.
+        UserError: It failed; says its last lines.
     """
-    lines: deque[str] = deque(maxlen=LAST_LINES)
     try:
         process = subprocess.Popen(
             command,
@@ -362,17 +360,17 @@ def _run(command: Sequence[str], advice: str, environment: Mapping[str, str] | N
         raise UserError(f"{command[0]} cannot be run ({error.strerror}).", advice) from None
     assert process.stdout is not None
     try:
-        lines.extend(process.stdout)
+        lines = list(process.stdout)
         code = process.wait()
     except BaseException:
         # Ctrl-C: the tool has got it, too, and puts its containers away.
         process.terminate()
         process.wait()
         raise
-    output = "".join(lines).strip()
     if code:
+        last = "\n".join(line.strip()[:LINE_LENGTH] for line in lines[-LAST_LINES:])
         raise UserError(
-            f"{' '.join(command[:2])} failed with exit code {code}, saying at last:\n{output}\n",
-            advice,
+            f"{' '.join(command[:2])} failed with exit code {code}.",
+            f"{advice} Its last lines:\n{last}",
         )
-    return output
+    return "".join(lines).strip()
