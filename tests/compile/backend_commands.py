@@ -5,16 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import typer
 from typer.testing import CliRunner
 
+from srccore.cli import app
 from srccore.errors import UserError
-from srccore_pipelines.commands import runs_app, schedule_command, submit_command
-
-app = typer.Typer()
-app.command("submit")(submit_command)
-app.command("schedule")(schedule_command)
-app.add_typer(runs_app, name="runs")
 
 NO_BACKEND = dict.fromkeys(
     [

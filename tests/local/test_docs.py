@@ -13,6 +13,7 @@ import pytest
 from srccore.config import load_config
 
 ROOT = Path(__file__).parents[2]
+GROUPS = ("data", "images", "runs", "stage")
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
@@ -38,11 +39,13 @@ def test_a_documented_command_exists_with_its_options(words: list[str]) -> None:
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
+    if words[0] == "python" and words[1] != "-m":
+        assert (ROOT / words[1]).is_file()
+        return
     module = words[2:] if words[0] == "python" else words
     assert words[0] in ("srccore", "python"), words
-    subcommand = [word for word in module[1:] if not word.startswith("-")][:1]
-    if module[1:3] == ["data", "validate"]:
-        subcommand = ["data", "validate"]
+    depth = 2 if module[1] in GROUPS else 1
+    subcommand = [word for word in module[1:] if not word.startswith("-")][:depth]
     if "--help" in module:
         subcommand = []
     result = _run(module[0], *subcommand, "--help")
