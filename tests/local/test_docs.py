@@ -44,6 +44,8 @@ def test_a_documented_command_exists_with_its_options(words: list[str]) -> None:
         return
     module = words[2:] if words[0] == "python" else words
     assert words[0] in ("srccore", "python"), words
+    if "--" in module:  # what follows is another program's
+        module = module[: module.index("--")]
     depth = 2 if module[1] in GROUPS else 1
     subcommand = [word for word in module[1:] if not word.startswith("-")][:depth]
     if "--help" in module:
