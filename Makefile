@@ -7,16 +7,20 @@ UV := $(BIN)/uv
 STAMP := .venv/.stamp
 # Tests that need no root, no GPU and no cluster.
 TESTS := $(wildcard tests/unit tests/compile tests/local)
+# Tests that need root and containers, and those that find more servers once their programs are
+# built. tests/kubeflow needs a Kubeflow: KFP_HOST=... python -m pytest tests/kubeflow.
+CLUSTER_TESTS := tests/container tests/unit/test_storage.py
+DEBIAN_PACKAGES := podman runc debootstrap docker-registry
 
 # torch and kfp take two or three times as long to import without bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env run test check lock compiled clean
+.PHONY: help env run test test-cluster check lock compiled clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 env: $(STAMP) ## Create .venv from requirements.lock; done again only when that or pyproject.toml changes
 
@@ -25,6 +29,13 @@ run: $(STAMP) ## Run the preset `tiny` to its report, in runs/tiny
 
 test: $(STAMP) ## Run every test that needs no root, no GPU and no cluster
 	$(BIN)/python -m pytest $(TESTS)
+
+test-cluster: $(STAMP) ## Run the tests that need root, Go and containers; installs what they lack
+	@test "$$(id -u)" = 0 || { echo "make test-cluster needs root"; exit 1; }
+	dpkg -s $(DEBIAN_PACKAGES) > /dev/null 2>&1 || { apt-get -q update && \
+		apt-get -q install --yes --no-install-recommends $(DEBIAN_PACKAGES); }
+	$(BIN)/python -m tests.cluster.build
+	$(BIN)/python -m pytest $(CLUSTER_TESTS)
 
 check: $(STAMP) ## Check format, lint and types
 	$(BIN)/ruff format --check .
