@@ -363,7 +363,7 @@ def _run(command: Sequence[str], advice: str, environment: Mapping[str, str] | N
         lines = list(process.stdout)
         code = process.wait()
     except BaseException:
-        # Ctrl-C: the tool has got it, too, and puts its containers away.
+        # Ctrl-C: left alone, the tool would go on for minutes.
         process.terminate()
         process.wait()
         raise

@@ -1,0 +1,131 @@
+"""podman on this machine, with settings of the tests' own, and what a build needs of the host.
+
+`srccore images` finds podman by itself; the settings reach it through the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+BASE_IMAGE = "localhost/debian-python:bookworm"
+USER = 1000
+LOCKED_DOWN = (
+    "--network=none",
+    "--read-only",
+    "--tmpfs=/tmp",
+    "--cap-drop=all",
+    "--security-opt=no-new-privileges",
+)
+"""What the security context of the pipeline's pods asks for, and no network besides."""
+
+
+class Podman:
+    """Runs podman, and srccore with it.
+
+    Args:
+        folder: Gets podman's settings.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        settings = folder / "containers.conf"
+        settings.write_text(_settings(), encoding="utf-8")
+        self.environment = {**os.environ, "CONTAINERS_CONF": str(settings)}
+
+    def run(self, *words: str) -> str:
+        """Runs podman; returns what it prints."""
+        return self._run("podman", *words)
+
+    def srccore(self, *words: str) -> str:
+        """Runs a command of srccore; returns what it prints."""
+        return self._run(sys.executable, "-m", "srccore", *words)
+
+    def has(self, image: str) -> bool:
+        command = ["podman", "image", "exists", image]
+        return subprocess.run(command, env=self.environment, check=False).returncode == 0
+
+    def build(self, *stages: str, extra: Sequence[str] = ()) -> None:
+        """Builds images of stages, as a user does on this machine; no stage means all."""
+        named = [word for stage in stages for word in ("--stage", stage)]
+        base = ["--tool", "podman", "--base-image", base_image(self)]
+        self.srccore("images", "build", *base, *named, "--", *_of_the_host(), *extra)
+
+    def _run(self, *words: str) -> str:
+        done = subprocess.run(
+            words, env=self.environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-4000:])
+        return done.stdout
+
+
+def _settings() -> str:
+    """podman asks for more files than a root without CAP_SYS_RESOURCE may give."""
+    limits = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
+    allowed = {name: _most(resource.getrlimit(limit)[1]) for name, limit in limits.items()}
+    ulimits = ", ".join(f'"{name}={most}:{most}"' for name, most in allowed.items())
+    # Debian 12's crun refuses a host that has both versions of cgroups mounted; runc takes it.
+    runtime = '[engine]\nruntime = "runc"\n' if shutil.which("runc") else ""
+    return f"[containers]\ndefault_ulimits = [{ulimits}]\n{runtime}"
+
+
+def _most(limit: int) -> int:
+    return 32768 if limit == resource.RLIM_INFINITY else min(limit, 32768)
+
+
+def _of_the_host() -> list[str]:
+    """How this machine reaches its package index, and what it has fetched before."""
+    words = []
+    for file in ("/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt"):
+        if Path(file).exists():
+            words += ["--volume", f"{file}:{file}:ro"]
+    cache = Path(os.environ.get("UV_CACHE_DIR", Path.home() / ".cache/uv"))
+    if cache.exists():
+        words += ["--volume", f"{cache}:/root/.cache/uv", "--build-arg", "UV_NO_CACHE=0"]
+    return words
+
+
+def give(folder: Path) -> None:
+    """Makes a folder the containers' user's: weights are written for their owner alone."""
+    subprocess.run(["chown", "--recursive", f"{USER}:{USER}", folder], check=True)
+
+
+def base_image(podman: Podman) -> str:
+    """A bare Debian with Python, made of packages where it is not there yet."""
+    if named := os.environ.get("SRCCORE_TEST_BASE_IMAGE"):
+        return named
+    if podman.has(BASE_IMAGE):
+        return BASE_IMAGE
+    if shutil.which("debootstrap") is None:
+        pytest.skip("needs debootstrap, or an image that SRCCORE_TEST_BASE_IMAGE names")
+    with tempfile.TemporaryDirectory(prefix="srccore-debian-") as name:
+        root, packed = Path(name) / "root", Path(name) / "root.tar"
+        command = ["debootstrap", "--variant=minbase", "--include=python3,python3-venv"]
+        subprocess.run(
+            [*command, "bookworm", str(root), *_mirror()], check=True, capture_output=True
+        )
+        shutil.rmtree(root / "var/cache/apt/archives")
+        subprocess.run(["tar", "-C", str(root), "-cf", str(packed), "."], check=True)
+        podman.run("import", str(packed), BASE_IMAGE)
+    return BASE_IMAGE
+
+
+def _mirror() -> list[str]:
+    """Where apt has bookworm from; nothing, and so debootstrap's own, where it has not."""
+    command = [
+        "apt-get",
+        "indextargets",
+        "--format",
+        "$(CODENAME) $(REPO_URI)",
+        "Identifier: Packages",
+    ]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = [line.partition(" ")[2] for line in listed.splitlines() if line[:9] == "bookworm "]
+    return found[:1]
