@@ -109,8 +109,7 @@ def _alignment(root: str, policy: str, place: str) -> Iterator[tuple[str, str]]:
         yield uri, f"{place}/score-candidates-{shard}"
         rating = _Step(root, uri)
         yield from _scorer(root, rating.inputs("scorer")[0])
-        if rationales := rating.input("rationales"):
-            yield rationales, "augment-rationales/calibration"
+        yield from _rationales(root, rating, "calibration")
 
 
 def _scorer(root: str, uri: str) -> Iterator[tuple[str, str]]:
@@ -124,8 +123,14 @@ def _scorer(root: str, uri: str) -> Iterator[tuple[str, str]]:
 
 def _tuning(root: str, policy: str) -> Iterator[tuple[str, str]]:
     yield policy, "tune-rationale"
-    if rationales := _Step(root, policy).input("rationales"):
-        yield rationales, "augment-rationales/train"
+    yield from _rationales(root, _Step(root, policy), "train")
+
+
+def _rationales(root: str, step: _Step, split: str) -> Iterator[tuple[str, str]]:
+    """Those that a step made; a data set that carries its own is in the run already."""
+    uri = step.input("rationales")
+    if uri and _Step(root, uri).lineage:
+        yield uri, f"augment-rationales/{split}"
 
 
 class _Step:
@@ -184,7 +189,10 @@ def _link(source: Path, target: Path) -> None:
 
 def _move_policy(uri: str, file: Path, places: dict[str, str], out: Path) -> None:
     policy = parse_policy(file.read_text(encoding="utf-8"), str(file))
-    folders = [storage.join(uri, name).rpartition("/") for name in policy.adapters]
+    uris = (
+        name if storage.is_remote(name) else storage.join(uri, name) for name in policy.adapters
+    )
+    folders = [each.rpartition("/") for each in uris]
     adapters = tuple(str(out / places[folder] / name) for folder, _, name in folders)
     file.unlink()
     write_policy(file, policy.model_copy(update={"adapters": adapters}))

@@ -70,7 +70,7 @@ class Policy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
     base: ModelConfig
     adapters: tuple[str, ...] = ()
-    """PEFT adapter folders; absolute once read."""
+    """PEFT adapter folders, absolute once read, or ``s3://...``."""
 
     def with_adapter(self, adapter: Path) -> Policy:
         """Returns this policy with one more adapter on top."""
@@ -104,7 +104,7 @@ class Adapter:
 
 
 def write_policy(path: Path, policy: Policy) -> None:
-    """Writes a policy file; adapters are named relative to its folder, so a run can be moved.
+    """Writes a policy file; local adapters are named relative to it, so a run can be moved.
 
     Args:
         path: The file, or the folder that shall hold ``policy.json``.
@@ -113,7 +113,10 @@ def write_policy(path: Path, policy: Policy) -> None:
     if path.is_dir():
         path = path / POLICY_FILE
     folder = path.parent.resolve()
-    adapters = tuple(os.path.relpath(Path(name).resolve(), folder) for name in policy.adapters)
+    adapters = tuple(
+        name if storage.is_remote(name) else os.path.relpath(Path(name).resolve(), folder)
+        for name in policy.adapters
+    )
     write_json(path, policy_document(policy.model_copy(update={"adapters": adapters})))
 
 
@@ -124,7 +127,7 @@ def read_policy(path: Path) -> Policy:
         path: The file, or the folder that holds ``policy.json``.
 
     Returns:
-        The policy, with absolute adapter paths.
+        The policy, with absolute adapter paths or URIs.
 
     Raises:
         UserError: The file is missing, of another version, or not a policy.
@@ -140,7 +143,10 @@ def read_policy(path: Path) -> Policy:
         ) from None
     policy = parse_policy(text, str(path))
     folder = path.parent.resolve()
-    adapters = tuple(str((folder / name).resolve()) for name in policy.adapters)
+    adapters = tuple(
+        name if storage.is_remote(name) else str((folder / name).resolve())
+        for name in policy.adapters
+    )
     return policy.model_copy(update={"adapters": adapters})
 
 
@@ -286,7 +292,8 @@ def read_adapter(path: str | Path) -> Adapter:
     """Reads a PEFT adapter folder.
 
     Args:
-        path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or the URI
+            of one.
 
     Returns:
         The adapter, on the CPU.
@@ -296,7 +303,7 @@ def read_adapter(path: str | Path) -> Adapter:
     """
     from safetensors.torch import load_file
 
-    folder = Path(path)
+    folder = storage.fetch(str(path)) if storage.is_remote(str(path)) else Path(path)
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")

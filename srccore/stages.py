@@ -95,7 +95,7 @@ def prepare_data(config: DataConfig, out: Path, progress: Progress = _no_progres
         How many samples each split holds.
     """
     embedded = config.source == "embedded"
-    source = "embedded" if embedded else dataset.open_data(storage.fetch(config.source)).sha256
+    source = "embedded" if embedded else dataset.open_data(_source(config)).sha256
     folder = StageFolder("prepare-data", out, config=config, inputs={"source": source})
     if folder.figures is not None:
         return folder.figures
@@ -113,6 +113,11 @@ def prepare_data(config: DataConfig, out: Path, progress: Progress = _no_progres
     return folder.finish({"samples": written})
 
 
+def _source(config: DataConfig) -> Path:
+    remote = storage.is_remote(config.source)
+    return storage.fetch(config.source) if remote else Path(config.source)
+
+
 def _embedded_rows(config: DataConfig, split: str) -> Iterator[tuple[Sample, bytes]]:
     from srccore.embedded.world import make_item
 
@@ -126,7 +131,7 @@ def _embedded_rows(config: DataConfig, split: str) -> Iterator[tuple[Sample, byt
 def _source_rows(
     config: DataConfig, counts: dict[str, int]
 ) -> dict[str, Iterator[tuple[Sample, bytes]]]:
-    data = dataset.open_data(storage.fetch(config.source))
+    data = dataset.open_data(_source(config))
     total = sum(counts.values())
     shares = {split: count / total for split, count in counts.items()}
     parts = dataset.split(data.samples, shares, config.seed)
@@ -899,7 +904,10 @@ def _policy_inputs(policy: Path) -> dict[str, Path | str]:
     read = read_policy(file)
     return {
         "base": read.base.model_dump_json(),
-        **{f"adapter_{number}": Path(adapter) for number, adapter in enumerate(read.adapters)},
+        **{
+            f"adapter_{number}": storage.fetch(adapter)
+            for number, adapter in enumerate(read.adapters)
+        },
     }
 
 

@@ -1,15 +1,17 @@
 """A stage as a pod of a pipeline runs it: fetch what goes in, run it, publish what comes out.
 
 Everything large lies under one `artifact_root`, a folder or ``s3://...``, as ``<stage>/<key>``: the
-key is a hash of all that went in. So work that was done before, by this run or by another, is not
-done again, and two runs never write to one folder. What Kubeflow carries from pod to pod is small:
-a reference (a few lines of JSON that name a folder), or a ``policy.json`` whose adapters are URIs.
-An input may also be the thing itself: a data set, a stage's folder, a policy file.
+key is a hash of all that went in, the release among it. So work that was done before, by this run
+or by another, is not done again. Where two pods work on one folder at the same time, one waits for
+the other if they share a file system; else the first to finish wins. What Kubeflow carries from pod
+to pod is small: a reference (a few lines of JSON that name a folder), or a ``policy.json`` whose
+adapters are URIs. An input may also be the thing itself: a data set, a stage's folder, a policy.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
@@ -24,7 +26,16 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 import srccore
 from srccore import storage
-from srccore.config import DataConfig, Section, TextModelConfig, explain, identity
+from srccore.config import (
+    AnnotationConfig,
+    AugmentationConfig,
+    DataConfig,
+    EvaluationConfig,
+    Section,
+    TextModelConfig,
+    explain,
+    identity,
+)
 from srccore.errors import UserError
 from srccore.manifest import MANIFEST, hash_input, write_json
 from srccore.policy import POLICY_FILE, Policy, parse_policy, policy_document, write_policy
@@ -153,7 +164,7 @@ def run_stage(
         SystemExit: With 2, after one paragraph on stderr, where the user can mend what is wrong.
     """
     with _explained():
-        return _run(stage, artifact_root.rstrip("/"), inputs, settings, device, threads)
+        return _run(stage, _root(artifact_root), inputs, settings, device, threads)
 
 
 def import_output(uri: str, artifact: str) -> None:
@@ -167,8 +178,8 @@ def import_output(uri: str, artifact: str) -> None:
         SystemExit: With 2, where nothing lies there.
     """
     with _explained():
-        if not storage.exists(uri):
-            raise UserError(f"There is nothing at {uri}.", "Check the path or URI.")
+        if not uri or not storage.exists(uri):
+            raise UserError(f"There is nothing at {uri!r}.", "Check the path or URI.")
         if storage.is_remote(uri):
             fingerprint = storage.fingerprint(uri)
         else:
@@ -219,7 +230,7 @@ def report_run(
     from srccore.lineage import collect_run
 
     with _explained(), tempfile.TemporaryDirectory() as scratch:
-        root = artifact_root.rstrip("/")
+        root = _root(artifact_root)
         reference = _reference(Path(last_evaluation))
         if reference is None:
             raise UserError(
@@ -228,8 +239,8 @@ def report_run(
         run = Path(scratch) / "run"
         checked = validate_config(config, "The configuration")
         collect_run(root, reference.uri, checked, run)
-        given = {"last_evaluation": [_Input(reference.uri, reference.uri)]}
-        uri = storage.join(root, f"report/{_key('report', {'config': checked}, given, root)}")
+        given = {"last_evaluation": [_Input(reference.uri, _below(root, reference.uri))]}
+        uri = storage.join(root, f"report/{_key('report', {'config': checked}, given)}")
         folder = storage.local_path(uri)
         folder.mkdir(parents=True, exist_ok=True)
         for file in (write_report(run), run / RUN):
@@ -259,28 +270,51 @@ def _run(
     hints = get_type_hints(function)
     arguments = {name: _typed(stage, name, settings[name], hints[name]) for name in settings}
     given = {
-        name: [_read_input(name, Path(path)) for path in _as_list(value)]
+        name: [_read_input(name, Path(path), root) for path in _as_list(value)]
         for name, value in inputs.items()
         if value is not None
     }
-    uri = storage.join(root, f"{stage}/{_key(stage, arguments, given, root)}")
-    if storage.is_remote(uri) and storage.exists(storage.join(uri, MANIFEST)):
-        print(f"{stage} was done before: {uri}", file=sys.stderr)
-        manifest = json.loads(storage.read_text(storage.join(uri, MANIFEST)))
-        return Finished(uri, manifest["figures"])
+    uri = storage.join(root, f"{stage}/{_key(stage, arguments, given)}")
+    if done := _finished_before(stage, uri):
+        return done
     if "device" in hints:
         arguments["device"] = device
     folder = storage.local_path(uri)
-    with tempfile.TemporaryDirectory() as scratch:
+    with _alone(folder), tempfile.TemporaryDirectory() as scratch:
         for name, found in given.items():
             paths = [each.fetch(Path(scratch)) for each in found]
             arguments[name] = paths if isinstance(inputs[name], (list, tuple)) else paths[0]
         with ConsoleObserver().stage(stage, arguments.get("round_number")) as progress:
             figures = function(**arguments, out=folder, progress=progress)
-    _write_lineage(folder, stage, arguments.get("round_number"), given, root)
-    storage.publish(folder, uri)
+        _write_lineage(folder, stage, arguments.get("round_number"), given, root)
+        # Another pod, of another run, may have done the same meanwhile: others read its files.
+        if done := _finished_before(stage, uri):
+            return done
+        storage.publish(folder, uri)
     print(f"{stage} is done: {uri}", file=sys.stderr)
     return Finished(uri, figures)
+
+
+def _finished_before(stage: str, uri: str) -> Finished | None:
+    """What a bucket holds of a stage; a local folder is looked at by the stage itself."""
+    if not storage.is_remote(uri) or not storage.exists(storage.join(uri, MANIFEST)):
+        return None
+    print(f"{stage} was done before: {uri}", file=sys.stderr)
+    manifest = json.loads(storage.read_text(storage.join(uri, MANIFEST)))
+    return Finished(uri, manifest["figures"])
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process of this file system works on a folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Another process works on {folder}: waiting for it.", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _write_lineage(
@@ -310,34 +344,46 @@ class _Input:
     policy: Policy | None = None
 
     def fetch(self, scratch: Path) -> Path:
-        """Brings it to this machine."""
+        """Brings it to this machine; a policy's adapters are fetched where they are folded."""
         if self.policy is None:
             return storage.fetch(self.uri)
-        adapters = tuple(str(storage.fetch(adapter)) for adapter in self.policy.adapters)
         file = scratch / POLICY_FILE
-        write_policy(file, self.policy.model_copy(update={"adapters": adapters}))
+        write_policy(file, self.policy)
         return file
 
 
-def _read_input(name: str, path: Path) -> _Input:
+def _read_input(name: str, path: Path, root: str) -> _Input:
     """Reads an artifact: a reference, a policy, or the thing itself, which counts by its bytes."""
     reference = _reference(path)
     if name == "policy":
-        return _policy_input(reference.uri if reference else str(path))
+        return _policy_input(reference.uri if reference else str(path), root)
     if reference:
-        return _Input(uri=reference.uri, mark=f"{reference.uri} {reference.fingerprint or ''}")
+        mark = f"{_below(root, reference.uri)} {reference.fingerprint or ''}"
+        return _Input(uri=reference.uri, mark=mark)
     return _Input(uri=str(path), mark=hash_input(name, path))
 
 
-def _policy_input(uri: str) -> _Input:
+def _policy_input(uri: str, root: str) -> _Input:
+    """Counts by base and adapters: those under the root by name, others by what lies there."""
     policy = _policy_at(uri)
     base = policy.base.path
-    content = storage.fingerprint(base) if storage.is_remote(base) else ""
+    is_stored = storage.is_remote(base) or Path(base).is_dir()
+    adapters = [
+        _below(root, each) if each.startswith(f"{root}/") else _content(each)
+        for each in policy.adapters
+    ]
+    content = storage.fingerprint(base) if is_stored else ""
     return _Input(
         uri=storage.join(policy.adapters[-1], "..") if policy.adapters else base,
-        mark=f"{policy.model_dump_json()} {content}",
+        mark=json.dumps([policy.base.model_dump(mode="json"), content, adapters]),
         policy=policy,
     )
+
+
+def _content(uri: str) -> str:
+    if storage.is_remote(uri):
+        return storage.fingerprint(uri)
+    return hash_input("adapter", Path(uri))
 
 
 def _reference(path: Path) -> Reference | None:
@@ -361,17 +407,13 @@ def _policy_at(uri: str) -> Policy:
     return policy.model_copy(update={"adapters": adapters})
 
 
-def _key(
-    stage: str, arguments: Mapping[str, Any], given: Mapping[str, Sequence[_Input]], root: str
-) -> str:
+def _key(stage: str, arguments: Mapping[str, Any], given: Mapping[str, Sequence[_Input]]) -> str:
     """Names a stage's folder by all that decides what it will hold."""
     values = {
         name: identity(value) if isinstance(value, Section) else value
         for name, value in arguments.items()
     }
-    inputs = {
-        name: [each.mark.replace(f"{root}/", "") for each in found] for name, found in given.items()
-    }
+    inputs = {name: [each.mark for each in found] for name, found in given.items()}
     sources = [_source(value) for value in arguments.values()]
     text = json.dumps([stage, srccore.__version__, values, sources, inputs], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
@@ -387,6 +429,9 @@ def _source(value: object) -> str | None:
         if storage.is_remote(value.source):
             return storage.fingerprint(value.source)
         return hash_input("data.source", Path(value.source))
+    if isinstance(value, AugmentationConfig | AnnotationConfig | EvaluationConfig):
+        # Where the endpoint decides which model answers, only its address tells models apart.
+        return value.endpoint.url if value.endpoint.model is None else None
     return None
 
 
@@ -396,6 +441,13 @@ def _typed(stage: str, name: str, value: object, hint: Any) -> Any:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         raise explain(f"The setting {name} of {stage}", error) from None
+
+
+def _root(artifact_root: str) -> str:
+    """One spelling of a root, since keys and lineage hold what lies below it without it."""
+    if storage.is_remote(artifact_root):
+        return artifact_root.rstrip("/")
+    return str(storage.local_path(artifact_root).resolve())
 
 
 def _below(root: str, uri: str) -> str:

@@ -26,7 +26,8 @@ def test_a_policy_trained_in_one_pod_is_evaluated_in_another(
     bucket = moto.with_new_bucket()
     for name, value in bucket.environment.items():
         monkeypatch.setenv(name, value)
-    root, mine = f"{bucket.uri}/artifacts", f"{bucket.uri}/earlier/tune-rationale"
+    # Policies of a team may lie in a bucket of their own.
+    root, mine = f"{bucket.uri}/artifacts", f"{moto.with_new_bucket().uri}/tune-rationale"
     storage.publish(finished / "tune-rationale", mine)
     before, after, page = (str(tmp_path / name) for name in ("before", "after", "evaluation"))
     import_output(f"{mine}/policy.json", before)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,17 @@ import pytest
 import s3_server
 from s3_server import S3Server
 
-from srccore import storage
+from srccore import stages, storage
 from srccore.cluster import train
 from srccore.records import Rationale, read_records
-from srccore.step import Finished, Reference, fetch_output, import_output, run_stage
+from srccore.step import (
+    Finished,
+    Reference,
+    _policy_input,
+    fetch_output,
+    import_output,
+    run_stage,
+)
 
 moto, no_aws = s3_server.moto, s3_server.no_aws
 
@@ -82,8 +92,18 @@ def test_another_setting_makes_another_folder_and_an_operational_one_does_not(
 ) -> None:
     split = refer(prepare(root), "train.parquet", tmp_path / "train")
     assert prepare(root, seed=1).uri != prepare(root).uri
-    endpoint = {"url": "http://elsewhere.example.com"}
-    assert augment(root, split, endpoint=endpoint).uri == augment(root, split).uri
+    assert augment(root, split, endpoint={"retries": 1}).uri == augment(root, split).uri
+
+
+def test_an_endpoint_that_chooses_the_model_itself_counts_by_its_address(tmp_path: Path) -> None:
+    root = str(tmp_path / "artifacts")
+    split = refer(prepare(root), "train.parquet", tmp_path / "train")
+
+    def uri(url: str, model: str | None) -> str:
+        return augment(root, split, endpoint={"url": url, "model": model}).uri
+
+    assert uri("http://a.example.com", None) != uri("http://b.example.com", None)
+    assert uri("http://a.example.com", "m") == uri("http://b.example.com", "m")
 
 
 def test_a_root_can_be_moved(tmp_path: Path) -> None:
@@ -134,6 +154,68 @@ def test_what_is_imported_counts_by_what_lies_there(root: str, tmp_path: Path) -
         import_output(str(mine), str(tmp_path / "imported"))
         found.append(augment(root, tmp_path / "imported").uri)
     assert found[0] != found[1]
+
+
+def write_policy_file(path: Path, *adapters: str) -> Path:
+    base = {"path": "embedded:lvlm"}
+    policy = {"record": "policy", "version": 1, "policy": {"base": base, "adapters": adapters}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(policy))
+    return path
+
+
+def test_a_policy_from_elsewhere_counts_by_what_its_adapters_hold(
+    s3: S3Server, tmp_path: Path
+) -> None:
+    root = f"{s3.uri}/artifacts"
+    s3.put("mine/adapter/adapter_model.safetensors", b"one")
+    policy = write_policy_file(tmp_path / "policy.json", f"{s3.uri}/mine/adapter")
+    first = _policy_input(str(policy), root)
+    s3.put("mine/adapter/adapter_model.safetensors", b"two")
+    assert _policy_input(str(policy), root).mark != first.mark
+
+
+def test_adapters_under_the_root_count_by_their_names(s3: S3Server, tmp_path: Path) -> None:
+    marks = set()
+    for root in (f"{s3.uri}/artifacts", f"{s3.uri}/moved"):
+        policy = write_policy_file(tmp_path / "policy.json", f"{root}/train-dpo/k/adapter")
+        marks.add(_policy_input(str(policy), root).mark)
+    assert len(marks) == 1
+
+
+def test_two_processes_on_one_folder_wait_for_each_other(tmp_path: Path) -> None:
+    code = (
+        "import sys; from srccore.step import run_stage\n"
+        "run_stage('prepare-data', sys.argv[1], inputs={}, settings={'config':"
+        " {'train': 400, 'calibration': 400, 'heldout': 400}})"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "artifacts")]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    (folder,) = (p for p in (tmp_path / "artifacts" / "prepare-data").iterdir() if p.is_dir())
+    assert (folder / "manifest.json").is_file()
+    assert any("Another process works on" in each for each in said)
+
+
+def test_what_another_pod_published_meanwhile_is_kept(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = f"{s3.uri}/artifacts"
+    real = stages.prepare_data
+    stored: list[storage.StoredFile] = []
+
+    @functools.wraps(real)
+    def slow(*arguments: Any, **keywords: Any) -> Any:
+        """Works on while another pod, with a cache of its own, does it all."""
+        monkeypatch.setattr(stages, "prepare_data", real)
+        with monkeypatch.context() as other:
+            other.setenv("SRCCORE_CACHE", str(tmp_path / "another pod"))
+            stored.extend(storage.listing(prepare(root).uri))
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(stages, "prepare_data", slow)
+    assert storage.listing(prepare(root).uri) == stored != []
 
 
 def test_changed_data_at_the_same_path_are_prepared_anew(tmp_path: Path) -> None:
