@@ -34,8 +34,8 @@ def beam_or_sample(
     root = {"artifact_root": artifact_root}
     compute = {"device": device, "threads": threads}
     calibration = prepare_data(config=data, **root).outputs["calibration"]
-    policy = import_output(uri=policy_uri).outputs["output"]
-    scorer = import_output(uri=scorer_uri).outputs["output"]
+    policy = import_output(uri=policy_uri).set_caching_options(False).outputs["output"]
+    scorer = import_output(uri=scorer_uri).set_caching_options(False).outputs["output"]
     for strategy in ("beam", "sample"):
         found = search_candidates(
             data=calibration,

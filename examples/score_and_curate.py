@@ -35,10 +35,20 @@ def score_and_curate(
         device: ``cpu``, ``cuda`` or ``auto``.
         threads: CPU threads of torch; 0 leaves it alone.
     """
-    data = import_output(uri=data_uri).set_display_name("data").outputs["output"]
-    scorer = import_output(uri=scorer_uri).set_display_name("R-Scorer").outputs["output"]
+    data = (
+        import_output(uri=data_uri)
+        .set_caching_options(False)
+        .set_display_name("data")
+        .outputs["output"]
+    )
+    scorer = (
+        import_output(uri=scorer_uri)
+        .set_caching_options(False)
+        .set_display_name("R-Scorer")
+        .outputs["output"]
+    )
     with dsl.ParallelFor(candidates_uris, parallelism=4) as uri:
-        given = import_output(uri=uri)
+        given = import_output(uri=uri).set_caching_options(False)
         rated = score_candidates(
             data=data,
             candidates=given.outputs["output"],

@@ -55,8 +55,8 @@ def search_only(
         device: ``cpu``, ``cuda`` or ``auto``.
         threads: CPU threads of torch; 0 leaves it alone.
     """
-    data = import_output(uri=data_uri).set_display_name("data")
-    policy = import_output(uri=policy_uri).set_display_name("policy")
+    data = import_output(uri=data_uri).set_caching_options(False).set_display_name("data")
+    policy = import_output(uri=policy_uri).set_caching_options(False).set_display_name("policy")
     found = search_candidates(
         data=data.outputs["output"],
         policy=policy.outputs["output"],

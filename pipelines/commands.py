@@ -100,7 +100,12 @@ ServiceAccount = Annotated[
     str | None, typer.Option(help="The pods' account; the backend's default otherwise.")
 ]
 Cache = Annotated[
-    bool, typer.Option("--cache/--no-cache", help="Take finished tasks of earlier runs over.")
+    bool,
+    typer.Option(
+        "--cache/--no-cache",
+        help="Let Kubeflow take over tasks of earlier runs unseen; what lies finished under the "
+        "artifact root is found in any case.",
+    ),
 ]
 Upload = Annotated[
     bool,
@@ -153,6 +158,7 @@ def submit_command(
 
     package = read_package(pipeline)
     arguments = package.arguments(shared_root(artifact_root), overrides, parameters)
+    package.refuse_local_paths(arguments)
     connection = Connection(
         host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url
     )
@@ -211,6 +217,7 @@ def schedule_command(
     line = read_cron(cron)
     package = read_package(pipeline)
     arguments = package.arguments(shared_root(artifact_root), overrides, parameters)
+    package.refuse_local_paths(arguments)
     backend = connect(
         Connection(host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url)
     )

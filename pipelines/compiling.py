@@ -51,6 +51,21 @@ def arguments_of(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def _keep_parameters(pipeline: Any, profile: Profile) -> None:
+    """Drops parameters that the profile has no use for; those it needs lose their default."""
+    needed = {
+        "labelled_pairs_uri": profile.scorer == "train-on-given-pairs",
+        "scorer_uri": profile.scorer == "given",
+    }
+    parameters = pipeline.pipeline_spec.root.input_definitions.parameters
+    for name, is_needed in needed.items():
+        if is_needed:
+            parameters[name].ClearField("default_value")
+            parameters[name].is_optional = False
+        else:
+            del parameters[name]
+
+
 def compile_pipeline(config: RunConfig, profile: Profile, images: Images) -> str:
     """Compiles a pipeline.
 
@@ -84,6 +99,7 @@ def compile_pipeline(config: RunConfig, profile: Profile, images: Images) -> str
         title=config.name,
         description=description_of(config, profile),
     )
+    _keep_parameters(pipeline, profile)
     training = profile.resources("train-dpo")
     defaults = {
         **arguments_of(config),

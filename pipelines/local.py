@@ -45,6 +45,11 @@ def run_locally(
     """
     from kfp import components, local
 
+    if "python3" in str(out.resolve()):
+        raise UserError(
+            f"kfp's local runner rewrites the text python3 wherever it stands, also in {out}.",
+            "Give an --out without it.",
+        )
     root = out.resolve() / "kubeflow"
     root.mkdir(parents=True, exist_ok=True)
     before = set(root.iterdir())

@@ -21,6 +21,7 @@ import yaml
 import srccore
 from srccore.config import RunConfig, apply_overrides, validate_config
 from srccore.errors import UserError
+from srccore.images import CACHE
 
 __all__ = ["Package", "Parameter", "read_package", "shared_root"]
 
@@ -92,6 +93,7 @@ class Package:
         Raises:
             UserError: There is no such name, or a value is ill-typed, missing or fixed.
         """
+        self._refuse_launcher()
         arguments: dict[str, Any] = {ARTIFACT_ROOT: artifact_root}
         arguments |= self._settings(settings)
         arguments |= dict(self._given(text) for text in given)
@@ -103,6 +105,36 @@ class Package:
                 f"{self.path} needs {', '.join(missing)}.", f"Give --param {missing[0]}=VALUE."
             )
         return arguments
+
+    def refuse_local_paths(self, arguments: Mapping[str, Any]) -> None:
+        """Refuses data and checkpoints that pods on a cluster cannot reach.
+
+        Args:
+            arguments: As `arguments` gives them.
+
+        Raises:
+            UserError: One lies on a disk, and not in the pods' cache.
+        """
+        for section, field in (("data", "source"), ("model", "path"), ("rating_model", "path")):
+            if section not in self.parameters:
+                continue
+            given = (arguments.get(section) or self.parameters[section].default or {}).get(field)
+            if given and not _is_reachable(section, given):
+                raise UserError(
+                    f"{section}.{field} is {given}, which is no place that pods reach.",
+                    f"Put it into the bucket, and give --set {section}.{field}=s3://BUCKET/KEY.",
+                )
+
+    def _refuse_launcher(self) -> None:
+        for dag in dags(self.pipeline):
+            for task in dag["tasks"].values():
+                launcher = task.get("inputs", {}).get("parameters", {}).get("launcher", {})
+                chosen = launcher.get("runtimeValue", {}).get("constant", "inprocess")
+                if chosen != "inprocess":
+                    raise UserError(
+                        f"{self.path} trains as a {chosen}, which this release cannot run yet.",
+                        "Compile it with launcher: inprocess in its profile.",
+                    )
 
     def _settings(self, overrides: Sequence[str]) -> dict[str, Any]:
         """Sections and fields that the overrides change, whole."""
@@ -166,6 +198,13 @@ def shared_root(artifact_root: str) -> str:
             "Write --artifact-root s3://BUCKET/PREFIX.",
         )
     return artifact_root.rstrip("/")
+
+
+def _is_reachable(section: str, given: str) -> bool:
+    if given.startswith(("embedded", "s3://", f"{CACHE}/")):
+        return True
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", given)
+    return section != "data" and bool(is_hub_id)
 
 
 def read_package(path: Path) -> Package:

@@ -1,7 +1,7 @@
 """What a task's pod is given: image, resources, placement, security, environment.
 
 Node selector and tolerations are run-time parameters, and so are the GPUs and the memory of
-training, which stands outside the loops. Inside a loop kfp would leave a parameter of the latter
+train-dpo, which stands outside the loops. Inside a loop kfp would leave a parameter of the latter
 kind dangling: there the profile decides.
 """
 
@@ -12,14 +12,15 @@ from typing import Any
 
 from kfp import kubernetes
 
-from srccore.images import Images
+from srccore.images import CACHE, STAGES, Images
 from srccore_pipelines.profile import Profile, Resources
 
-__all__ = ["CACHE", "Placement", "Pods"]
+__all__ = ["Placement", "Pods"]
 
-CACHE = "/cache"
-"""Where the images look for fetched models and data (SRCCORE_CACHE)."""
 _CA_FOLDER = "/etc/srccore/ca"
+_IN_CLUSTER = "localhost,127.0.0.1,.svc,.cluster.local,.kubeflow"
+"""Not by a proxy: Kubeflow's own launcher, in the same container, would go through it too."""
+_PROXIES = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
 _CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE")
 
 
@@ -45,21 +46,19 @@ class Pods:
     profile: Profile
     images: Images
 
-    def configure(
-        self, task: Any, stage: str, placement: Placement, *, training: bool = False
-    ) -> Any:
+    def configure(self, task: Any, stage: str, placement: Placement) -> Any:
         """Gives a task its image and what its pod asks for.
 
         Args:
             task: The task of a component.
             stage: The stage that it runs.
             placement: The pipeline's parameters.
-            training: Whether memory and GPUs are run-time parameters.
 
         Returns:
             The task.
         """
         profile, resources = self.profile, self.profile.resources(stage)
+        training = stage == "train-dpo"
         task.set_container_image(self.images.of(stage))
         task.set_cpu_request(resources.cpu)
         memory = placement.training_memory if training else resources.memory
@@ -71,10 +70,11 @@ class Pods:
             kubernetes.add_toleration_json(task, placement.tolerations)
         self._limit(task, resources)
         self._mount(task, resources)
-        for name, value in sorted(profile.environment.items()):
+        for name, value in sorted(self._environment().items()):
             task.set_env_variable(name, value)
         for secret in profile.secrets:
-            kubernetes.use_secret_as_env(task, secret.name, dict(secret.keys))
+            if stage in (secret.stages or STAGES):
+                kubernetes.use_secret_as_env(task, secret.name, dict(secret.keys))
         if profile.image_pull_secrets:
             kubernetes.set_image_pull_secrets(task, list(profile.image_pull_secrets))
         if profile.run_as_user is not None:
@@ -84,6 +84,13 @@ class Pods:
         kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "srccore")
         kubernetes.add_pod_label(task, "app.kubernetes.io/component", stage)
         return task
+
+    def _environment(self) -> dict[str, str]:
+        given = dict(self.profile.environment)
+        names = {name.upper() for name in given}
+        if names & _PROXIES and "NO_PROXY" not in names:
+            given["NO_PROXY"] = _IN_CLUSTER
+        return given
 
     def _limit(self, task: Any, resources: Resources) -> None:
         kubernetes.set_timeout(task, round(resources.timeout_hours * 3600))

@@ -10,13 +10,19 @@ from pydantic import Field, ValidationError, field_validator
 
 from srccore.config import RunConfig, Section, explain
 from srccore.errors import UserError
-from srccore.images import STAGES
+from srccore.images import STAGES, USER_ID
 
 __all__ = ["CaBundle", "Profile", "Resources", "SecretKeys", "Toleration", "load_profile"]
 
 HOUR = 3600
 QUANTITY = r"^\d+(\.\d+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 """A Kubernetes quantity, as far as CPU and memory need one."""
+
+
+def _known(stages: tuple[str, ...]) -> tuple[str, ...]:
+    if unknown := sorted(set(stages) - set(STAGES)):
+        raise ValueError(f"there is no stage {unknown[0]}; there are {', '.join(STAGES)}")
+    return stages
 
 
 class Resources(Section):
@@ -49,10 +55,17 @@ class SecretKeys(Section):
     name: str
     keys: dict[str, str]
     """Environment variable by the Secret's key."""
+    stages: tuple[str, ...] = ()
+    """Stages whose pods get them; none named is all."""
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_exist(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        return _known(stages)
 
 
 class CaBundle(Section):
-    """Certificates of a proxy or of a private object store, in a ConfigMap."""
+    """All certificates to trust, the public ones among them, in a ConfigMap."""
 
     config_map: str
     key: str = "ca-bundle.crt"
@@ -95,22 +108,21 @@ class Profile(Section):
         Toleration(key="nvidia.com/gpu", operator="Exists", effect="NoSchedule"),
     )
 
-    run_as_user: int | None = Field(default=1000, ge=1)
-    """The images' user. None writes no security context: backends that do not know it refuse it."""
+    run_as_user: int | None = Field(default=USER_ID, ge=1)
+    """The images' user. None writes no security context: backends before 2.16 refuse one."""
     image_pull_secrets: tuple[str, ...] = ()
     environment: dict[str, str] = Field(default_factory=dict)
     """Of every task: a proxy, ``AWS_ENDPOINT_URL``, ``AWS_REGION``. No secrets."""
     secrets: tuple[SecretKeys, ...] = ()
     ca_bundle: CaBundle | None = None
     cache_claim: str | None = None
-    """A PersistentVolumeClaim (ReadWriteMany) for models and data; None gives each pod an
-    emptyDir."""
+    """A PersistentVolumeClaim (ReadWriteMany, writable by the user) for models and data; None
+    gives each pod an emptyDir."""
 
     @field_validator("stages")
     @classmethod
     def _stages_exist(cls, stages: dict[str, Resources]) -> dict[str, Resources]:
-        if unknown := sorted(set(stages) - set(STAGES)):
-            raise ValueError(f"there is no stage {unknown[0]}; there are {', '.join(STAGES)}")
+        _known(tuple(stages))
         return stages
 
     def resources(self, stage: str) -> Resources:

@@ -61,7 +61,8 @@ def submit(
         name: The run's display name; the pipeline's with the time where None.
         experiment: Its experiment, made where missing; the pipeline's name where None.
         service_account: The pods' account; the backend's default where None.
-        cache: False works everything out anew.
+        cache: False turns Kubeflow's cache off; finished work under the artifact root is still
+            found.
         upload: Whether the pipeline is uploaded, as `pipeline_source` says.
 
     Returns:

@@ -107,7 +107,8 @@ def schedule(
         cron: Six fields, seconds first, as `read_cron` gives them.
         experiment: The runs' experiment, made where missing; the pipeline's name where None.
         service_account: The pods' account; the backend's default where None.
-        cache: False works everything out anew each time.
+        cache: False turns Kubeflow's cache off; finished work under the artifact root is still
+            found.
         upload: Whether the pipeline is uploaded, as `pipeline_source` says.
 
     Raises:

@@ -69,10 +69,15 @@ def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callab
         root = {"artifact_root": artifact_root}
         compute = {"device": device, "threads": threads}
 
-        def add(task: Any, stage: str, title: str = "", *, training: bool = False) -> Any:
+        def add(task: Any, stage: str, title: str = "") -> Any:
             if title:
                 task.set_display_name(title)
-            return pods.configure(task, stage, placement, training=training)
+            return pods.configure(task, stage, placement)
+
+        def given(uri: Any, title: str) -> Any:
+            # Kubeflow would cache by the URI; what lies there may have changed.
+            task = import_output(uri=uri).set_caching_options(False)
+            return add(task, "import-output", title).outputs["output"]
 
         def augmented(split: Any, title: str) -> Any:
             if not profile.augment:
@@ -82,8 +87,7 @@ def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callab
 
         def labelled_pairs(policy: Any) -> Any:
             if profile.scorer == "train-on-given-pairs":
-                task = import_output(uri=labelled_pairs_uri)
-                return add(task, "import-output", "given pairs").outputs["output"]
+                return given(labelled_pairs_uri, "given pairs")
             sampled = sample_responses(
                 data=splits["train"],
                 policy=policy,
@@ -106,8 +110,7 @@ def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callab
 
         def make_scorer(policy: Any) -> Any:
             if profile.scorer == "given":
-                task = import_output(uri=scorer_uri)
-                return add(task, "import-output", "given R-Scorer").outputs["output"]
+                return given(scorer_uri, "given R-Scorer")
             task = train_scorer(
                 data=splits["train"],
                 labelled_pairs=labelled_pairs(policy),
@@ -119,7 +122,7 @@ def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callab
                 **root,
                 **compute,
             )
-            return add(task, "train-scorer", training=True).outputs["scorer"]
+            return add(task, "train-scorer").outputs["scorer"]
 
         def judge(policy: Any, number: int, previous: Any) -> Any:
             earlier = {"previous": previous} if previous else {}
@@ -147,7 +150,7 @@ def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callab
             **root,
             **compute,
         )
-        policy = add(tuned, "tune-rationale", training=True).outputs["policy"]
+        policy = add(tuned, "tune-rationale").outputs["policy"]
         figures = judge(policy, 0, None)
         r_scorer = make_scorer(policy)
         round_rationales = augmented(splits["calibration"], "augment calibration")

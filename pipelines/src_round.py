@@ -91,7 +91,7 @@ def make_round(pods: Pods) -> Callable[..., Any]:
             launcher=profile.launcher,
             **compute,
         )
-        pods.configure(trained, "train-dpo", placement, training=True)
+        pods.configure(trained, "train-dpo", placement)
         return trained.outputs["aligned"]
 
     return src_round

@@ -15,7 +15,16 @@ from typing import Literal
 import srccore
 from srccore.errors import UserError
 
-__all__ = ["BASES", "DEFAULT_REGISTRY", "STAGES", "Base", "Images", "read_digests"]
+__all__ = [
+    "BASES",
+    "CACHE",
+    "DEFAULT_REGISTRY",
+    "STAGES",
+    "USER_ID",
+    "Base",
+    "Images",
+    "read_digests",
+]
 
 Base = Literal["light", "models"]
 
@@ -37,6 +46,11 @@ STAGES: Mapping[str, Base] = {
 """Every stage that is a component, and the base that its image stands on: ``models`` has torch,
 transformers and TRL, ``light`` has not."""
 BASES: tuple[Base, ...] = ("light", "models")
+
+USER_ID = 1000
+"""The user of every image."""
+CACHE = "/tmp/cache"
+"""Below this, the images keep fetched models and data: a pod mounts its cache there."""
 
 DEFAULT_REGISTRY = "localhost"
 """Where `srccore images build` puts images; nobody else can publish there."""
@@ -89,7 +103,7 @@ def read_digests(path: Path, registry: str) -> dict[str, str]:
         Digests by stage.
 
     Raises:
-        UserError: The file cannot be read, or a line is no image with its digest.
+        UserError: The file cannot be read or is empty, or a line is no image with its digest.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -111,4 +125,9 @@ def read_digests(path: Path, registry: str) -> dict[str, str]:
                 "Lines read REGISTRY/srccore/STAGE@sha256:..., as srccore images push writes them.",
             )
         found[stage] = digest
+    if not found:
+        raise UserError(
+            f"The list of digests {path} names no image.",
+            f"Make it with srccore images push --registry {registry} -o {path}.",
+        )
     return found

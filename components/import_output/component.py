@@ -8,15 +8,15 @@ __all__ = ["import_output"]
 
 
 @stage_component("import-output")
-def import_output(uri: str, output: Output[Artifact], version: str = ""):
+def import_output(uri: str, output: Output[Artifact]):
     """Refers to a file or folder that is there already.
 
     For candidates, labelled pairs, rationales, an R-Scorer, a policy or a data set that an earlier
-    run made, or that you have in the same form. Nothing is copied.
+    run made, or that you have in the same form. Nothing is copied. Turn Kubeflow's cache off for
+    this task: it takes seconds, and what lies at the URI may have changed.
 
     Args:
         uri: The file or folder, ``s3://...`` or a path that every pod mounts.
-        version: Any text. Kubeflow caches by it: change it when what lies at the URI changes.
         output: Output. A reference; give it to any component of the suite.
     """
     from srccore.step import import_output

@@ -13,7 +13,7 @@ from ir import dags, unsafe
 
 from srccore.config import load_config, preset_names
 from srccore.errors import UserError
-from srccore.images import STAGES, Images, read_digests
+from srccore.images import CACHE, STAGES, USER_ID, Images, read_digests
 from srccore_pipelines.compiling import COMPILED, compile_pipeline
 from srccore_pipelines.profile import Profile, load_profile
 
@@ -186,14 +186,59 @@ stages: {train-dpo: {cpu: "16", memory: 200Gi, gpus: 4, timeout_hours: 72, retri
     for _, container, settings in executors(ir):
         environment = {each["name"]: each["value"] for each in container["env"]}
         assert environment["HTTPS_PROXY"] == "http://proxy:3128"
+        assert ".svc" in environment["NO_PROXY"]
         assert environment["AWS_CA_BUNDLE"] == "/etc/srccore/ca/ca-bundle.crt"
         assert settings["secretAsEnv"][0]["keyToEnv"][0]["envVar"] == "AWS_ACCESS_KEY_ID"
         assert settings["configMapAsVolume"][0]["configMapName"] == "trusted"
         assert settings["imagePullSecret"][0]["secretName"] == "registry"
-        assert settings["pvcMount"][0]["mountPath"] == "/cache"
+        assert settings["pvcMount"][0]["mountPath"] == CACHE
         assert "securityContext" not in settings
     defaults = pipeline["root"]["inputDefinitions"]["parameters"]
     assert defaults["training_gpus"]["defaultValue"] == "4"
+
+
+def test_a_single_stage_has_resources_and_secrets_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text(
+        """
+secrets: [{name: teacher, keys: {key: OPENAI_API_KEY}, stages: [annotate-ratings]}]
+stages: {tune-rationale: {cpu: "16", memory: 300Gi, gpus: 4, timeout_hours: 1}}
+"""
+    )
+    config = load_config("llava-1.5-7b")
+    text = compile_pipeline(config, load_profile(path, config), Images())
+    pipeline, platforms = yaml.safe_load_all(text)
+    ir = {**pipeline, "kubernetes": platforms["platforms"]["kubernetes"]["deploymentSpec"]}
+    found = {stage: (container, settings) for stage, container, settings in executors(ir)}
+    resources = found["tune-rationale"][0]["resources"]
+    assert resources["resourceMemoryLimit"] == "300Gi"
+    assert resources["accelerator"]["resourceCount"] == "4"
+    assert {stage for stage, (_, settings) in found.items() if "secretAsEnv" in settings} == {
+        "annotate-ratings"
+    }
+
+
+def test_images_and_pods_agree_on_user_and_cache() -> None:
+    text = (COMPILED.parents[1] / "images" / "stage" / "Containerfile").read_text()
+    assert f"USER {USER_ID}:{USER_ID}" in text
+    assert f"SRCCORE_CACHE={CACHE}/" in text and f"HF_HOME={CACHE}/" in text
+
+
+@pytest.mark.parametrize(
+    ("scorer", "needed"),
+    [("train", None), ("given", "scorer_uri"), ("train-on-given-pairs", "labelled_pairs_uri")],
+)
+def test_a_uri_is_a_parameter_where_it_is_needed_and_then_must_be_given(
+    scorer: str, needed: str | None
+) -> None:
+    ir = compiled("tiny", scorer=scorer)
+    parameters = ir["root"]["inputDefinitions"]["parameters"]
+    uris = {name for name in parameters if name.endswith("_uri")}
+    assert uris == ({needed} if needed else set())
+    if needed:
+        assert "defaultValue" not in parameters[needed]
+        tasks = ir["root"]["dag"]["tasks"]
+        assert tasks["import-output"]["cachingOptions"] == {}
 
 
 def test_digests_replace_every_tag(tmp_path: Path) -> None:
@@ -204,6 +249,13 @@ def test_digests_replace_every_tag(tmp_path: Path) -> None:
     images = Images("registry.example.com", digests=read_digests(path, "registry.example.com"))
     for stage, container, _ in executors(compiled("tiny", images)):
         assert container["image"] == f"registry.example.com/srccore/{stage}@sha256:{'a' * 64}"
+
+
+def test_a_list_of_no_digests_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "images.txt"
+    path.write_text("# nothing\n")
+    with pytest.raises(UserError, match="names no image"):
+        read_digests(path, "r")
 
 
 def test_an_image_without_a_digest_is_refused(tmp_path: Path) -> None:

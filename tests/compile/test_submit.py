@@ -589,3 +589,25 @@ def test_the_commands_are_imported_without_a_heavy_package() -> None:
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["data.source=/home/ann/data", "data.source=data/src", "model.path=./mine", "model.path=/m"],
+)
+def test_what_lies_on_a_disk_is_refused(server: KfpServer, pipeline: Path, setting: str) -> None:
+    result = call("submit", pipeline, ROOT, "--host", server.url, "--set", setting)
+    assert result.code == 2
+    assert "no place that pods reach" in result.out
+    assert not server.requests
+
+
+def test_a_pipeline_that_trains_as_a_job_is_refused_at_once(
+    server: KfpServer, tmp_path: Path
+) -> None:
+    profile, package = tmp_path / "profile.yaml", tmp_path / "src.yaml"
+    profile.write_text("launcher: pytorchjob")
+    assert call("compile", "--profile", profile, "-o", package).code == 0
+    result = call("submit", package, ROOT, "--host", server.url)
+    assert result.code == 2
+    assert "launcher: inprocess" in result.out
