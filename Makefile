@@ -5,6 +5,8 @@ UV_VERSION := 0.13.9
 BIN := .venv/bin
 UV := $(BIN)/uv
 STAMP := .venv/.stamp
+RESOLVE := $(UV) pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+RESOLVE_IMAGE = $(RESOLVE) --no-annotate --python-platform linux -c requirements.lock
 # Tests that need no root, no GPU and no cluster.
 TESTS := $(wildcard tests/unit tests/compile tests/local)
 # Tests that need root and containers, and those that find more servers once their programs are
@@ -42,9 +44,12 @@ check: $(STAMP) ## Check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-lock: $(UV) ## Resolve pyproject.toml into requirements.lock anew
-	$(UV) pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
-		--generate-hashes --no-emit-index-url --no-header -o requirements.lock
+lock: $(UV) ## Resolve pyproject.toml into requirements.lock and the images' locks anew
+	$(RESOLVE) pyproject.toml --all-extras --universal -o requirements.lock
+	$(RESOLVE_IMAGE) pyproject.toml --extra teacher -o images/light/requirements.lock
+	$(RESOLVE_IMAGE) pyproject.toml --extra train --extra teacher -o images/models/requirements.lock
+	printf 'kfp\n' | $(RESOLVE_IMAGE) --no-deps - -o images/executor.lock
+	printf 'uv==$(UV_VERSION)\n' | $(RESOLVE_IMAGE) --no-deps - -o images/installer.lock
 
 compiled: $(STAMP) ## Write the compiled pipelines, component.yaml files and their pages anew
 	$(BIN)/python -m srccore_pipelines.regenerate

@@ -13,6 +13,7 @@ from PIL import Image
 
 from srccore import dataset, evaluation, report
 from srccore.config import RunConfig
+from srccore.images import STAGES
 from srccore.loop import load_run
 from srccore.manifest import MANIFEST, Manifest, read_manifest
 from srccore.records import Preference, Rating, Sample, read_records
@@ -85,7 +86,11 @@ def collect(run: Path) -> report.ReportData:
             )
             for folder, manifest in manifests.items()
         ),
-        versions=next(iter(manifests.values())).versions if manifests else {},
+        versions={
+            name: version
+            for manifest in manifests.values()
+            for name, version in manifest.versions.items()
+        },
         hashes={
             str(folder.relative_to(run)): manifest.key for folder, manifest in manifests.items()
         },
@@ -95,10 +100,17 @@ def collect(run: Path) -> report.ReportData:
 
 
 def _manifests(run: Path) -> Iterator[tuple[Path, Manifest]]:
-    """Finished stages in the order in which they were finished."""
-    found = sorted(run.rglob(MANIFEST), key=lambda path: path.stat().st_mtime_ns)
-    for path in found:
-        yield path.parent, read_manifest(path.parent)
+    """Finished stages, round by round in the order in which a run comes to them."""
+    found = {path.parent: read_manifest(path.parent) for path in run.rglob(MANIFEST)}
+    order = list(STAGES)
+
+    def place(folder: Path) -> tuple[int, int, str]:
+        stage = found[folder].stage
+        sampled = "sample-responses" if folder.name == "sample-responses" else stage
+        return _round_of(folder) or 0, order.index(sampled), str(folder)
+
+    for folder in sorted(found, key=place):
+        yield folder, found[folder]
 
 
 def _round_of(folder: Path) -> int | None:

@@ -97,6 +97,15 @@ def test_every_image_is_pushed_by_digest_and_a_shared_layer_once(
     assert images.srccore(*push) == printed
     assert registry.uploads() == before
 
+    package = tmp_path / "src.yaml"
+    compiling = ["compile", "--registry", registry.address, "--digests", str(out)]
+    images.srccore(*compiling, "-o", str(package))
+    named = set(re.findall(r"^ +image: (\S+)$", package.read_text(), re.MULTILINE))
+    assert len(named) == len(STAGES) - 1  # all but import-output, which the preset has no use for
+    for image in named:
+        repository, _, digest = image.removeprefix(f"{registry.address}/").partition("@")
+        assert registry.manifest(repository, digest)[0] == digest
+
     mirror = Images("mirror.example.com/src", digests=digests)
     listed = images.srccore(
         "images", "list", "--registry", "mirror.example.com/src", "--digests", str(out)
