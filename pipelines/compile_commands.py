@@ -24,6 +24,16 @@ Overrides = Annotated[
         help="Override a setting by its dotted name: --set search.width=6.",
     ),
 ]
+Parameters = Annotated[
+    list[str],
+    typer.Option(
+        "--param",
+        metavar="NAME=VALUE",
+        default_factory=list,
+        show_default=False,
+        help="Give a parameter of the pipeline that is no setting.",
+    ),
+]
 
 
 def compile_command(
@@ -74,6 +84,7 @@ def compile_command(
 def pipeline_local_command(
     out: Annotated[Path, typer.Option("--out", help="The folder to write; made where missing.")],
     overrides: Overrides,
+    parameters: Parameters,
     preset: Annotated[
         str, typer.Option("--preset", help="Whose shipped pipeline is run.")
     ] = "tiny",
@@ -97,7 +108,7 @@ def pipeline_local_command(
             f"There are {', '.join(preset_names())}; give another with --pipeline.",
         )
     package = read_package(pipeline or COMPILED / f"{preset}.yaml")
-    arguments = package.arguments(str(out.resolve() / "artifacts"), overrides)
+    arguments = package.arguments(str(out.resolve() / "artifacts"), overrides, parameters)
 
     def say(line: str) -> None:
         typer.echo(line, err=True)

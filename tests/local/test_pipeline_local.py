@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from shrunken import SETTINGS, Recorder, shrunken
 
+from srccore import dataset
 from srccore.loop import load_run, policy_of_round, run
 from srccore.policy import read_policy
-from srccore.records import Preference, read_records
+from srccore.records import Preference, Rationale, read_records
 
 METHOD = [f"--set={each}" for each in SETTINGS if not each.startswith("rounds=")]
 
@@ -74,6 +75,38 @@ def test_a_brought_run_has_its_policies_and_is_reported(piped: Path) -> None:
     for adapter in policy.adapters:
         assert (Path(adapter) / "adapter_model.safetensors").is_file()
     assert srccore("report", piped).returncode == 0
+
+
+def data_with_rationales(finished: Path, path: Path) -> None:
+    """The splits of a run in one data set, with the rationales that its teacher wrote."""
+    rows = []
+    for split in ("train", "calibration"):
+        data = dataset.open_data(finished / "data" / f"{split}.parquet")
+        file = finished / "augment-rationales" / split / "rationales.jsonl"
+        texts = {each.sample_id: each.rationale for each in read_records(file, Rationale)}
+        for sample in data.samples:
+            with_rationale = sample.model_copy(update={"rationale": texts[sample.id]})
+            rows.append((with_rationale, data.encoded(sample.id)))
+    dataset.write_data(path, rows)
+
+
+def test_data_with_rationales_and_a_given_r_scorer_come_to_a_report(
+    finished: Path, tmp_path: Path
+) -> None:
+    data, profile, package = (tmp_path / name for name in ("data.parquet", "p.yaml", "src.yaml"))
+    data_with_rationales(finished, data)
+    profile.write_text("augment: false\nscorer: given")
+    settings = [*METHOD, f"--set=data.source={data}", "--set=data.heldout=20"]
+    made = srccore("compile", "--profile", profile, "--rounds", "1", "-o", package)
+    assert made.returncode == 0, made.stderr
+    out = tmp_path / "local"
+    given = f"--param=scorer_uri={finished / 'train-scorer'}"
+    done = srccore("pipeline-local", "--pipeline", package, "--out", out, given, *settings)
+    assert done.returncode == 0, done.stderr
+    tasks = {line.split()[0] for line in done.stderr.splitlines()}
+    assert {"import-output", "tune-rationale", "train-dpo", "report"} < tasks
+    assert not {"augment-rationales", "train-scorer", "annotate-ratings"} & tasks
+    assert (out / "report.html").stat().st_size > 30_000
 
 
 def test_a_failed_task_is_one_paragraph_after_its_own(tmp_path: Path) -> None:

@@ -1,0 +1,159 @@
+"""From a pipeline's last evaluation back to a run folder, over folders made by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from srccore.config import load_config
+from srccore.errors import UserError
+from srccore.lineage import collect_report, collect_run
+from srccore.loop import load_run
+from srccore.manifest import Manifest
+from srccore.policy import read_policy
+
+CONFIG = load_config("tiny")
+
+
+def step(root: Path, stage: str, key: str, number: int | None = None, **inputs: list[str]) -> str:
+    """Writes a folder as a step leaves it; returns its path below the root."""
+    folder = root / stage / key
+    folder.mkdir(parents=True)
+    lineage = {"record": "step", "version": 1, "stage": stage, "round": number, "inputs": inputs}
+    (folder / "step.json").write_text(json.dumps(lineage))
+    manifest = Manifest(
+        stage=stage,
+        key=key,
+        config={},
+        inputs={},
+        outputs={},
+        figures={"round": number},
+        versions={},
+        seconds=1,
+        peak_memory_mb=1,
+    )
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    if stage in ("tune-rationale", "train-dpo"):
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+        earlier = [f"../../{each}/adapter" for each in inputs.get("policy", [])]
+        policy = {"base": {"path": "embedded:lvlm"}, "adapters": [*earlier, "adapter"]}
+        document = {"record": "policy", "version": 1, "policy": policy}
+        (folder / "policy.json").write_text(json.dumps(document))
+    return f"{stage}/{key}"
+
+
+def run_of_one_round(root: Path, *, augment: bool = True, scorer: str | None = None) -> str:
+    """Two shards, one round; returns the last evaluation."""
+    data = step(root, "prepare-data", "d")
+    train, calibration, heldout = (
+        [f"{data}/{split}.parquet"] for split in ("train", "calibration", "heldout")
+    )
+    for split in ("train", "calibration", "heldout"):
+        (root / data / f"{split}.parquet").write_bytes(b"samples")
+    made, round_made = train, calibration
+    if augment:
+        made = [step(root, "augment-rationales", "t", data=train)]
+        round_made = [step(root, "augment-rationales", "c", data=calibration)]
+    tuned = step(root, "tune-rationale", "p0", data=train, rationales=made)
+    before = step(root, "evaluate", "e0", 0, data=heldout, policy=[tuned])
+    if scorer is None:
+        sampled = step(root, "sample-responses", "s", data=train, policy=[tuned])
+        pairs = step(root, "annotate-ratings", "a", data=train, candidates=[sampled])
+        scorer = step(root, "train-scorer", "r", data=train, labelled_pairs=[pairs])
+    found = [
+        step(root, "search-candidates", f"c{n}", 1, data=calibration, policy=[tuned])
+        for n in range(2)
+    ]
+    rated = [
+        step(
+            root,
+            "score-candidates",
+            f"s{n}",
+            candidates=[found[n]],
+            scorer=[scorer],
+            rationales=round_made,
+        )
+        for n in range(2)
+    ]
+    curated = step(root, "curate-preference", "k", candidates=found, ratings=rated)
+    aligned = step(root, "train-dpo", "p1", preferences=[curated], policy=[tuned])
+    return step(root, "evaluate", "e1", 1, data=heldout, policy=[aligned], previous=[before])
+
+
+def folders(run: Path) -> set[str]:
+    return {path.parent.relative_to(run).as_posix() for path in run.rglob("manifest.json")}
+
+
+ROUND = {
+    "round-1/search-candidates-0",
+    "round-1/search-candidates-1",
+    "round-1/score-candidates-0",
+    "round-1/score-candidates-1",
+    "round-1/curate-preference",
+    "round-1/train-dpo",
+    "round-1/evaluate",
+}
+BEFORE = {"data", "tune-rationale", "round-0/evaluate"}
+SCORER = {"sample-responses", "annotate-ratings", "train-scorer"}
+RATIONALES = {"augment-rationales/train", "augment-rationales/calibration"}
+
+
+def test_every_step_finds_its_place_in_the_run_folder(tmp_path: Path) -> None:
+    root, out = tmp_path / "artifacts", tmp_path / "run"
+    last = run_of_one_round(root)
+    collect_run(str(root), f"{root}/{last}", CONFIG, out, whole=True)
+    assert folders(out) == ROUND | BEFORE | SCORER | RATIONALES
+    assert json.loads((out / "figures.json").read_text()) == [{"round": 0}, {"round": 1}]
+    assert load_run(out).rounds == 1
+    adapters = [Path(each) for each in read_policy(out / "round-1" / "train-dpo").adapters]
+    assert adapters == [out / "tune-rationale" / "adapter", out / "round-1/train-dpo/adapter"]
+    assert all((each / "adapter_model.safetensors").is_file() for each in adapters)
+
+
+def test_data_that_carry_their_rationales_are_no_step_of_their_own(tmp_path: Path) -> None:
+    root, out = tmp_path / "artifacts", tmp_path / "run"
+    last = run_of_one_round(root, augment=False)
+    collect_run(str(root), f"{root}/{last}", CONFIG, out)
+    assert folders(out) == ROUND | BEFORE | SCORER
+
+
+def test_a_given_r_scorer_has_no_steps_before_it(tmp_path: Path) -> None:
+    root, out = tmp_path / "artifacts", tmp_path / "run"
+    given = tmp_path / "given"
+    (given / "model").mkdir(parents=True)
+    (given / "model" / "config.json").write_text("{}")
+    last = run_of_one_round(root, scorer=str(given))
+    collect_run(str(root), f"{root}/{last}", CONFIG, out)
+    assert folders(out) == ROUND | BEFORE | RATIONALES
+    assert (out / "train-scorer" / "model" / "config.json").is_file()
+
+
+def test_a_report_needs_neither_weights_nor_the_train_split(tmp_path: Path) -> None:
+    root, out = tmp_path / "artifacts", tmp_path / "run"
+    last = run_of_one_round(root)
+    collect_run(str(root), f"{root}/{last}", CONFIG, out)
+    assert not list(out.rglob("*.safetensors"))
+    assert not (out / "data" / "train.parquet").exists()
+    assert (out / "data" / "calibration.parquet").exists()
+
+
+def test_a_moved_root_is_collected_from_its_report(tmp_path: Path) -> None:
+    root, out = tmp_path / "artifacts", tmp_path / "run"
+    report = step(root, "report", "x", last_evaluation=[run_of_one_round(root)])
+    (root / report / "run.json").write_text(CONFIG.model_dump_json())
+    moved = shutil.move(root, tmp_path / "moved")
+    collect_report(f"{moved}/{report}/", out)
+    assert folders(out) > ROUND
+    with pytest.raises(UserError, match="is not empty"):
+        collect_report(f"{moved}/{report}", out)
+
+
+def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "artifacts"
+    last = run_of_one_round(root)
+    with pytest.raises(UserError, match="is no report of a pipeline"):
+        collect_report(f"{root}/{last}", tmp_path / "run")
