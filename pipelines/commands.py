@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from srccore.errors import UserError
+from srccore.options import Overrides, Parameters
 
 if TYPE_CHECKING:
     from srccore_pipelines.client import Backend, Connection
@@ -72,26 +73,6 @@ File = Annotated[Path, typer.Argument(help="What srccore compile wrote.", show_d
 ArtifactRoot = Annotated[
     str,
     typer.Option(metavar="URI", help="Where the run writes: s3://BUCKET/PREFIX."),
-]
-Overrides = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        show_default=False,
-        default_factory=list,
-        help="Override a setting by its dotted name: --set search.width=6.",
-    ),
-]
-Parameters = Annotated[
-    list[str],
-    typer.Option(
-        "--param",
-        metavar="NAME=VALUE",
-        show_default=False,
-        default_factory=list,
-        help="Give a parameter of the pipeline that is no setting.",
-    ),
 ]
 Experiment = Annotated[
     str | None, typer.Option(help="The experiment; the pipeline's name otherwise.")

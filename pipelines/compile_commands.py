@@ -7,33 +7,11 @@ from typing import Annotated
 
 import typer
 
+from srccore.errors import UserError
 from srccore.images import DEFAULT_REGISTRY
+from srccore.options import Overrides, Parameters, Preset
 
 __all__ = ["collect_command", "compile_command", "pipeline_local_command"]
-
-Preset = Annotated[
-    str, typer.Option("--preset", help="A preset's name (see srccore presets) or a YAML file.")
-]
-Overrides = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        default_factory=list,
-        show_default=False,
-        help="Override a setting by its dotted name: --set search.width=6.",
-    ),
-]
-Parameters = Annotated[
-    list[str],
-    typer.Option(
-        "--param",
-        metavar="NAME=VALUE",
-        default_factory=list,
-        show_default=False,
-        help="Give a parameter of the pipeline that is no setting.",
-    ),
-]
 
 
 def compile_command(
@@ -76,8 +54,13 @@ def compile_command(
     text = compile_pipeline(
         config, load_profile(profile, config, rounds=rounds, shards=shards), images
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror}).", "Give another file by -o."
+        ) from None
     typer.echo(out)
 
 
@@ -97,7 +80,6 @@ def pipeline_local_command(
     It is the pipeline that is tried here, not the machine: srccore run does the same work sooner.
     """
     from srccore.config import preset_names
-    from srccore.errors import UserError
     from srccore_pipelines.compiling import COMPILED
     from srccore_pipelines.local import run_locally
     from srccore_pipelines.package import read_package

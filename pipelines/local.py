@@ -51,7 +51,12 @@ def run_locally(
             "Give an --out without it.",
         )
     root = out.resolve() / "kubeflow"
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The folder {out} cannot be written ({error.strerror}).", "Give another --out."
+        ) from None
     before = set(root.iterdir())
     log = out / LOG
     with (

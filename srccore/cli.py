@@ -13,6 +13,7 @@ import typer
 
 from srccore import image_commands, stage_commands
 from srccore.errors import UserError
+from srccore.options import Overrides, Preset
 from srccore_pipelines import commands, compile_commands
 
 __all__ = ["app", "main"]
@@ -39,20 +40,6 @@ EXTRAS = {
     "openai": "teacher",
 }
 """The extra that brings each package that may be missing."""
-
-Preset = Annotated[
-    str, typer.Option("--preset", help="A preset's name (see srccore presets) or a YAML file.")
-]
-Overrides = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        default_factory=list,
-        show_default=False,
-        help="Override a setting by its dotted name: --set search.width=6.",
-    ),
-]
 
 
 @app.command("run", epilog="Example: srccore run --preset tiny --out runs/tiny --set rounds=4")

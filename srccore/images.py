@@ -54,12 +54,16 @@ CACHE = "/tmp/cache"
 
 DEFAULT_REGISTRY = "localhost"
 """Where `srccore images build` puts images; nobody else can publish there."""
+_REGISTRY = re.compile(r"[A-Za-z0-9.-]+(:\d+)?(/[a-z0-9._-]+)*/?")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Images:
     """The images of one release in one registry.
+
+    Raises:
+        UserError: The registry is none.
 
     Args:
         registry: Host and path before ``/srccore/<stage>``: ``registry.example.com/team``.
@@ -70,6 +74,14 @@ class Images:
     registry: str = DEFAULT_REGISTRY
     tag: str = srccore.__version__
     digests: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not _REGISTRY.fullmatch(self.registry):
+            raise UserError(
+                f"{self.registry!r} is no registry.",
+                "Write host and path, in lower case and without https://: "
+                "registry.example.com/team.",
+            )
 
     def repository(self, stage: str) -> str:
         """The image's name without tag or digest."""

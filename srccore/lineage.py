@@ -73,7 +73,14 @@ def collect_report(uri: str, out: Path) -> None:
             f"{uri} is no report of a pipeline: there is no {RUN}.",
             "Give the folder <artifact root>/report/<key>, as the log of its last step names it.",
         )
-    if out.exists() and any(out.iterdir()):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        is_empty = not any(out.iterdir())
+    except OSError as error:
+        raise UserError(
+            f"The folder {out} cannot be written ({error.strerror}).", "Give another."
+        ) from None
+    if not is_empty:
         raise UserError(f"The folder {out} is not empty.", "Give another; nothing was changed.")
     root = storage.join(uri, "../..")
     config = validate_config(json.loads(storage.read_text(storage.join(uri, RUN))), uri)

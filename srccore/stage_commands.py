@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from srccore.errors import UserError
+from srccore.options import Overrides, Preset
 
 if TYPE_CHECKING:
     from srccore.config import RunConfig
@@ -30,17 +31,6 @@ app = typer.Typer(
     "--policy tune-rationale/policy.json --round 1 --out found",
 )
 
-Preset = Annotated[str, typer.Option("--preset", help="A preset's name or a YAML file.")]
-Overrides = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        show_default=False,
-        default_factory=list,
-        help="Override a setting: search.width=6.",
-    ),
-]
 Out = Annotated[Path, typer.Option("--out", help="The output folder.")]
 Data = Annotated[Path, typer.Option("--data", help="The data set that is read.")]
 Rationales = Annotated[

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from backend_commands import call
 from ir import dags, unsafe
 
 from srccore.config import load_config, preset_names
@@ -301,3 +302,16 @@ def test_what_a_pipeline_cannot_do_is_refused() -> None:
     config = load_config("tiny", ["on_regression=keep_previous"])
     with pytest.raises(UserError, match="cannot go back"):
         compile_pipeline(config, Profile(), Images())
+
+
+@pytest.mark.parametrize("registry", ["", "https://registry.example.com", "registry/Team", "a b"])
+def test_what_is_no_registry_is_refused(registry: str) -> None:
+    with pytest.raises(UserError, match="is no registry"):
+        Images(registry)
+
+
+def test_a_file_that_cannot_be_written_is_one_paragraph(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    outcome = call("compile", "-o", tmp_path / "file" / "src.yaml")
+    assert outcome.code == 2
+    assert "cannot be written" in outcome.out
