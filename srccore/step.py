@@ -314,6 +314,9 @@ def _alone(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             print(f"Another process works on {folder}: waiting for it.", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some network file systems have no locks; one pod a folder is the rule anyway.
+            print(f"{folder} is worked on without a lock ({error.strerror}).", file=sys.stderr)
         yield
 
 

@@ -395,7 +395,9 @@ def _mirror(address: _Address, path: Path) -> None:
                 ]
                 for n, (each, download) in enumerate(begun):
                     download.result()
-                    _place(staging / str(n), each, wanted[each].etag, staging)
+                    # Another process may have placed it meanwhile, and read it by now.
+                    if not _is_cached(each, wanted[each]):
+                        _place(staging / str(n), each, wanted[each].etag, staging)
 
 
 def _manifest_last(paths: Iterable[Path], folder: Path) -> Iterator[list[Path]]:

@@ -25,7 +25,7 @@ def start(
     artifacts: Mapping[str, str],
     outputs: Mapping[str, str],
 ) -> None:
-    """Runs a component: artifacts and outputs are paths below ``/work``."""
+    """Runs a component: artifacts and outputs are paths below ``/step``."""
     file = COMPONENTS / stage.replace("-", "_") / "component.yaml"
     spec = next(yaml.safe_load_all(file.read_text()))
     (executor,) = spec["deploymentSpec"]["executors"].values()
@@ -36,12 +36,12 @@ def start(
         },
         "outputs": {
             "artifacts": {name: _artifact(name, uri) for name, uri in outputs.items()},
-            "outputFile": f"/work/{stage}.json",
+            "outputFile": f"/step/{stage}.json",
         },
     }
     container = executor["container"]
     words = [word.replace("{{$}}", json.dumps(given)) for word in container["args"]]
-    options = ["--rm", *LOCKED_DOWN, "--memory=2g", f"--volume={work}:/work"]
+    options = ["--rm", *LOCKED_DOWN, "--memory=2g", f"--volume={work}:/step"]
     options += [f"--volume={run}:/run-folder:ro"]
     podman.run("run", *options, container["image"], *container["command"], *words)
 
@@ -65,7 +65,7 @@ def test_a_component_runs_in_its_image_as_kubeflow_starts_it(
             run_outside,
             {"uri": f"/run-folder/{path}"},
             {},
-            {"output": f"/work/{name}"},
+            {"output": f"/step/{name}"},
         )
     start(
         images,
@@ -73,7 +73,7 @@ def test_a_component_runs_in_its_image_as_kubeflow_starts_it(
         tmp_path,
         run_outside,
         {
-            "artifact_root": "/work/artifacts",
+            "artifact_root": "/step/artifacts",
             "config": config.search.model_dump(mode="json"),
             "round_number": 1,
             "seed": config.seed,
@@ -82,10 +82,10 @@ def test_a_component_runs_in_its_image_as_kubeflow_starts_it(
             "device": "cpu",
             "threads": 1,
         },
-        {name: f"/work/{name}" for name in paths},
-        {"candidates": "/work/candidates"},
+        {name: f"/step/{name}" for name in paths},
+        {"candidates": "/step/candidates"},
     )
     reference = json.loads((tmp_path / "candidates").read_text())
-    found = tmp_path / Path(reference["uri"]).relative_to("/work")
+    found = tmp_path / Path(reference["uri"]).relative_to("/step")
     outside = read_manifest(run_outside / "round-1" / "search-candidates-0")
     assert read_manifest(found).outputs == outside.outputs
