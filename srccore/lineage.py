@@ -112,8 +112,10 @@ def _alignment(root: str, policy: str, place: str) -> Iterator[tuple[str, str]]:
     curation = _Step(root, preferences)
     for shard, uri in enumerate(curation.inputs("candidates")):
         yield uri, f"{place}/search-candidates-{shard}"
-    for shard, uri in enumerate(curation.inputs("ratings")):
+    ratings = curation.inputs("ratings")
+    for shard, uri in enumerate(ratings):
         yield uri, f"{place}/score-candidates-{shard}"
+    for uri in ratings[:1]:  # one R-Scorer and one folder of rationales serve all shards
         rating = _Step(root, uri)
         yield from _scorer(root, rating.inputs("scorer")[0])
         yield from _rationales(root, rating, "calibration")
@@ -153,12 +155,7 @@ class _Step:
 
     def inputs(self, name: str) -> list[str]:
         found = self.lineage.inputs.get(name, []) if self.lineage else []
-        return [
-            uri
-            if storage.is_remote(uri) or Path(uri).is_absolute()
-            else storage.join(self.root, uri)
-            for uri in found
-        ]
+        return [storage.resolve(self.root, uri) for uri in found]
 
     def input(self, name: str) -> str | None:
         return next(iter(self.inputs(name)), None)
@@ -196,10 +193,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _move_policy(uri: str, file: Path, places: dict[str, str], out: Path) -> None:
     policy = parse_policy(file.read_text(encoding="utf-8"), str(file))
-    uris = (
-        name if storage.is_remote(name) else storage.join(uri, name) for name in policy.adapters
-    )
-    folders = [each.rpartition("/") for each in uris]
+    folders = [storage.resolve(uri, name).rpartition("/") for name in policy.adapters]
     adapters = tuple(str(out / places[folder] / name) for folder, _, name in folders)
     file.unlink()
     write_policy(file, policy.model_copy(update={"adapters": adapters}))

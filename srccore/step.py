@@ -180,11 +180,7 @@ def import_output(uri: str, artifact: str) -> None:
     with _explained():
         if not uri or not storage.exists(uri):
             raise UserError(f"There is nothing at {uri!r}.", "Check the path or URI.")
-        if storage.is_remote(uri):
-            fingerprint = storage.fingerprint(uri)
-        else:
-            fingerprint = hash_input("uri", storage.local_path(uri))
-        reference = Reference(uri=uri, fingerprint=fingerprint)
+        reference = Reference(uri=uri, fingerprint=_content("uri", uri))
         _write(Path(artifact), reference.model_dump(mode="json"))
 
 
@@ -372,7 +368,7 @@ def _policy_input(uri: str, root: str) -> _Input:
     base = policy.base.path
     is_stored = storage.is_remote(base) or Path(base).is_dir()
     adapters = [
-        _below(root, each) if each.startswith(f"{root}/") else _content(each)
+        _below(root, each) if each.startswith(f"{root}/") else _content("adapter", each)
         for each in policy.adapters
     ]
     content = storage.fingerprint(base) if is_stored else ""
@@ -383,10 +379,11 @@ def _policy_input(uri: str, root: str) -> _Input:
     )
 
 
-def _content(uri: str) -> str:
+def _content(name: str, uri: str) -> str:
+    """What an address counts by: its listing in a bucket, its bytes on a disk."""
     if storage.is_remote(uri):
         return storage.fingerprint(uri)
-    return hash_input("adapter", Path(uri))
+    return hash_input(name, storage.local_path(uri))
 
 
 def _reference(path: Path) -> Reference | None:
@@ -404,9 +401,7 @@ def _policy_at(uri: str) -> Policy:
     folder = uri if is_folder else storage.join(uri, "..")
     text = storage.read_text(storage.join(uri, POLICY_FILE) if is_folder else uri)
     policy = parse_policy(text, uri)
-    adapters = tuple(
-        name if _is_absolute(name) else storage.join(folder, name) for name in policy.adapters
-    )
+    adapters = tuple(storage.resolve(folder, name) for name in policy.adapters)
     return policy.model_copy(update={"adapters": adapters})
 
 
@@ -429,9 +424,7 @@ def _source(value: object) -> str | None:
     if isinstance(value, TextModelConfig):
         return hash_input("model", model_input(value.path))
     if isinstance(value, DataConfig) and value.source != "embedded":
-        if storage.is_remote(value.source):
-            return storage.fingerprint(value.source)
-        return hash_input("data.source", Path(value.source))
+        return _content("data.source", value.source)
     if isinstance(value, AugmentationConfig | AnnotationConfig | EvaluationConfig):
         # Where the endpoint decides which model answers, only its address tells models apart.
         return value.endpoint.url if value.endpoint.model is None else None
@@ -455,10 +448,6 @@ def _root(artifact_root: str) -> str:
 
 def _below(root: str, uri: str) -> str:
     return uri.removeprefix(root + "/")
-
-
-def _is_absolute(name: str) -> bool:
-    return storage.is_remote(name) or Path(name).is_absolute()
 
 
 def _as_list(value: str | Sequence[str]) -> Sequence[str]:

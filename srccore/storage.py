@@ -47,6 +47,7 @@ __all__ = [
     "local_path",
     "publish",
     "read_text",
+    "resolve",
 ]
 
 THREADS = 16
@@ -165,6 +166,15 @@ def join(uri: str, name: str) -> str:
         elif segment not in ("", "."):
             segments.append(segment)
     return str(_Address(address.bucket, "/".join(segments)))
+
+
+def resolve(uri: str, name: str) -> str:
+    """Resolves a reference that is relative to a folder, or absolute: then it stands as it is.
+
+    Raises:
+        UserError: The reference leads out of the bucket.
+    """
+    return name if is_remote(name) or Path(name).is_absolute() else join(uri, name)
 
 
 def local_path(uri: str) -> Path:

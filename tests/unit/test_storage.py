@@ -739,3 +739,13 @@ def test_what_amazon_gets_by_default_does_too(
     storage.publish(write(tmp_path / "tune", files), f"{s3.uri}/tune")
     assert contents(storage.fetch(f"{s3.uri}/tune")) == files
     assert storage._client().meta.config.request_checksum_calculation == "when_supported"
+
+
+@pytest.mark.parametrize("name", ["s3://other/key", "/elsewhere/adapter"])
+def test_an_absolute_reference_stands_as_it_is(name: str) -> None:
+    assert storage.resolve("s3://bucket/folder", name) == name
+
+
+def test_a_relative_reference_is_joined() -> None:
+    assert storage.resolve("s3://bucket/a/b", "../c") == "s3://bucket/a/c"
+    assert storage.resolve("/root/a", "../c") == "/root/c"
