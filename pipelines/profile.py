@@ -14,7 +14,6 @@ from srccore.images import STAGES, USER_ID
 
 __all__ = ["CaBundle", "Profile", "Resources", "SecretKeys", "Toleration", "load_profile"]
 
-HOUR = 3600
 QUANTITY = r"^\d+(\.\d+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 """A Kubernetes quantity, as far as CPU and memory need one."""
 

@@ -12,7 +12,7 @@ is the id of the next node: the workflow's name and a hash of the node's full pa
 
 and before each of them stands a node with ``-driver`` at its end. So a task is the node of its name
 with a child whose id is the hash of a path under the task's own. Where the run names no pipeline
-(one that was started from an uploaded version), the tree is that of ``parent_task_id``.
+(one of an uploaded version that was deleted since), the tree is that of ``parent_task_id``.
 """
 
 from __future__ import annotations

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from backend_commands import call
-from kfp_server import KfpServer, Step, serving
+from kfp_server import KfpServer, Step
 
 from srccore.policy import parse_policy
 from srccore.records import CandidateSet, read_records
@@ -25,17 +24,11 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.fixture
-def server() -> Iterator[KfpServer]:
-    with serving() as it:
-        it.script = [Step("RUNNING"), Step("SUCCEEDED")]
-        yield it
-
-
 def test_the_commands_of_the_pipelines_page_run(
     server: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    server.script = [Step("RUNNING"), Step("SUCCEEDED")]
     run_id = "RUN_ID"
     ran = []
     for line in "".join(blocks("pipelines.md", "sh")).splitlines():

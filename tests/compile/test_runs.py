@@ -7,16 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import kfp_server_api as api
 import pytest
 import yaml
 from backend_commands import NO_BACKEND, ROOT, call
-from kfp_server import NEVER, KfpServer, Step, Workflow, clock, serving
+from kfp_server import NEVER, KfpServer, Step, Workflow, clock
 from rich.console import Console
-from small_pipeline import compile_small
 
 from srccore_pipelines.client import Connection, UnavailableError, connect
 from srccore_pipelines.follow import PATIENCE, follow, screen, tree
@@ -43,17 +41,6 @@ SUCCESS = [
     Step("SUCCEEDED", DONE),
 ]
 FAST = "--interval=0.01"
-
-
-@pytest.fixture
-def server() -> Iterator[KfpServer]:
-    with serving() as it:
-        yield it
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_small(tmp_path_factory.mktemp("compiled") / "src-tiny.yaml")
 
 
 @pytest.fixture

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from backend_commands import ROOT, Outcome, call
-from kfp_server import KfpServer, serving
-from small_pipeline import CONFIG, compile_small
+from kfp_server import KfpServer
+from small_pipeline import CONFIG
 
 from srccore.errors import UserError
 from srccore_pipelines.schedule import next_times, read_cron
-
-
-@pytest.fixture
-def server() -> Iterator[KfpServer]:
-    with serving() as it:
-        yield it
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_small(tmp_path_factory.mktemp("compiled") / "src-tiny.yaml")
 
 
 def schedule(

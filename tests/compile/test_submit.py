@@ -8,7 +8,6 @@ import ipaddress
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,23 +18,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from kfp_server import KfpServer, serving
-from small_pipeline import CONFIG, compile_small
+from small_pipeline import CONFIG
 
 import srccore
 from srccore_pipelines import client
 
 SECRET = "eyJhbGciOi.the-secret.of-ann"
-
-
-@pytest.fixture
-def server() -> Iterator[KfpServer]:
-    with serving() as it:
-        yield it
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_small(tmp_path_factory.mktemp("compiled") / "src-tiny.yaml")
 
 
 def submit(server: KfpServer, pipeline: Path, *options: object, **environment: str | Path) -> dict:
