@@ -62,12 +62,23 @@ class S3Server:
     def put(self, key: str, data: bytes = b"data") -> None:
         self.client().put_object(Bucket=self.bucket, Key=key, Body=data)
 
+    def get(self, key: str) -> bytes:
+        """What lies there.
+
+        Raises:
+            KeyError: Nothing does.
+        """
+        try:
+            return bytes(self.client().get_object(Bucket=self.bucket, Key=key)["Body"].read())
+        except self.client().exceptions.NoSuchKey:
+            raise KeyError(key) from None
+
     def delete(self, key: str) -> None:
         self.client().delete_object(Bucket=self.bucket, Key=key)
 
     def keys(self) -> list[str]:
-        found = self.client().list_objects_v2(Bucket=self.bucket)
-        return [each["Key"] for each in found.get("Contents", [])]
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket)
+        return [each["Key"] for page in pages for each in page.get("Contents", [])]
 
     def with_user_who_may(self, *actions: str) -> S3Server:
         """The same bucket, for somebody with just these rights. Only versitygw knows users."""

@@ -1,83 +1,187 @@
-"""Builds the server programs of the tests: ``python -m tests.cluster.build``.
+"""Builds the server programs of the tests: ``python -m tests.cluster.build [PROGRAM ...]``.
 
-tools/ is a Go module that pins them with all they are built from; every import of its tools.go is
-one program. They go to cache/<hash>/bin, where the hash is of go.sum and of the Go that builds,
-so that a change of either builds anew and nothing else does. Assumes a Go that is new enough for
-go.mod, and a module proxy or a filled module cache.
+Every folder under tools/ is a group: a Go module that pins one or more programs with all they are
+built from. Groups are apart because the programs want different versions of the same libraries.
+A group's only program has the group's name; several have their packages' names. They go to
+cache/built/<group>-<hash>, where the hash is of the group's files and of the Go that builds, so
+that a change of a group builds that group anew and nothing else. Another version of a program:
+``go get PACKAGE@VERSION`` and ``go mod tidy`` in its group's folder.
+
+Assumes a Go that is new enough for go.mod, and a module proxy or a filled module cache.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import fcntl
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
 TOOLS = HERE / "tools"
 CACHE = HERE / "cache"
+BUILT = CACHE / "built"
+COMMAND = "python -m tests.cluster.build"
 
 
 class BuildError(Exception):
     """Why nothing can be built, and what to do about it."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Programs that one Go module pins."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def module(self) -> str:
+        """The module that the programs come from, as the first requirement names it."""
+        return _only(r"^require (\S+) ", self.folder / "go.mod")
+
+    @property
+    def version(self) -> str:
+        return _only(r"^require \S+ (\S+)", self.folder / "go.mod")
+
+    @property
+    def packages(self) -> dict[str, str]:
+        """The package of every program, by the program's name."""
+        if (self.folder / "main.go").exists():
+            return {self.name: "."}
+        tools = (self.folder / "tools.go").read_text("utf-8")
+        found = re.findall(r'^\s*_ "(.+)"$', tools, re.MULTILINE)
+        if len(found) == 1:
+            return {self.name: found[0]}
+        return {package.rpartition("/")[2]: package for package in found}
+
+    @property
+    def built(self) -> Path:
+        """Where its programs are, once they are built.
+
+        Raises:
+            BuildError: Go is missing or too old.
+        """
+        pins = hashlib.sha256(" ".join([_go_version(self.folder), *self._options()]).encode())
+        for file in sorted(self.folder.iterdir()):
+            pins.update(file.name.encode() + b"\0" + file.read_bytes())
+        return BUILT / f"{self.name}-{pins.hexdigest()[:16]}"
+
+    def build(self) -> None:
+        """Builds all its programs, or none.
+
+        Raises:
+            BuildError: The build fails.
+        """
+        # Built aside and renamed as one: an interrupted build leaves no half group.
+        aside = BUILT / "building"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        packages = self.packages
+        to = aside / self.name if len(packages) == 1 else aside
+        command = ["go", "build", *self._options(), "-o", str(to), *packages.values()]
+        # Without C the programs are static: they run in an image that holds nothing else.
+        environment = {**os.environ, "CGO_ENABLED": "0"}
+        if subprocess.run(command, cwd=self.folder, env=environment, check=False).returncode != 0:
+            raise BuildError(f"{self.name} was not built; what Go says stands above.")
+        aside.rename(self.built)
+
+    def source(self) -> Path:
+        """The folder of the module that the programs come from, with its manifests.
+
+        Raises:
+            BuildError: Go is missing, or cannot fetch the module.
+        """
+        _go_version(self.folder)
+        command = ["go", "mod", "download", "-json", self.module]
+        asked = subprocess.run(
+            command, cwd=self.folder, check=False, capture_output=True, text=True
+        )
+        if asked.returncode != 0:
+            raise BuildError(f"{self.module} is not here: {asked.stdout}{asked.stderr}")
+        return Path(json.loads(asked.stdout)["Dir"])
+
+    def _options(self) -> list[str]:
+        linked = ["-s", "-w"]
+        if self.name == "kubernetes":  # else clients cannot parse the version they are told
+            linked += ["-X", f"k8s.io/component-base/version.gitVersion={self.version}"]
+        return ["-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", " ".join(linked)]
+
+
+def groups() -> list[Group]:
+    """All groups, by name."""
+    return [Group(file.parent) for file in sorted(TOOLS.glob("*/go.mod"))]
+
+
+def group_of(name: str) -> Group:
+    """The group of that name, or that has a program of that name."""
+    for group in groups():
+        if name == group.name or name in group.packages:
+            return group
+    raise BuildError(f"{name} is no program or group under {TOOLS}.")
+
+
 def program(name: str) -> Path | None:
     """The program of that name; None where it is not built."""
     try:
-        path = _folder() / name
+        path = group_of(name).built / name
     except BuildError:
         return None
     return path if os.access(path, os.X_OK) else None
 
 
-def build() -> Path:
-    """Builds what is pinned and not there yet; returns the folder of the programs.
+def build(*names: str) -> None:
+    """Builds what is pinned and not there yet.
+
+    Args:
+        names: Programs or groups; none means all.
 
     Raises:
         BuildError: Go is missing or too old, or a build fails.
     """
-    folder = _folder()
-    missing = [path for path in _pinned() if program(_name(path)) is None]
-    if not missing:
-        print(f"{folder}: all built")
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    for package in missing:
-        print(f"building {package}: minutes where Go's own cache is empty", flush=True)
-        began = time.monotonic()
-        # Built aside and renamed: an interrupted build leaves no half program.
-        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-            built = Path(aside) / _name(package)
-            options = ["-mod=readonly", "-trimpath", "-buildvcs=false"]
-            command = ["go", "build", *options, "-o", str(built), package]
-            if subprocess.run(command, cwd=TOOLS, check=False).returncode != 0:
-                raise BuildError(f"{package} was not built; what Go says stands above.")
-            built.rename(folder / built.name)
-        print(f"{folder / _name(package)}: built in {time.monotonic() - began:.0f} s")
-    return folder
+    wanted = {group_of(name) for name in names} if names else set(groups())
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with _alone():
+        for group in sorted(wanted, key=lambda group: group.name):
+            if group.built.exists():
+                print(f"{group.built}: built")
+                continue
+            print(f"building {group.name}: minutes where Go's cache is empty", flush=True)
+            began = time.monotonic()
+            group.build()
+            print(f"{group.built}: built in {time.monotonic() - began:.0f} s", flush=True)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One build at a time: the kernel ends the lock with its holder."""
+    with (BUILT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @functools.cache
-def _folder() -> Path:
-    pins = hashlib.sha256((TOOLS / "go.sum").read_bytes() + _go_version().encode())
-    return CACHE / pins.hexdigest()[:16] / "bin"
-
-
-def _go_version() -> str:
-    needed = _needed_version()
+def _go_version(folder: Path) -> str:
+    needed = _only(r"^go (\S+)$", folder / "go.mod")
     mend = f"Install Go {needed} or newer (https://go.dev/doc/install) and put it on the PATH."
     if shutil.which("go") is None:
         raise BuildError(f"Go is not installed. {mend}")
     # Asked in the module's folder, where a Go that may fetch a newer one answers with that.
     asked = subprocess.run(
-        ["go", "env", "GOVERSION"], cwd=TOOLS, check=False, capture_output=True, text=True
+        ["go", "env", "GOVERSION"], cwd=folder, check=False, capture_output=True, text=True
     )
     found = asked.stdout.strip()
     if asked.returncode != 0 or _numbers(found) < _numbers(needed):
@@ -85,25 +189,18 @@ def _go_version() -> str:
     return found
 
 
-def _needed_version() -> str:
-    (found,) = re.findall(r"^go (\S+)$", (TOOLS / "go.mod").read_text("utf-8"), re.MULTILINE)
-    return str(found)
+def _only(pattern: str, file: Path) -> str:
+    found = re.search(pattern, file.read_text("utf-8"), re.MULTILINE)
+    assert found is not None, (pattern, file)
+    return found[1]
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
-def _pinned() -> list[str]:
-    return re.findall(r'^\s*_ "(.+)"$', (TOOLS / "tools.go").read_text("utf-8"), re.MULTILINE)
-
-
-def _name(package: str) -> str:
-    return package.rpartition("/")[2]
-
-
 if __name__ == "__main__":
     try:
-        build()
+        build(*sys.argv[1:])
     except BuildError as error:
         sys.exit(f"Error: {error}")
