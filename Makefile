@@ -11,8 +11,9 @@ RESOLVE_IMAGE = $(RESOLVE) --no-annotate --python-platform linux -c requirements
 TESTS := $(wildcard tests/unit tests/compile tests/local)
 # Tests that need root and containers, and those that find more servers once their programs are
 # built. tests/kubeflow needs a Kubeflow: KFP_HOST=... python -m pytest tests/kubeflow.
-CLUSTER_TESTS := tests/container tests/unit/test_storage.py
-DEBIAN_PACKAGES := podman runc debootstrap docker-registry
+CLUSTER_TESTS := tests/cluster tests/container tests/unit/test_storage.py
+DEBIAN_PACKAGES := podman runc debootstrap docker-registry containerd containernetworking-plugins \
+	iptables conntrack iproute2
 
 # torch and kfp take two or three times as long to import without bytecode.
 unexport PYTHONDONTWRITEBYTECODE
@@ -29,15 +30,16 @@ env: $(STAMP) ## Create .venv from requirements.lock; done again only when that 
 run: $(STAMP) ## Run the preset `tiny` to its report, in runs/tiny
 	$(BIN)/srccore run --preset tiny --out runs/tiny
 
-test: $(STAMP) ## Run every test that needs no root, no GPU and no cluster
-	$(BIN)/python -m pytest $(TESTS)
+test: $(STAMP) ## Run the tests that need no root, no GPU and no cluster, but for a few long ones
+	$(BIN)/python -m pytest -m "not long" $(TESTS)
 
-test-cluster: $(STAMP) ## Run the tests that need root, Go and containers; installs what they lack
+test-cluster: $(STAMP) ## Run the tests that need root, Go and containers, and the long ones; installs what they lack
 	@test "$$(id -u)" = 0 || { echo "make test-cluster needs root"; exit 1; }
 	dpkg -s $(DEBIAN_PACKAGES) > /dev/null 2>&1 || { apt-get -q update && \
 		apt-get -q install --yes --no-install-recommends $(DEBIAN_PACKAGES); }
 	$(BIN)/python -m tests.cluster.build
 	$(BIN)/python -m pytest $(CLUSTER_TESTS)
+	$(BIN)/python -m pytest -m long $(TESTS)
 
 check: $(STAMP) ## Check format, lint and types
 	$(BIN)/ruff format --check .
@@ -46,8 +48,9 @@ check: $(STAMP) ## Check format, lint and types
 
 lock: $(UV) ## Resolve pyproject.toml into requirements.lock and the images' locks anew
 	$(RESOLVE) pyproject.toml --all-extras --universal -o requirements.lock
-	$(RESOLVE_IMAGE) pyproject.toml --extra teacher -o images/light/requirements.lock
+	$(RESOLVE_IMAGE) pyproject.toml --extra data --extra teacher -o images/light/requirements.lock
 	$(RESOLVE_IMAGE) pyproject.toml --extra train --extra teacher -o images/models/requirements.lock
+	$(RESOLVE_IMAGE) pyproject.toml --extra cluster -o images/launcher/requirements.lock
 	printf 'kfp\n' | $(RESOLVE_IMAGE) --no-deps - -o images/executor.lock
 	printf 'uv==$(UV_VERSION)\n' | $(RESOLVE_IMAGE) --no-deps - -o images/installer.lock
 
@@ -56,7 +59,7 @@ compiled: $(STAMP) ## Write the compiled pipelines, component.yaml files and the
 
 clean: ## Remove the environment and all caches; runs/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./tests/cluster/cache -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(UV):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

@@ -127,12 +127,16 @@ class OptimizerSettings(Section):
     learning_rate: float = Field(gt=0)
     epochs: float = Field(default=1.0, gt=0)
     batch_size: int = Field(default=8, ge=1)
-    """Samples of one forward pass on one device."""
+    """Samples of one forward pass, where one process trains."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Forward passes of one optimiser step. Several processes share the step's samples."""
     warmup_ratio: float = Field(default=0.05, ge=0, le=1)
     gradient_checkpointing: bool = False
     report_to: Annotated[str, OPERATIONAL] = "none"
     """Passed on to TRL: ``tensorboard``, ``wandb``, ..."""
+    checkpoint_steps: Annotated[int, OPERATIONAL] = Field(default=100, ge=0)
+    """Optimiser steps between two states from which an interrupted training goes on; 0 keeps
+    none."""
 
 
 class EndpointConfig(Section):

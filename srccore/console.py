@@ -125,8 +125,10 @@ def figures_table(figures: list[Figures]) -> Table:
 
 
 def quiet_libraries() -> None:
-    """Lets the libraries speak of errors only; a run has its own progress."""
+    """Lets the libraries speak of errors only, and to nobody else; a run has its own progress."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # TRL reports every training; a cluster's egress policy would hold it up.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

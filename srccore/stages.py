@@ -3,7 +3,8 @@
 A stage reads what it is given, writes one output folder and returns its figures; the folder's
 manifest comes last. A finished stage of the same inputs is skipped, an unfinished one goes on
 from its durable parts (`srccore.manifest`). Stages know nothing of each other, of rounds that came
-before or of Kubernetes. Only `evaluate` is ever given the held-out split.
+before or of Kubernetes. Only `evaluate` is ever given the held-out split. Where several processes
+train together, each has an output folder of its own, and that of the first is the stage's.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ from srccore.records import (
     read_records,
     write_records,
 )
+from srccore.training.ranks import is_first
+from srccore.training.resume import Checkpoints
 
 __all__ = [
     "Figures",
@@ -204,6 +207,7 @@ def tune_rationale(
     rationales: Path | None = None,
     device: str = "auto",
     progress: Progress = _no_progress,
+    checkpoints: Checkpoints | None = None,
 ) -> Figures:
     """Stage 1: teaches the model to write a rationale before the answer (paper: LoRA SFT).
 
@@ -217,6 +221,7 @@ def tune_rationale(
             have no rationale of their own are left out.
         device: ``cpu``, ``cuda`` or ``auto``.
         progress: Told of optimiser steps.
+        checkpoints: Where its states are kept while it trains; None is ``out/checkpoint``.
 
     Returns:
         Steps, losses and how many samples were used.
@@ -257,8 +262,17 @@ def tune_rationale(
     ]
     start = Policy(base=model)
     outcome = train(
-        start, examples, config, out, seed=seed, device=_device(device), progress=progress
+        start,
+        examples,
+        config,
+        out,
+        seed=seed,
+        device=_device(device),
+        progress=progress,
+        checkpoints=checkpoints,
     )
+    if not is_first():
+        return dataclasses.asdict(outcome)
     write_policy(out, start.with_adapter(out / "adapter"))
     return folder.finish(dataclasses.asdict(outcome))
 
@@ -479,6 +493,7 @@ def train_scorer(
     rationales: Path | None = None,
     device: str = "auto",
     progress: Progress = _no_progress,
+    checkpoints: Checkpoints | None = None,
 ) -> Figures:
     """Trains R-Scorer on teacher ratings and validates it on samples it was not trained on.
 
@@ -493,6 +508,7 @@ def train_scorer(
         rationales: The folder of `augment_rationales` on the train split.
         device: ``cpu``, ``cuda`` or ``auto``.
         progress: Told of optimiser steps.
+        checkpoints: Where its states are kept while it trains; None is ``out/checkpoint``.
 
     Returns:
         Steps and losses, and the scorer's health on the validation pairs.
@@ -544,8 +560,17 @@ def train_scorer(
         )
     ]
     outcome = train(
-        model, examples, config, out, seed=seed, device=_device(device), progress=progress
+        model,
+        examples,
+        config,
+        out,
+        seed=seed,
+        device=_device(device),
+        progress=progress,
+        checkpoints=checkpoints,
     )
+    if not is_first():
+        return dataclasses.asdict(outcome)
     engine = _rating_engine(out / "model", device, config.batch_size)
     health = scoring.validate(engine, samples, validation)
     return folder.finish({**dataclasses.asdict(outcome), "validation": health})
@@ -689,6 +714,7 @@ def train_dpo(
     seed: int,
     device: str = "auto",
     progress: Progress = _no_progress,
+    checkpoints: Checkpoints | None = None,
 ) -> Figures:
     """Stage 5: preference fine-tuning of the round's policy (paper: DPO with an SFT term).
 
@@ -701,6 +727,7 @@ def train_dpo(
         seed: The run's seed.
         device: ``cpu``, ``cuda`` or ``auto``.
         progress: Told of optimiser steps.
+        checkpoints: Where its states are kept while it trains; None is ``out/checkpoint``.
 
     Returns:
         Steps, losses, rewards.
@@ -736,8 +763,17 @@ def train_dpo(
         )
     start = read_policy(policy)
     outcome = train(
-        start, examples, config, out, seed=seed, device=_device(device), progress=progress
+        start,
+        examples,
+        config,
+        out,
+        seed=seed,
+        device=_device(device),
+        progress=progress,
+        checkpoints=checkpoints,
     )
+    if not is_first():
+        return dataclasses.asdict(outcome)
     write_policy(out, start.with_adapter(out / "adapter"))
     return folder.finish(dataclasses.asdict(outcome))
 

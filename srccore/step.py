@@ -6,6 +6,10 @@ or by another, is not done again. Where two pods work on one folder at the same 
 the other if they share a file system; else the first to finish wins. What Kubeflow carries from pod
 to pod is small: a reference (a few lines of JSON that name a folder), or a ``policy.json`` whose
 adapters are URIs. An input may also be the thing itself: a data set, a stage's folder, a policy.
+
+Of several processes that train together (torchrun starts each of them with the same step), the
+first works on the stage's folder and publishes it. The others work in folders that nobody keeps,
+and none leaves before the stage is published.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_type_hints
@@ -39,6 +43,8 @@ from srccore.config import (
 from srccore.errors import UserError
 from srccore.manifest import MANIFEST, hash_input, write_json
 from srccore.policy import POLICY_FILE, Policy, parse_policy, policy_document, write_policy
+from srccore.training.ranks import Processes, is_launched, joined
+from srccore.training.resume import CHECKPOINTS, Checkpoints, PublishedCheckpoints, discard
 
 __all__ = [
     "RUN",
@@ -47,7 +53,9 @@ __all__ = [
     "Lineage",
     "Reference",
     "fetch_output",
+    "finished_stage",
     "import_output",
+    "locate_stage",
     "report_run",
     "run_stage",
 ]
@@ -162,9 +170,69 @@ def run_stage(
 
     Raises:
         SystemExit: With 2, after one paragraph on stderr, where the user can mend what is wrong.
+            Its cause is the `UserError`.
     """
+    from srccore.console import quiet_libraries
+    from srccore.loop import set_threads
+
     with _explained():
-        return _run(stage, _root(artifact_root), inputs, settings, device, threads)
+        quiet_libraries()
+        set_threads(threads or None)
+        work = _work(stage, artifact_root, inputs, settings, device)
+        if not is_launched():
+            return _finished_before(work) or _lead(work, Processes())
+        if not work.trains:
+            raise UserError(
+                f"{stage} runs in one process.", "Let torchrun start training stages only."
+            )
+        with joined(device) as processes:
+            return _run_together(work, processes)
+
+
+def locate_stage(
+    stage: str,
+    artifact_root: str,
+    *,
+    inputs: Mapping[str, str | Sequence[str] | None],
+    settings: Mapping[str, Any],
+) -> str:
+    """Says where `run_stage` of the same arguments writes.
+
+    Args:
+        stage: Its name.
+        artifact_root: The folder or ``s3://...`` below which it writes.
+        inputs: By the stage function's arguments, the paths of Kubeflow's artifacts.
+        settings: The stage function's other arguments, as JSON has them.
+
+    Returns:
+        The folder's path or URI.
+
+    Raises:
+        UserError: An input is missing, or a setting does not hold.
+    """
+    return _work(stage, artifact_root, inputs, settings, "auto").uri
+
+
+def finished_stage(stage: str, uri: str) -> Finished | None:
+    """Looks whether a stage is done.
+
+    Args:
+        stage: Its name.
+        uri: Its folder, by `locate_stage`.
+
+    Returns:
+        Its folder and figures; None where there is work to do.
+
+    Raises:
+        UserError: The folder is another stage's.
+    """
+    path = storage.join(uri, MANIFEST)
+    if not storage.exists(path):
+        return None
+    manifest = json.loads(storage.read_text(path))
+    if manifest["stage"] != stage:
+        raise UserError(f"{uri} holds {manifest['stage']}, not {stage}.", "Check the address.")
+    return Finished(uri, manifest["figures"])
 
 
 def import_output(uri: str, artifact: str) -> None:
@@ -248,20 +316,78 @@ def report_run(
         print(f"The report is at {uri}; srccore collect {uri} brings the run.", file=sys.stderr)
 
 
-def _run(
+@dataclass(frozen=True)
+class _Work:
+    """A stage with all that goes into it.
+
+    Attributes:
+        stage: Its name.
+        function: The stage function.
+        hints: The types of its arguments.
+        arguments: Its checked settings, and where it runs.
+        inputs: Its inputs, as `run_stage` was given them.
+        given: The same, read.
+        root: The artifact root.
+        uri: Where its folder shall lie.
+    """
+
+    stage: str
+    function: Callable[..., dict[str, Any]]
+    hints: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+    inputs: Mapping[str, str | Sequence[str] | None]
+    given: Mapping[str, Sequence[_Input]]
+    root: str
+    uri: str
+
+    @property
+    def trains(self) -> bool:
+        """Whether several processes can do it together, and go on from its checkpoints."""
+        return "checkpoints" in self.hints
+
+    def run(self, out: Path, **more: Any) -> dict[str, Any]:
+        """Fetches what goes in and runs the stage function.
+
+        Args:
+            out: The output folder.
+            more: Further arguments of the function.
+
+        Returns:
+            Its figures.
+        """
+        arguments = {**self.arguments, **more}
+        if self.trains:
+            arguments["checkpoints"] = self._checkpoints()
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, found in self.given.items():
+                paths = [each.fetch(Path(scratch)) for each in found]
+                is_list = isinstance(self.inputs[name], (list, tuple))
+                arguments[name] = paths if is_list else paths[0]
+            return self.function(**arguments, out=out)
+
+    def _checkpoints(self) -> Checkpoints:
+        """The same ones for all processes, whatever their output folder."""
+        uri = storage.join(self.uri, CHECKPOINTS)
+        folder = storage.local_path(uri)
+        remote = storage.is_remote(uri)
+        return PublishedCheckpoints(folder, uri) if remote else Checkpoints(folder)
+
+    def discard_checkpoints(self) -> None:
+        """Removes what a published stage needs no longer."""
+        if self.trains:
+            discard(storage.join(self.uri, CHECKPOINTS))
+
+
+def _work(
     stage: str,
-    root: str,
+    artifact_root: str,
     inputs: Mapping[str, str | Sequence[str] | None],
     settings: Mapping[str, Any],
     device: str,
-    threads: int,
-) -> Finished:
+) -> _Work:
     from srccore import stages
-    from srccore.console import ConsoleObserver, quiet_libraries
-    from srccore.loop import set_threads
 
-    quiet_libraries()
-    set_threads(threads or None)
+    root = _root(artifact_root)
     function = getattr(stages, stage.replace("-", "_"))
     hints = get_type_hints(function)
     arguments = {name: _typed(stage, name, settings[name], hints[name]) for name in settings}
@@ -271,33 +397,66 @@ def _run(
         if value is not None
     }
     uri = storage.join(root, f"{stage}/{_key(stage, arguments, given)}")
-    if done := _finished_before(stage, uri):
-        return done
     if "device" in hints:
         arguments["device"] = device
-    folder = storage.local_path(uri)
-    with _alone(folder), tempfile.TemporaryDirectory() as scratch:
-        for name, found in given.items():
-            paths = [each.fetch(Path(scratch)) for each in found]
-            arguments[name] = paths if isinstance(inputs[name], (list, tuple)) else paths[0]
-        with ConsoleObserver().stage(stage, arguments.get("round_number")) as progress:
-            figures = function(**arguments, out=folder, progress=progress)
-        _write_lineage(folder, stage, arguments.get("round_number"), given, root)
+    return _Work(stage, function, hints, arguments, inputs, given, root, uri)
+
+
+def _run_together(work: _Work, processes: Processes) -> Finished:
+    """Runs a stage as one of several processes, each of which takes the same turns."""
+    done = None
+    if processes.is_first:
+        done = _finished_before(work)
+        if not processes.from_first(done is not None):
+            done = _lead(work, processes)
+    elif not processes.from_first(False):
+        _follow(work, processes)
+    # The operator ends the other pods as soon as one has completed.
+    processes.wait()
+    done = done or finished_stage(work.stage, work.uri)
+    if done is None:
+        raise UserError(
+            f"This process does not see {work.uri}, where the first one wrote.",
+            "Give an artifact root that all pods see: s3://BUCKET/PATH.",
+        )
+    return done
+
+
+def _lead(work: _Work, processes: Processes) -> Finished:
+    """Works on the stage's folder, and publishes it."""
+    from srccore.console import ConsoleObserver
+
+    folder = storage.local_path(work.uri)
+    round_number = work.arguments.get("round_number")
+    with _alone(folder):
+        # An attempt that was cut off after training has only to be published.
+        processes.from_first((folder / MANIFEST).exists())
+        with ConsoleObserver().stage(work.stage, round_number) as progress:
+            figures = work.run(folder, progress=progress)
+        _write_lineage(folder, work.stage, round_number, work.given, work.root)
         # Another pod, of another run, may have done the same meanwhile: others read its files.
-        if done := _finished_before(stage, uri):
+        if done := _finished_before(work):
             return done
-        storage.publish(folder, uri)
-    print(f"{stage} is done: {uri}", file=sys.stderr)
-    return Finished(uri, figures)
+        storage.publish(folder, work.uri)
+        work.discard_checkpoints()
+    print(f"{work.stage} is done: {work.uri}", file=sys.stderr)
+    return Finished(work.uri, figures)
 
 
-def _finished_before(stage: str, uri: str) -> Finished | None:
+def _follow(work: _Work, processes: Processes) -> None:
+    """Trains along with the first process."""
+    if not processes.from_first(False):
+        with tempfile.TemporaryDirectory() as scratch:
+            work.run(Path(scratch) / "out")
+
+
+def _finished_before(work: _Work) -> Finished | None:
     """What a bucket holds of a stage; a local folder is looked at by the stage itself."""
-    if not storage.is_remote(uri) or not storage.exists(storage.join(uri, MANIFEST)):
-        return None
-    print(f"{stage} was done before: {uri}", file=sys.stderr)
-    manifest = json.loads(storage.read_text(storage.join(uri, MANIFEST)))
-    return Finished(uri, manifest["figures"])
+    done = finished_stage(work.stage, work.uri) if storage.is_remote(work.uri) else None
+    if done:
+        print(f"{work.stage} was done before: {work.uri}", file=sys.stderr)
+        work.discard_checkpoints()
+    return done
 
 
 @contextlib.contextmanager
@@ -474,4 +633,4 @@ def _explained() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2) from error

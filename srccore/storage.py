@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -47,6 +48,7 @@ __all__ = [
     "local_path",
     "publish",
     "read_text",
+    "remove",
     "resolve",
 ]
 
@@ -70,6 +72,7 @@ _PERMISSIONS = {
     "HeadObject": ("read", "s3:GetObject"),
     "GetObject": ("read", "s3:GetObject"),
     **dict.fromkeys(_UPLOADS, ("written", "s3:PutObject")),
+    "DeleteObject": ("deleted", "s3:DeleteObject"),
 }
 """What each request does to an address, and the permission for it."""
 _DISK_FAULTS = frozenset(
@@ -369,7 +372,7 @@ def fetch(uri: str) -> Path:
 
     What the cache has of the same size and ETag is not downloaded again; what is no longer in the
     bucket goes, since a stale shard must not be read. Files appear under their names when they are
-    whole, the manifest last. Several processes may fetch the same thing at once.
+    whole, the manifest last. Of several processes that fetch the same at once, one downloads it.
 
     Returns:
         `local_path` of the address.
@@ -393,10 +396,10 @@ def _mirror(address: _Address, path: Path) -> None:
     wanted = {_bucket_folder(address) / prefix / file.path: file for file in files}
     for stale in set(_files_at(path)) - wanted.keys():
         stale.unlink(missing_ok=True)
-    missing = [each for each, file in wanted.items() if not _is_cached(each, file)]
-    if not missing:
+    if all(_is_cached(each, file) for each, file in wanted.items()):
         return
-    with _staging() as staging:
+    with _one_by_one(address), _staging() as staging:
+        missing = [each for each, file in wanted.items() if not _is_cached(each, file)]
         for batch in _manifest_last(missing, path):
             with _transfers() as transfers:
                 begun = [
@@ -408,6 +411,18 @@ def _mirror(address: _Address, path: Path) -> None:
                     # Another process may have placed it meanwhile, and read it by now.
                     if not _is_cached(each, wanted[each]):
                         _place(staging / str(n), each, wanted[each].etag, staging)
+
+
+@contextlib.contextmanager
+def _one_by_one(address: _Address) -> Iterator[None]:
+    """Lets the processes that share a cache download an address one after the other."""
+    path = _cache() / "locks" / hashlib.sha256(str(address).encode()).hexdigest()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        # Some network file systems have no locks; then each downloads for itself.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _manifest_last(paths: Iterable[Path], folder: Path) -> Iterator[list[Path]]:
@@ -541,6 +556,34 @@ def _record_all(address: _Address) -> None:
             path = _bucket_folder(address) / prefix / file.path
             if path.is_file() and path.stat().st_size == file.size:
                 _record(path, path, file.etag, staging)
+
+
+def remove(uri: str) -> None:
+    """Deletes a file, or a folder with all below it; of what is not there, nothing.
+
+    Manifests go first: what is half deleted must not count as whole.
+
+    Raises:
+        UserError: The address is a whole bucket, or may not be deleted.
+    """
+    if is_remote(uri):
+        address = _parse(uri)
+        if not address.key:
+            raise UserError(f"{uri} is a whole bucket.", "Name what shall be deleted in it.")
+        with _store_explained(address):
+            keys = [address.prefix + file.path for file in _objects(address)]
+            if not keys and _single(address):
+                keys = [address.key]
+            # One by one: not every store takes them together, and folders of ours are small.
+            for key in sorted(keys, key=lambda key: PurePosixPath(key).name != MANIFEST):
+                _client().delete_object(Bucket=address.bucket, Key=key)
+        return
+    path = _local(uri)
+    with _disk_explained(path, "See to its permissions."):
+        for file in sorted(_files_at(path), key=lambda file: file.name != MANIFEST):
+            file.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 def _copy(source: Path, path: Path) -> None:

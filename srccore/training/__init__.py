@@ -1,13 +1,16 @@
 """Fine-tuning over TRL: rationale tuning, R-Scorer, DPO. What the three have in common is here.
 
-Assumes one process; the stages do not tell ranks apart yet. Nothing is truncated: a sample
-longer than the model's context is skipped and counted. Images are read when their batch comes, so
-memory does not grow with the data set.
+Several processes train data-parallel where torchrun started them (`ranks`), and an interrupted
+training goes on from its newest checkpoint (`resume`); neither changes what comes out. Nothing is
+truncated: a sample longer than the model's context is skipped and counted. Images are read when
+their batch comes, so memory does not grow with the data set.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 import sys
 import tempfile
@@ -21,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 from srccore.config import LoraSettings, ModelConfig, OptimizerSettings
 from srccore.errors import UserError
 from srccore.policy import Policy, load_policy
+from srccore.training.ranks import Processes, joined, local_share
+from srccore.training.resume import CHECKPOINTS, Checkpoints, step_callback
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,6 +39,7 @@ __all__ = [
     "lora_config",
     "progress_callbacks",
     "quiet",
+    "sample_order",
     "step_figures",
     "train",
     "train_adapter",
@@ -74,7 +80,7 @@ class TrainingOutcome:
     """Mean over the first steps, as many as make up `last_loss`."""
     last_loss: float
     seconds: float
-    """Of training alone, without loading."""
+    """Of training alone, without loading; where it was interrupted, of the last attempt."""
 
 
 def train_adapter(
@@ -87,9 +93,10 @@ def train_adapter(
     seed: int,
     device: str,
     progress: Progress | None,
+    checkpoints: Checkpoints | None,
     trainer: Callable[..., Any],
 ) -> tuple[TrainingOutcome, Any]:
-    """Trains a new LoRA adapter on a policy and writes it to ``out/adapter``.
+    """Trains a new LoRA adapter on a policy; the first process writes it to ``out/adapter``.
 
     Args:
         policy: The policy to start from; on a CPU it is trained in float32.
@@ -100,7 +107,9 @@ def train_adapter(
         seed: Seeds adapter, order and dropout.
         device: ``cpu`` or ``cuda``.
         progress: Told of every optimiser step.
-        trainer: Makes TRL's trainer from its arguments as a dict and from keyword arguments.
+        checkpoints: Where it goes on from and saves its state; None is ``out/checkpoint``.
+        trainer: Makes a trainer of `resumable` from TRL's arguments as a dict and from keyword
+            arguments.
 
     Returns:
         What it did, and the trainer with its log.
@@ -110,15 +119,12 @@ def train_adapter(
     """
     dtype = policy.base.dtype if device.startswith("cuda") else "float32"
     base = policy.base.model_copy(update={"dtype": dtype})
-    loaded = load_policy(policy.model_copy(update={"base": base}), training_device(device))
-    made = rows(loaded.processor)
-    fitting = _within_context(loaded.model, loaded.processor, made)
-
-    def read(number: int) -> dict[str, Any]:
-        row = fitting[number]
-        return {"prompt": row.prompt, **row.responses, "images": [row.image()]}
-
-    with quiet(), tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch:
+    kept = checkpoints or Checkpoints(out / CHECKPOINTS)
+    with (
+        joined(device) as processes,
+        quiet(),
+        tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch,
+    ):
         arguments = training_arguments(
             config,
             out=Path(scratch),
@@ -126,18 +132,65 @@ def train_adapter(
             device=device,
             dtype=policy.base.dtype,
             bar=progress is None,
+            processes=processes,
         )
+        loaded = load_policy(policy.model_copy(update={"base": base}), training_device(device))
+        made = rows(loaded.processor)
+        fitting = _within_context(loaded.model, loaded.processor, made)
+
+        def read(number: int) -> dict[str, Any]:
+            row = fitting[number]
+            return {"prompt": row.prompt, **row.responses, "images": [row.image()]}
+
+        order = sample_order(len(fitting), config, seed)
+        processes.agree((f"{row.prompt} {row.responses}" for row in fitting), "samples")
         ready = trainer(
             arguments,
             model=loaded.model,
-            train_dataset=_image_dataset(len(fitting), read),
+            train_dataset=_image_dataset(order, read),
             processing_class=loaded.processor,
             peft_config=lora_config(lora),
             callbacks=progress_callbacks(progress),
         )
-        outcome = train(ready, samples=len(fitting), skipped=len(made) - len(fitting))
-        _save_adapter(ready, policy.base, out / "adapter")
+        outcome = train(
+            ready,
+            config,
+            samples=len(fitting),
+            skipped=len(made) - len(fitting),
+            seed=seed,
+            processes=processes,
+            checkpoints=kept,
+        )
+        if processes.is_first:
+            _save_adapter(ready, policy.base, out / "adapter")
+            kept.remove()
     return outcome, ready
+
+
+def sample_order(count: int, config: OptimizerSettings, seed: int) -> list[int]:
+    """Lists which sample comes when, over all epochs.
+
+    Each epoch is another permutation. Its last batch is filled up from its beginning: all batches
+    are whole, so no sample weighs more because of how a batch is shared and accumulated.
+
+    Args:
+        count: How many samples there are.
+        config: The stage's section of the preset.
+        seed: The run's seed.
+
+    Returns:
+        Numbers of samples, as many as all optimiser steps take.
+    """
+    import torch
+
+    batch = config.batch_size * config.gradient_accumulation_steps
+    steps = math.ceil(count / batch)
+    order: list[int] = []
+    for epoch in range(math.ceil(config.epochs)):
+        generator = torch.Generator().manual_seed(seed + epoch)
+        shuffled = torch.randperm(count, generator=generator).tolist()
+        order += itertools.islice(itertools.cycle(shuffled), steps * batch)
+    return order[: math.ceil(config.epochs * steps) * batch]
 
 
 def training_device(device: str) -> str:
@@ -160,9 +213,18 @@ def training_device(device: str) -> str:
 
 
 def training_arguments(
-    config: OptimizerSettings, *, out: Path, seed: int, device: str, dtype: str, bar: bool
+    config: OptimizerSettings,
+    *,
+    out: Path,
+    seed: int,
+    device: str,
+    dtype: str,
+    bar: bool,
+    processes: Processes,
 ) -> dict[str, Any]:
     """Makes the arguments that ``SFTConfig`` and ``DPOConfig`` share.
+
+    They go with a data set in `sample_order`, which is read once from its beginning to its end.
 
     Args:
         config: The stage's section of the preset.
@@ -171,10 +233,15 @@ def training_arguments(
         device: ``cpu`` or ``cuda``.
         dtype: The checkpoint's; counts on a GPU only.
         bar: Show tqdm's bar where standard error is a terminal.
+        processes: Those that share each batch.
 
     Returns:
         Keyword arguments.
+
+    Raises:
+        UserError: They cannot share it.
     """
+    samples, passes = local_share(config, processes.count)
     if "tensorboard" in config.report_to:
         # The trainer's own folder is removed at the end; the curves shall stay.
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out.parent / "tensorboard"))
@@ -182,9 +249,12 @@ def training_arguments(
     return {
         "output_dir": str(out),
         "learning_rate": config.learning_rate,
-        "num_train_epochs": config.epochs,
-        "per_device_train_batch_size": config.batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": samples,
+        "gradient_accumulation_steps": passes,
+        # Every weight that is trained takes part in every forward pass.
+        "ddp_find_unused_parameters": False,
         # A float below 1 is a share of all steps.
         "warmup_steps": min(config.warmup_ratio, 1 - 1e-9),
         "gradient_checkpointing": config.gradient_checkpointing,
@@ -196,6 +266,7 @@ def training_arguments(
         # TRL's default of 1024 would cut image tokens.
         "max_length": None,
         "logging_steps": 1,
+        # `step_callback` says when to save.
         "save_strategy": "no",
         "disable_tqdm": not (bar and sys.stderr.isatty()),
         "remove_unused_columns": False,
@@ -217,16 +288,16 @@ def lora_config(lora: LoraSettings, target_modules: str | None = None) -> Any:
     )
 
 
-def _image_dataset(count: int, row: Callable[[int], dict[str, Any]]) -> Any:
+def _image_dataset(numbers: list[int], row: Callable[[int], dict[str, Any]]) -> Any:
     """Makes a ``datasets.Dataset`` whose rows are made when they are read.
 
     Args:
-        count: How many rows there are.
+        numbers: The rows' numbers, in order.
         row: Makes the row of a number; it reads the image.
     """
     from datasets import Dataset
 
-    return Dataset.from_dict({"row": list(range(count))}).with_transform(_Rows(row))
+    return Dataset.from_dict({"row": numbers}).with_transform(_Rows(row))
 
 
 class _Rows:
@@ -311,13 +382,26 @@ def progress_callbacks(progress: Progress | None) -> list[Any]:
     return [Tell()]
 
 
-def train(trainer: Any, *, samples: int, skipped: int) -> TrainingOutcome:
-    """Runs a trainer to its end, without the lines that it would print.
+def train(
+    trainer: Any,
+    config: OptimizerSettings,
+    *,
+    samples: int,
+    skipped: int,
+    seed: int,
+    processes: Processes,
+    checkpoints: Checkpoints,
+) -> TrainingOutcome:
+    """Runs a trainer to its end, from its newest checkpoint, without the lines it would print.
 
     Args:
-        trainer: The trainer.
+        trainer: The trainer, of a class of `resumable`.
+        config: The stage's section of the preset.
         samples: Samples it trains on.
         skipped: Samples left out before.
+        seed: Seeds dropout.
+        processes: Those that train together.
+        checkpoints: Where its states are kept.
 
     Returns:
         What it did.
@@ -325,8 +409,14 @@ def train(trainer: Any, *, samples: int, skipped: int) -> TrainingOutcome:
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(step_callback(config.checkpoint_steps, seed, processes))
+    trainer.checkpoints, trainer.processes = checkpoints, processes
+    newest = checkpoints.newest() if processes.is_first else None
+    step = processes.from_first(newest or 0)
+    if step and processes.is_first:
+        print(f"Training goes on from step {step}.", file=sys.stderr)
     began = time.monotonic()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(checkpoints.bring(step)) if step else None)
     seconds = time.monotonic() - began
     loss = step_figures(trainer, "loss")
     return TrainingOutcome(
@@ -358,8 +448,6 @@ def _save_adapter(trainer: Any, base: ModelConfig, folder: Path) -> None:
         base: The policy's base.
         folder: The folder to write.
     """
-    if not trainer.is_world_process_zero():
-        return
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.peft_config["default"].base_model_name_or_path = base.path
     # "auto" would ask the hub about the base model's vocabulary.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from srccore.config import DpoConfig
 from srccore.policy import Policy, prompt_text, response_text
@@ -17,6 +18,7 @@ from srccore.training import (
     step_figures,
     train_adapter,
 )
+from srccore.training.resume import Checkpoints, resumable
 
 __all__ = ["DpoOutcome", "PreferenceExample", "train_dpo"]
 
@@ -54,12 +56,14 @@ def train_dpo(
     seed: int,
     device: str = "cpu",
     progress: Progress | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> DpoOutcome:
     """Trains a new LoRA adapter on preferences.
 
     The reference is the policy as it comes in: the same model with the new adapter disabled
     (reconstruction). Beta and the weight of the SFT term are the preset's (paper: 0.1 and 0.02,
-    as in RPO; rank 256, alpha 512, learning rate 5e-7).
+    as in RPO; rank 256, alpha 512, learning rate 5e-7). The SFT term is a mean over the tokens of
+    all chosen responses of an optimiser step, however the step is shared and accumulated.
 
     Args:
         policy: The round's starting policy.
@@ -69,6 +73,7 @@ def train_dpo(
         seed: Seeds adapter, order and dropout.
         device: ``cpu`` or ``cuda``.
         progress: Told of every optimiser step.
+        checkpoints: Where its states are kept; None is ``out/checkpoint``.
 
     Returns:
         Steps, losses, rewards at the end, and how many examples were too long.
@@ -97,7 +102,8 @@ def train_dpo(
         seed=seed,
         device=device,
         progress=progress,
-        trainer=lambda arguments, **parts: DPOTrainer(
+        checkpoints=checkpoints,
+        trainer=lambda arguments, **parts: _token_normalised(resumable(DPOTrainer))(
             args=DPOConfig(
                 **arguments,
                 beta=config.beta,
@@ -114,3 +120,40 @@ def train_dpo(
         chosen_log_probability=final_mean(step_figures(trainer, "logps/chosen")),
         rejected_log_probability=final_mean(step_figures(trainer, "logps/rejected")),
     )
+
+
+def _token_normalised(trainer: type[Any]) -> type[Any]:
+    """Makes a class of DPO trainers whose SFT term is a mean over an optimiser step's tokens.
+
+    TRL takes the mean over the tokens of one forward pass. Trainer and DDP then take the mean of
+    these over forward passes and processes, so each is weighted by its share of the tokens.
+
+    Args:
+        trainer: TRL's class.
+    """
+
+    class TokenNormalised(trainer):  # type: ignore[misc]  # TRL is read without types
+        def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            own = sum(_chosen_tokens(batch) for batch in batches).to(device)
+            return batches, self.accelerator.gather(own).sum()
+
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            means = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+            share = means * _chosen_tokens(inputs) / num_items_in_batch
+            self.loss_weights = [1.0, self.args.loss_weights[1] * share]
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    return TokenNormalised
+
+
+def _chosen_tokens(batch: Any) -> Any:
+    """Counts the tokens of the chosen responses: the first half of the rows, as TRL stacks them."""
+    chosen, _ = batch["completion_mask"].chunk(2)
+    return chosen[:, 1:].sum()

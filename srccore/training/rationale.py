@@ -9,6 +9,7 @@ from pathlib import Path
 from srccore.config import RationaleTuningConfig
 from srccore.policy import Policy, prompt_text, response_text
 from srccore.training import ImageLoader, Progress, Row, TrainingOutcome, train_adapter
+from srccore.training.resume import Checkpoints, resumable
 
 __all__ = ["RationaleExample", "tune_rationale"]
 
@@ -31,6 +32,7 @@ def tune_rationale(
     seed: int,
     device: str = "cpu",
     progress: Progress | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainingOutcome:
     """Trains a LoRA adapter on the responses; the loss covers the response and its end only.
 
@@ -45,6 +47,7 @@ def tune_rationale(
         seed: Seeds adapter, order and dropout.
         device: ``cpu`` or ``cuda``.
         progress: Told of every optimiser step.
+        checkpoints: Where its states are kept; None is ``out/checkpoint``.
 
     Returns:
         Steps, losses, seconds, and how many examples were too long.
@@ -70,7 +73,8 @@ def tune_rationale(
         seed=seed,
         device=device,
         progress=progress,
-        trainer=lambda arguments, **parts: SFTTrainer(
+        checkpoints=checkpoints,
+        trainer=lambda arguments, **parts: resumable(SFTTrainer)(
             args=SFTConfig(**arguments, completion_only_loss=True), **parts
         ),
     )

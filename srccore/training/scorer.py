@@ -19,11 +19,14 @@ from srccore.training import (
     lora_config,
     progress_callbacks,
     quiet,
+    sample_order,
     step_figures,
     train,
     training_arguments,
     training_device,
 )
+from srccore.training.ranks import joined
+from srccore.training.resume import CHECKPOINTS, Checkpoints, resumable
 
 __all__ = ["RatingExample", "ScorerOutcome", "train_scorer"]
 
@@ -56,6 +59,7 @@ def train_scorer(
     seed: int,
     device: str = "cpu",
     progress: Progress | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> ScorerOutcome:
     """Trains R-Scorer; the loss is on the rating token only (reconstruction).
 
@@ -72,6 +76,7 @@ def train_scorer(
         seed: Seeds order, dropout and adapter.
         device: ``cpu`` or ``cuda``.
         progress: Told of every optimiser step.
+        checkpoints: Where its states are kept; None is ``out/checkpoint``.
 
     Returns:
         Steps, losses, accuracy at the end, and how many examples were too long.
@@ -91,7 +96,21 @@ def train_scorer(
     ratings = {level: single_token(tokenizer, str(level)) for level in RATING_LEVELS}
     on_gpu = device.startswith("cuda")
     dtype = getattr(torch, base.dtype) if on_gpu and config.lora else torch.float32
-    with quiet(), tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch:
+    kept = checkpoints or Checkpoints(out / CHECKPOINTS)
+    with (
+        joined(device) as processes,
+        quiet(),
+        tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch,
+    ):
+        arguments = training_arguments(
+            config,
+            out=Path(scratch),
+            seed=seed,
+            device=device,
+            dtype=base.dtype,
+            bar=progress is None,
+            processes=processes,
+        )
         model = AutoModelForCausalLM.from_pretrained(
             path,
             revision=base.revision,
@@ -101,30 +120,32 @@ def train_scorer(
         )
         model.to(training_device(device))
         rows = _rows(examples, tokenizer, ratings, model.config.max_position_embeddings)
-        arguments = training_arguments(
-            config,
-            out=Path(scratch),
-            seed=seed,
-            device=device,
-            dtype=base.dtype,
-            bar=progress is None,
-        )
-        trainer = SFTTrainer(
+        samples = len(rows["input_ids"])
+        processes.agree(map(str, rows["input_ids"]), "prompts")
+        trainer = resumable(SFTTrainer)(
             model=model,
             args=SFTConfig(**arguments),
-            train_dataset=Dataset.from_dict(rows),
+            train_dataset=Dataset.from_dict(rows).select(sample_order(samples, config, seed)),
             processing_class=tokenizer,
             peft_config=lora_config(config.lora, _targets(config.lora)) if config.lora else None,
             callbacks=progress_callbacks(progress),
         )
-        samples = len(rows["input_ids"])
-        outcome = train(trainer, samples=samples, skipped=len(examples) - samples)
-        if trainer.is_world_process_zero():
+        outcome = train(
+            trainer,
+            config,
+            samples=samples,
+            skipped=len(examples) - samples,
+            seed=seed,
+            processes=processes,
+            checkpoints=kept,
+        )
+        if processes.is_first:
             trained = trainer.accelerator.unwrap_model(trainer.model)
             if config.lora:
                 trained = trained.merge_and_unload()
             trained.to(getattr(torch, base.dtype)).save_pretrained(out / "model")
             tokenizer.save_pretrained(out / "model")
+            kept.remove()
     return ScorerOutcome(
         training=outcome,
         rating_accuracy=final_mean(step_figures(trainer, "mean_token_accuracy")),

@@ -90,6 +90,7 @@ def data_with_rationales(finished: Path, path: Path) -> None:
     dataset.write_data(path, rows)
 
 
+@pytest.mark.long
 def test_data_with_rationales_and_a_given_r_scorer_come_to_a_report(
     finished: Path, tmp_path: Path
 ) -> None:

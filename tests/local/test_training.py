@@ -26,6 +26,7 @@ from srccore.policy import (
     read_adapter,
     response_text,
 )
+from srccore.training import sample_order
 from srccore.training.dpo import PreferenceExample, train_dpo
 from srccore.training.rationale import RationaleExample, tune_rationale
 from srccore.training.scorer import RatingExample, train_scorer
@@ -176,6 +177,88 @@ def test_dpo_sees_the_ids_of_inference_and_starts_from_its_reference(
     tokens = sum(len(ids) for ids in chosen)
     wanted = math.log(2) - 0.02 * (sums[0] + sums[2]) / tokens
     assert outcome.training.last_loss == pytest.approx(wanted, rel=1e-4)
+
+
+LENGTHS = ("", " It is.", " So it is, and no other way.", " It is not four, but three.")
+"""Ends of responses that differ in length."""
+
+
+def uneven_preferences() -> list[PreferenceExample]:
+    return [
+        PreferenceExample(example.question, example.chosen + end, example.rejected, example.image)
+        for example, end in zip(preferences(), LENGTHS, strict=True)
+    ]
+
+
+SHARES = [(4, 1), (2, 2), (1, 4)]
+"""Samples of a forward pass, and forward passes of an optimiser step."""
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_the_sft_term_is_a_mean_over_the_tokens_of_all_chosen_responses_of_a_step(
+    tmp_path: Path, share: tuple[int, int]
+) -> None:
+    # A model that has learnt some words and not others: what is likely differs from text to text.
+    base = ModelConfig(path="embedded:lvlm")
+    samples, passes = share
+    config = dpo_config(
+        batch_size=samples,
+        gradient_accumulation_steps=passes,
+        learning_rate=1e-12,
+        sft_weight=1.0,
+    )
+    examples = uneven_preferences()
+    outcome = train_dpo(Policy(base=base), examples, config, tmp_path, seed=0)
+    assert outcome.training.steps == 1
+    loaded = load_policy(Policy(base=base))
+    total, tokens, means = 0.0, 0, []
+    for example in examples:
+        found = log_probability(loaded, example.image(), example.chosen)
+        count = len(inference_ids(loaded.processor, example.image(), example.chosen)[1])
+        total, tokens, means = total + found, tokens + count, [*means, found / count]
+    # The policy is its own reference, so the first term is -log sigmoid(0).
+    wanted = math.log(2) - total / tokens
+    assert outcome.training.last_loss == pytest.approx(wanted, rel=1e-4)
+    # The mean of the samples' means is quite another number.
+    assert abs(total / tokens - sum(means) / 4) > 0.05
+
+
+def test_how_a_batch_is_accumulated_changes_no_adapter(base: ModelConfig, tmp_path: Path) -> None:
+    found = []
+    for samples, passes in SHARES:
+        out = tmp_path / str(samples)
+        out.mkdir()
+        config = dpo_config(
+            batch_size=samples, gradient_accumulation_steps=passes, sft_weight=1.0, epochs=3
+        )
+        train_dpo(Policy(base=base), uneven_preferences(), config, out, seed=3)
+        found.append(read_adapter(out / "adapter").pairs)
+    for other in found[1:]:
+        for module, matrices in found[0].items():
+            for left, right in zip(matrices, other[module], strict=True):
+                torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-3)
+
+
+def test_every_epoch_is_another_order_and_its_last_batch_is_filled_up_from_its_beginning() -> None:
+    config = dpo_config(batch_size=2, gradient_accumulation_steps=2, epochs=2.5)
+    order = sample_order(6, config, seed=0)
+    # 6 samples make 2 steps of 4 in an epoch; 2.5 epochs are 5 steps.
+    assert len(order) == 20
+    epochs = [order[:8], order[8:16]]
+    for epoch in epochs:
+        assert sorted(epoch[:6]) == list(range(6))
+        assert epoch[6:] == epoch[:2]
+    assert epochs[0] != epochs[1]
+    assert order[:8] == sample_order(6, config, seed=0)[:8] != sample_order(6, config, seed=1)[:8]
+    # Fewer samples than one step takes come as often as they must.
+    (first, second) = sample_order(2, dpo_config(batch_size=5), seed=0)[:2]
+    assert sample_order(2, dpo_config(batch_size=5), seed=0) == [
+        first,
+        second,
+        first,
+        second,
+        first,
+    ]
 
 
 def log_probability(loaded: Any, picture: Any, response: str) -> float:

@@ -17,13 +17,16 @@ from s3_server import S3Server
 
 from srccore import stages, storage
 from srccore.cluster import train
+from srccore.errors import UserError
 from srccore.records import Rationale, read_records
 from srccore.step import (
     Finished,
     Reference,
     _policy_input,
     fetch_output,
+    finished_stage,
     import_output,
+    locate_stage,
     run_stage,
 )
 
@@ -156,6 +159,29 @@ def test_what_is_imported_counts_by_what_lies_there(root: str, tmp_path: Path) -
     assert found[0] != found[1]
 
 
+def test_where_a_stage_will_lie_is_known_before_and_whether_it_is_done(root: str) -> None:
+    settings = {"config": DATA}
+    uri = locate_stage("prepare-data", root, inputs={}, settings=settings)
+    assert finished_stage("prepare-data", uri) is None
+    done = prepare(root)
+    assert done.uri == uri
+    assert finished_stage("prepare-data", uri) == done
+    with pytest.raises(UserError, match="holds prepare-data, not train-dpo"):
+        finished_stage("train-dpo", uri)
+
+
+def test_torchrun_starts_training_stages_only(
+    root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        prepare(root)
+    # Whoever calls it from a program may want the error itself.
+    assert isinstance(stopped.value.__cause__, UserError)
+    assert "prepare-data runs in one process" in capsys.readouterr().err
+
+
 def write_policy_file(path: Path, *adapters: str) -> Path:
     base = {"path": "embedded:lvlm"}
     policy = {"record": "policy", "version": 1, "policy": {"base": base, "adapters": adapters}}
@@ -272,11 +298,16 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
         "There is nothing at",
     ),
     (
-        "a launcher that is not there yet",
+        "a job without a bucket",
         lambda folder: train(
             "train-dpo", str(folder), launcher="pytorchjob", inputs={}, settings={}
         ),
-        "launcher: inprocess",
+        "Give an artifact root in a bucket",
+    ),
+    (
+        "a launcher that there is not",
+        lambda folder: train("train-dpo", "s3://any/root", launcher="mpi", inputs={}, settings={}),
+        "'mpi' is no launcher. Name one of inprocess, pytorchjob, trainjob.",
     ),
     (
         "an artifact that is no reference",

@@ -467,6 +467,24 @@ def test_two_processes_may_fetch_the_same_at_once(s3: S3Server, requests: Reques
     assert requests.keys("GetObject") == []
 
 
+def test_of_two_that_fetch_the_same_at_once_one_downloads_it(
+    s3: S3Server, requests: Requests, on: Hook
+) -> None:
+    for number in range(3):
+        s3.put(f"model/shard-{number}")
+    deadline = time.monotonic() + 30
+
+    def wait_until_both_have_looked(**_: object) -> None:
+        while len(requests.keys("ListObjectsV2")) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    on("provide-client-params.s3.GetObject", wait_until_both_have_looked)
+    with ThreadPoolExecutor() as both:
+        found = list(both.map(storage.fetch, [f"{s3.uri}/model"] * 2))
+    assert found == [storage.local_path(f"{s3.uri}/model")] * 2
+    assert sorted(requests.keys("GetObject")) == [f"model/shard-{n}" for n in range(3)]
+
+
 # versitygw lets nobody store such keys.
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
 @pytest.mark.parametrize(
@@ -482,6 +500,44 @@ def test_a_key_that_is_no_file_below_the_folder_is_refused(
         with pytest.raises(UserError, match=r"The object .* cannot be a file below a folder"):
             ask(f"{s3.uri}/model")
     assert not (tmp_path / "cache").exists()
+
+
+# Removing
+
+
+@pytest.mark.parametrize("name", ["tune", "tune/adapter", "tune/policy.json", "none"])
+def test_what_is_removed_is_gone_and_the_rest_stays(
+    s3: S3Server, tmp_path: Path, name: str
+) -> None:
+    # A name that begins like another's is another.
+    files = {
+        f"{folder}/{file}": data for folder in ("tune", "tune-2") for file, data in FILES.items()
+    }
+    stays = {file for file in files if file != name and not file.startswith(f"{name}/")}
+    write(tmp_path / "local", files)
+    storage.publish(tmp_path / "local", s3.uri)
+    for _ in range(2):
+        storage.remove(f"{s3.uri}/{name}")
+        storage.remove(str(tmp_path / "local" / name))
+        assert set(s3.keys()) == stays
+        assert contents(tmp_path / "local").keys() == stays
+
+
+def test_manifests_are_removed_first(s3: S3Server, requests: Requests) -> None:
+    for name in ("a", f"one/{MANIFEST}", "one/weights", f"two/{MANIFEST}"):
+        s3.put(f"checkpoint/{name}")
+    storage.remove(f"{s3.uri}/checkpoint")
+    assert set(requests.keys("DeleteObject")[:2]) == {
+        f"checkpoint/one/{MANIFEST}",
+        f"checkpoint/two/{MANIFEST}",
+    }
+
+
+def test_a_whole_bucket_is_not_removed(s3: S3Server) -> None:
+    s3.put("model/weights")
+    with pytest.raises(UserError, match="is a whole bucket"):
+        storage.remove(f"{s3.uri}/")
+    assert s3.keys() == ["model/weights"]
 
 
 # Faults
@@ -507,7 +563,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_missing_bucket_is_told(s3: S3Server, folder: Path) -> None:
-    for ask in [*ASKS, lambda uri: storage.publish(folder, uri)]:
+    for ask in [*ASKS, storage.remove, lambda uri: storage.publish(folder, uri)]:
         message = refused(ask, "s3://no-such-bucket/key", "There is no bucket no-such-bucket")
         assert s3.endpoint in message
 
@@ -541,6 +597,11 @@ def test_a_wrong_key_is_told_and_not_shown(
             ["s3:ListBucket", "s3:GetObject"],
             lambda uri: storage.publish(storage.fetch(uri), uri),
             "may not be written .*s3:PutObject",
+        ),
+        (
+            ["s3:ListBucket", "s3:GetObject", "s3:PutObject"],
+            storage.remove,
+            "may not be deleted .*s3:DeleteObject",
         ),
     ],
 )

@@ -1,0 +1,124 @@
+"""A training that was interrupted ends as if it had not been."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_trainings
+import torch
+from safetensors.torch import load_file
+
+from srccore.config import LoraSettings
+from srccore.manifest import MANIFEST
+
+# Dropout draws random numbers in every step; 6 samples in batches of 4 make 2 steps of an epoch.
+TRAININGS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "dpo": (small_trainings.dpo, {}),
+    "rationale": (small_trainings.rationale, {"lora": LoraSettings(rank=2, alpha=4, dropout=0.5)}),
+    "scorer": (small_trainings.scorer, {}),
+    "scorer-of-lora": (small_trainings.scorer, {"lora": small_trainings.LORA}),
+}
+
+
+class Cut:
+    """Ends a training after a step, and remembers which ones there were."""
+
+    def __init__(self, after: int | None = None) -> None:
+        self.after = after
+        self.steps: list[int] = []
+
+    def __call__(self, done: int, total: int) -> None:
+        self.steps.append(done)
+        if done == self.after:
+            raise KeyboardInterrupt
+
+
+def made(outcome: Any, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Figures but for the time, and weights."""
+    figures = dataclasses.asdict(outcome)
+    figures.get("training", figures).pop("seconds")
+    (file,) = folder.glob("*/*.safetensors")
+    return figures, load_file(file)
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_it_goes_on_from_its_newest_checkpoint_to_the_same_weights(
+    tmp_path: Path, name: str
+) -> None:
+    train, changes = TRAININGS[name]
+    whole = folder(tmp_path / "whole")
+    figures, weights = made(train(whole, checkpoint_steps=2, **changes), whole)
+
+    cut, out = Cut(after=5), folder(tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        train(out, checkpoint_steps=2, progress=cut, **changes)
+    assert [path.name for path in out.iterdir()] == ["checkpoint"]
+    assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-4"]
+
+    again = Cut()
+    found, other = made(train(out, checkpoint_steps=2, progress=again, **changes), out)
+    assert again.steps == [5, 6]
+    assert found == figures
+    assert other.keys() == weights.keys()
+    assert all(torch.equal(other[each], weights[each]) for each in weights)
+    assert [path.name for path in out.iterdir()] == [path.name for path in whole.iterdir()]
+    assert "checkpoint" not in [path.name for path in out.iterdir()]
+
+
+def interrupted(out: Path, **changes: Any) -> Path:
+    with pytest.raises(KeyboardInterrupt):
+        small_trainings.dpo(out, progress=Cut(after=5), **changes)
+    return out / "checkpoint" / "step-4"
+
+
+def test_a_checkpoint_holds_no_more_than_is_needed(tmp_path: Path) -> None:
+    checkpoint = interrupted(tmp_path, checkpoint_steps=2)
+    names = {"weights.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", MANIFEST}
+    assert {path.name for path in checkpoint.iterdir()} == names
+    # Of the adapter alone: the base model's weights stay where they are.
+    weights = load_file(checkpoint / "weights.safetensors")
+    assert all("lora_" in name for name in weights)
+    assert json.loads((checkpoint / MANIFEST).read_text()) == {"step": 4}
+
+
+def test_none_is_written_where_none_is_wanted(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        small_trainings.dpo(tmp_path, progress=Cut(after=5), checkpoint_steps=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Harm:
+    """What a pickle could do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, name: str) -> None:
+    checkpoint = interrupted(tmp_path, checkpoint_steps=2)
+    torch.save(Harm(tmp_path / "harm"), checkpoint / name)
+    with pytest.raises(pickle.UnpicklingError):
+        small_trainings.dpo(tmp_path, checkpoint_steps=2)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
+    interrupted(tmp_path, checkpoint_steps=2)
+    other = LoraSettings(rank=2, alpha=4, target_modules=r".*language_model.*\.q_proj")
+    with pytest.raises(ValueError, match="holds other weights"):
+        small_trainings.dpo(tmp_path, checkpoint_steps=2, lora=other)

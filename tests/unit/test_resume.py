@@ -1,0 +1,132 @@
+"""Checkpoints on a disk and in a bucket: which one is the newest whole one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import s3_server
+from s3_server import S3Server
+
+from srccore import storage
+from srccore.errors import UserError
+from srccore.manifest import MANIFEST
+from srccore.training.resume import Checkpoints, PublishedCheckpoints
+
+moto, versitygw = s3_server.moto, s3_server.versitygw
+s3, no_aws = s3_server.s3, s3_server.no_aws
+
+
+def write(folder: Path) -> None:
+    (folder / "weights.safetensors").write_bytes(b"weights")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_is_kept_alone(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoint")
+    assert checkpoints.newest() is None
+    # By number: as texts, 20 would be before 3.
+    for step in (3, 20):
+        checkpoints.save(step, write)
+        assert checkpoints.newest() == step
+    assert names(checkpoints.folder) == ["step-20"]
+    assert names(checkpoints.bring(20)) == [MANIFEST, "weights.safetensors"]
+    checkpoints.remove()
+    assert names(tmp_path) == []
+
+
+def test_one_that_was_cut_off_does_not_count_and_is_cleared_away(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, write)
+
+    def half(folder: Path) -> None:
+        write(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(4, half)
+    assert checkpoints.newest() == 2
+    (tmp_path / "step-6").mkdir()
+    write(tmp_path / "step-6")
+    assert checkpoints.newest() == 2
+    checkpoints.save(4, write)
+    assert names(tmp_path) == ["step-4"]
+
+
+def test_the_same_step_is_made_again(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for _ in range(2):
+        checkpoints.save(2, write)
+    assert names(tmp_path) == ["step-2"]
+
+
+def test_one_on_another_machine_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not see the checkpoint .*s3://"):
+        Checkpoints(tmp_path).bring(2)
+
+
+def published(s3: S3Server) -> PublishedCheckpoints:
+    uri = f"{s3.uri}/train-dpo/key/checkpoint"
+    return PublishedCheckpoints(storage.local_path(uri), uri)
+
+
+def test_a_machine_without_the_disk_fetches_it(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert published(s3).newest() is None
+    for step in (2, 4):
+        published(s3).save(step, write)
+    assert sorted(s3.keys()) == [
+        f"train-dpo/key/checkpoint/step-4/{name}" for name in (MANIFEST, "weights.safetensors")
+    ]
+    monkeypatch.setenv("SRCCORE_CACHE", str(tmp_path / "another machine"))
+    assert published(s3).newest() == 4
+    found = published(s3).bring(4)
+    assert found.is_relative_to(tmp_path / "another machine")
+    assert (found / "weights.safetensors").read_bytes() == b"weights"
+
+
+def test_one_that_is_half_uploaded_does_not_count(s3: S3Server) -> None:
+    published(s3).save(2, write)
+    s3.put("train-dpo/key/checkpoint/step-4/weights.safetensors")
+    assert published(s3).newest() == 2
+
+
+def test_the_bucket_decides_so_that_all_machines_go_on_from_the_same(s3: S3Server) -> None:
+    checkpoints = published(s3)
+    checkpoints.save(2, write)
+    # Written here, but cut off before it was uploaded.
+    Checkpoints(checkpoints.folder).save(4, write)
+    assert checkpoints.newest() == 2
+    assert (checkpoints.bring(2) / MANIFEST).is_file()
+
+
+@pytest.mark.parametrize("s3", ["versitygw"], indirect=True)
+def test_whoever_may_not_delete_trains_all_the_same_and_is_told(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    user = s3.with_user_who_may("s3:ListBucket", "s3:GetObject", "s3:PutObject")
+    for name, value in user.environment.items():
+        monkeypatch.setenv(name, value)
+    for step in (2, 4):
+        published(s3).save(step, write)
+    assert published(s3).newest() == 4
+    said = capsys.readouterr().err
+    assert "checkpoint/step-2 stays" in said
+    assert "s3:DeleteObject" in said
+
+
+def test_a_newer_one_of_another_pod_is_let_alone(s3: S3Server) -> None:
+    for step in (6, 2):
+        published(s3).save(step, write)
+    assert published(s3).newest() == 6
+
+
+def test_removing_them_here_leaves_the_bucket_alone(s3: S3Server) -> None:
+    published(s3).save(2, write)
+    published(s3).remove()
+    assert not published(s3).folder.exists()
+    assert published(s3).newest() == 2

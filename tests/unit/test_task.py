@@ -1,0 +1,155 @@
+"""Tasks: what a job's pods are told of a stage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import s3_server
+from s3_server import S3Server
+
+from srccore.cluster.task import StageTask
+from srccore.errors import UserError
+from srccore.step import Reference, finished_stage, import_output, locate_stage, run_stage
+
+moto, no_aws = s3_server.moto, s3_server.no_aws
+
+ROOT = "s3://bucket/artifacts"
+DATA = {"train": 8.0, "calibration": 8.0, "heldout": 8.0, "seed": 0.0}
+TEACHER = {"config": {"teacher": "facts"}}
+
+
+@pytest.fixture
+def root(no_aws: None, moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    it = moto.with_new_bucket()
+    for name, value in it.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"{it.uri}/artifacts"
+
+
+def prepared(root: str, artifact: Path) -> str:
+    """The path of a reference to a train split."""
+    done = run_stage("prepare-data", root, inputs={}, settings={"config": DATA})
+    done.refer(str(artifact), "train.parquet")
+    return str(artifact)
+
+
+def reference(path: Path, uri: str) -> str:
+    path.write_text(Reference(uri=uri).model_dump_json())
+    return str(path)
+
+
+def policy(path: Path, *adapters: str, base: str = "embedded:lvlm") -> str:
+    values = {"base": {"path": base}, "adapters": adapters}
+    path.write_text(json.dumps({"record": "policy", "version": 1, "policy": values}))
+    return str(path)
+
+
+def task(**inputs: object) -> StageTask:
+    return StageTask.of("train-dpo", ROOT, inputs=inputs, settings={})  # type: ignore[arg-type]
+
+
+def test_a_task_runs_far_away_what_the_step_would_have_run(root: str, tmp_path: Path) -> None:
+    split = prepared(root, tmp_path / "train")
+    inputs = {"data": split}
+    made = StageTask.of("augment-rationales", root, inputs=inputs, settings=TEACHER, threads=1)
+    # The step's disk is not the pod's.
+    Path(split).unlink()
+    told = StageTask.from_json(made.to_json())
+    assert told == made
+    assert finished_stage(told.stage, told.uri()) is None
+    done = told.run()
+    assert done.uri == told.uri()
+    assert finished_stage(told.stage, told.uri()) == done
+    assert done.figures["given"] == 8
+
+
+def test_a_list_and_an_input_that_is_not_given_arrive_as_they_are(tmp_path: Path) -> None:
+    paths = [reference(tmp_path / name, f"{ROOT}/{name}") for name in ("a", "b")]
+    made = StageTask.from_json(task(data=paths[0], candidates=paths, rationales=None).to_json())
+    with made._artifacts() as inputs:
+        assert inputs["rationales"] is None
+        found = inputs["candidates"]
+        assert isinstance(found, list)
+        uris = [Reference.model_validate_json(Path(path).read_text()).uri for path in found]
+    assert uris == [f"{ROOT}/a", f"{ROOT}/b"]
+
+
+def test_the_place_is_that_of_the_step(root: str, tmp_path: Path) -> None:
+    inputs = {
+        "data": prepared(root, tmp_path / "train"),
+        "preferences": reference(tmp_path / "preferences", f"{root}/curate-preference/key"),
+        "policy": policy(tmp_path / "policy.json", f"{root}/tune-rationale/key/adapter"),
+    }
+    settings = {"config": {"learning_rate": 1.0, "lora": {"rank": 2.0, "alpha": 4.0}}, "seed": 0.0}
+    made = StageTask.of("train-dpo", root, inputs=inputs, settings=settings)
+    assert made.uri() == locate_stage("train-dpo", root, inputs=inputs, settings=settings)
+    assert made.uri().startswith(f"{root}/train-dpo/")
+    # How often it saves its state makes it no other training.
+    config = {**settings["config"], "checkpoint_steps": 7}  # type: ignore[dict-item]
+    other = made.model_copy(update={"settings": {**settings, "config": config}})
+    assert other.uri() == made.uri()
+
+
+def test_hub_ids_and_the_models_of_the_package_are_seen_everywhere(tmp_path: Path) -> None:
+    for base in ("embedded:lvlm", "llava-hf/llava-1.5-7b-hf", "s3://models/llava"):
+        made = task(policy=policy(tmp_path / "policy.json", f"{ROOT}/adapter", base=base))
+        assert base in str(made.inputs["policy"])
+
+
+def test_what_the_pods_do_not_see_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    split = tmp_path / "mine.parquet"
+    split.write_bytes(b"PAR1\xff")
+    adapter = str(tmp_path / "adapter")
+    wrong = [
+        (str(split), "is neither a reference nor a policy"),
+        (str(tmp_path), "is neither a reference nor a policy"),
+        (str(tmp_path / "none"), "is neither a reference nor a policy"),
+        (reference(tmp_path / "a", "/data/train.parquet"), "names /data/train.parquet"),
+        (policy(tmp_path / "b.json", adapter), f"names {adapter}"),
+        (policy(tmp_path / "c.json", base="/models/llava"), "names /models/llava"),
+    ]
+    for path, message in wrong:
+        with pytest.raises(UserError, match=message) as caught:
+            task(data=path)
+        assert "The input data of train-dpo" in str(caught.value)
+        assert "import-output" in str(caught.value)
+
+
+def test_pods_that_share_the_disk_see_its_files(tmp_path: Path) -> None:
+    root = str(tmp_path / "artifacts")
+    split = prepared(root, tmp_path / "train")
+    import_output(str(Path(root).resolve()), str(tmp_path / "imported"))
+    made = StageTask.of("augment-rationales", root, inputs={"data": split}, settings=TEACHER)
+    assert made.run().figures["given"] == 8
+
+
+def test_a_text_that_is_no_task_is_told() -> None:
+    with pytest.raises(UserError, match=r"The task .*artifact_root"):
+        StageTask.from_json('{"stage": "train-dpo"}')
+
+
+def test_a_task_is_made_and_located_without_torch_and_pyarrow(root: str, tmp_path: Path) -> None:
+    split = prepared(root, tmp_path / "train")
+    start = policy(tmp_path / "policy.json")
+    code = f"""
+import sys
+for name in ("torch", "pyarrow", "transformers", "datasets", "PIL"):
+    sys.modules[name] = None
+from srccore.cluster.task import StageTask
+from srccore.step import finished_stage
+task = StageTask.of(
+    "train-dpo",
+    "{root}",
+    inputs={{"data": "{split}", "preferences": "{split}", "policy": "{start}"}},
+    settings={{"config": {{"learning_rate": 1, "lora": {{"rank": 2, "alpha": 4}}}}, "seed": 0}},
+)
+assert finished_stage(task.stage, task.uri()) is None
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
