@@ -36,7 +36,9 @@ app.add_typer(image_commands.app, name="images")
 
 EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "trl", "peft", "accelerate", "datasets"), "train"),
-    **dict.fromkeys(("kfp", "kfp_server_api", "kubernetes", "croniter"), "pipelines"),
+    **dict.fromkeys(("kfp", "kfp_server_api", "croniter"), "pipelines"),
+    **dict.fromkeys(("pyarrow", "PIL"), "data"),
+    "kubernetes": "cluster",
     "openai": "teacher",
 }
 """The extra that brings each package that may be missing."""

@@ -1,0 +1,563 @@
+"""Creates a training job, or goes on with the one that an earlier attempt made, to its end.
+
+Invariants, which docs/training-job.md gives the reasons for:
+
+* One name, one specification: a job is adopted only where its hash is the same.
+* A job that is given up is deleted; a job that goes on without us is one that can be adopted.
+* Success is what lies in the store, not what the operator says.
+* Whatever the API server does for a while, nothing is lost but time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from srccore.cluster.api import Api, ApiError, retried
+from srccore.cluster.observe import Assessment, Limits, Observer, Outcome, pod_index
+from srccore.cluster.request import SPEC_HASH, JobKind, TrainingJobRequest
+from srccore.cluster.watching import LogStream, Mirror
+from srccore.errors import UserError
+
+__all__ = ["JobFailed", "Launch", "Stopped", "signals"]
+
+Object = dict[str, Any]
+
+OUTAGE_SECONDS = 900.0
+"""How long the API server may be away."""
+DELETE_SECONDS = 20.0
+ASK_SECONDS = 5.0
+"""How long it is tried, after SIGTERM, to find out whether the workflow goes on."""
+QUOTA_SECONDS = 15.0
+TICK_SECONDS = 5.0
+"""How often clocks are looked at where nothing else happens; costs no request."""
+WARNINGS_SECONDS = 10.0
+LAST_LINES = 30
+LAST_EVENTS = 5
+REST_OF_LOG_SECONDS = 20.0
+AWAY = "The API server does not answer as it should ({}): trying again."
+QUOTA = re.compile("exceeded quota|status unknown for quota")
+"""It is full, or the controllers have not counted yet: minutes, for a kind that is new to them."""
+NO_RIGHT = re.compile(r'User ".*" cannot ')
+"""How the API server names the verb and the resource that a role lacks."""
+
+
+class JobFailed(Exception):  # noqa: N818  # said to people as it stands
+    """The job failed or was given up; the same step may go better another time.
+
+    Attributes:
+        what: What happened.
+        mend: What to do about it.
+        exit_code: Of the pod that failed first, where one did.
+    """
+
+    def __init__(self, what: str, mend: str, exit_code: int | None = None) -> None:
+        """Keeps both; the message is the two of them."""
+        super().__init__(f"{what} {mend}")
+        self.what = what
+        self.mend = mend
+        self.exit_code = exit_code
+
+
+class Stopped(Exception):  # noqa: N818
+    """This process was told to end."""
+
+
+@contextlib.contextmanager
+def signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Calls a function on SIGTERM and SIGINT for as long as it is open."""
+
+    def handle(_number: int, _frame: object) -> None:
+        stop()
+
+    before = {each: signal.signal(each, handle) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Launch:
+    """One attempt of a step to have its job done.
+
+    Args:
+        api: The API server.
+        kind: Which operator runs the job.
+        request: The job.
+        published: Whether what the job makes is there.
+        limits: How long what may last; those of the request if not given.
+        say: Told of every line for people, the job's own log among them.
+        outage: How long the API server may be away, in seconds.
+    """
+
+    api: Api
+    kind: JobKind
+    request: TrainingJobRequest
+    published: Callable[[], bool]
+    limits: Limits | None = None
+    say: Callable[[str], None] = _say
+    outage: float = OUTAGE_SECONDS
+    # Unlike an event it may be written to by a signal handler whatever the main thread is doing.
+    _wakes: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
+    _stopping: bool = False
+    _said: str = ""
+    _asked_for: Object | None = None
+    _away_since: float | None = None
+    _warned_at: float = -WARNINGS_SECONDS
+    _last_warnings: list[Object] = field(default_factory=list)
+
+    def stop(self) -> None:
+        """Ends `run` soon; may be called by a signal handler or by another thread."""
+        self._stopping = True
+        self._wake()
+
+    def run(self) -> None:
+        """Has the job done.
+
+        Raises:
+            UserError: The API server refuses what somebody has to mend.
+            JobFailed: The job failed, was given up or was deleted.
+            Stopped: `stop` was called.
+        """
+        self.limits = self.limits or Limits.of(self.request.settings)
+        job = None
+        try:
+            job = self._create()
+            self._see_to_its_end(job, self.limits)
+        except Stopped:
+            job = job or self._made_unseen()
+            if job and self._goes_on():
+                self.say(f"{_path(job)} goes on; the next attempt of this step watches it.")
+            elif job:
+                self._delete(job)
+            raise
+
+    # -- creating ------------------------------------------------------------------------------
+
+    def _create(self) -> Object:
+        """The job, created or adopted."""
+        assert self.limits is not None
+        began = time.monotonic()
+        attempt = 1
+        while True:
+            body = self.request.to_object(self.kind, attempt)
+            try:
+                self._asked_for = body
+                ask = functools.partial(self.api.create, self._jobs, body)
+                job = retried(ask, self.outage, self._away)
+            except ApiError as error:
+                waited = time.monotonic() - began
+                in_time = waited < self.limits.waiting
+                if error.status == 409:
+                    # The name is taken; or many ask for one quota at once.
+                    found = self._existing(body)
+                    if found is None and not in_time:
+                        raise self._refusal(error) from None
+                    if found is None:
+                        self._pause(1.0)
+                    elif _has(found, "Failed"):
+                        attempt += 1
+                    else:
+                        self.say(f"{_path(found)} is there already: this step goes on with it.")
+                        return found
+                elif QUOTA.search(error.message) and in_time:
+                    self._tell(f"The job waits for the namespace's quota: {error.message}")
+                    self._pause(QUOTA_SECONDS)
+                elif NO_RIGHT.search(error.message) and waited < self.limits.refused:
+                    # A server that has just begun does not know all its roles yet.
+                    self._away(error, 1.0)
+                else:
+                    raise self._refusal(error) from None
+            else:
+                self.say(f"{_path(job)} is created ({self.kind.api_version}).")
+                return job
+
+    def _existing(self, body: Object) -> Object | None:
+        """The job of that name if it is ours; None where it is going or gone."""
+        name = body["metadata"]["name"]
+        path = f"{self._jobs}/{name}"
+        try:
+            found = retried(lambda: self.api.get(path), self.outage, self._away)
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise self._refusal(error) from None
+        if "deletionTimestamp" in found["metadata"]:
+            self._tell(f"{_path(found)} is being deleted: waiting until it is gone.")
+            return None
+        if _hash(found) != _hash(body):
+            raise UserError(
+                f"{_path(found)} is there already and is another job than this step asks for.",
+                "Two tasks of one run train the same stage in the same round: give them different "
+                "values of round_number. Or delete the job, if it is of no use.",
+            )
+        return found
+
+    def _made_unseen(self) -> Object | None:
+        """The job, where there is one that no answer has told of yet."""
+        body = self._asked_for
+        try:
+            found = self.api.get(f"{self._jobs}/{body['metadata']['name']}") if body else None
+        except ApiError as error:
+            if body and error.status != 404:
+                self.say(f"{_path(body)} may have been created: the API server is away.")
+                return None
+            found = None
+        if found is None or body is None or _hash(found) != _hash(body):
+            self.say("Stopped before there was a job.")
+            return None
+        return found
+
+    # -- watching ------------------------------------------------------------------------------
+
+    def _see_to_its_end(self, job: Object, limits: Limits) -> None:
+        name, uid = job["metadata"]["name"], job["metadata"]["uid"]
+        jobs = Mirror(self.api, self._jobs, self._wake, fieldSelector=f"metadata.name={name}")
+        pods = Mirror(
+            self.api, self._pods, self._wake, labelSelector=f"{self.kind.job_label}={name}"
+        )
+        observer = Observer(self.kind, self.request.settings.pods, limits)
+        log = _Log(self)
+        jobs.start()
+        pods.start()
+        try:
+            while True:
+                self._pause(TICK_SECONDS)
+                if not self._is_up_to_date(jobs, pods, limits, job):
+                    continue
+                found = next(
+                    (each for each in jobs.objects if each["metadata"]["uid"] == uid), None
+                )
+                if found is None:
+                    self._deleted(job)
+                    return
+                log.follow(pods.objects)
+                seen = self._judge(observer, found, pods)
+                if seen.outcome:
+                    if seen.outcome.succeeded or seen.outcome.exit_code is not None:
+                        log.finish()
+                    self._conclude(found, seen.outcome, log)
+                    return
+                self._tell(seen.message)
+        finally:
+            log.stop()
+            jobs.stop()
+            pods.stop()
+
+    def _judge(self, observer: Observer, job: Object, pods: Mirror) -> Assessment:
+        known, gone = pods.objects, pods.take_gone()
+        warnings = self._late_warnings(job, known, observer.pods)
+        seen = observer.look(job, known, warnings, datetime.now(UTC), gone)
+        if seen.outcome and not seen.outcome.succeeded:
+            # Watches come late, and each at its own pace: nothing is given up on their word.
+            with contextlib.suppress(ApiError):
+                job = self.api.get(f"{self._jobs}/{job['metadata']['name']}")
+                known = list(self.api.get(self._pods, **pods.selectors)["items"])
+            seen = observer.look(job, known, warnings, datetime.now(UTC), gone)
+        return seen
+
+    def _is_up_to_date(self, jobs: Mirror, pods: Mirror, limits: Limits, job: Object) -> bool:
+        """Whether the mirrors may be believed; gives up where the API server refuses for good."""
+        error = jobs.error or pods.error
+        if error is None:
+            self._away_since = None
+            return jobs.is_known and pods.is_known
+        since = self._away_since = self._away_since or time.monotonic()
+        self._tell(AWAY.format(error))
+        # Rights that were there a moment ago come back like the server itself.
+        comes_back = error.passes or (jobs.is_known and pods.is_known)
+        if time.monotonic() - since > (self.outage if comes_back else limits.refused):
+            if comes_back:
+                raise JobFailed(
+                    f"The API server has been away for {self.outage:.0f} s ({error}).",
+                    f"{_path(job)} may go on; the next attempt of this step watches it.",
+                )
+            self._delete(job)
+            raise self._refusal(error)
+        return False
+
+    def _conclude(self, job: Object, outcome: Outcome, log: _Log) -> None:
+        if outcome.succeeded:
+            if not self.published():
+                self._delete(job)
+                raise JobFailed(
+                    f"{_path(job)} is reported as succeeded, but it has published nothing.",
+                    "See its log above: its pods may have been ended from outside.",
+                )
+            self.say(f"{_path(job)} has succeeded.")
+            return
+        if outcome.pod and outcome.pod != log.pod:
+            self._tail(outcome.pod)
+        makers = (job["metadata"]["name"], self._maker(job))
+        for warning in self._warnings(job, *makers, outcome.pod)[-LAST_EVENTS:]:
+            self.say(f"Event: {warning['involvedObject']['name']}: {warning['message']}")
+        if not _has(job, "Failed"):
+            self._delete(job)
+        raise JobFailed(f"{_path(job)}: {outcome.what}", outcome.mend, outcome.exit_code)
+
+    def _deleted(self, job: Object) -> None:
+        """The job is gone: removed after its time, or by somebody."""
+        if not self.published():
+            raise JobFailed(
+                f"{_path(job)} was deleted, and has published nothing.",
+                "Somebody deleted it, or what it belongs to. Run the step again.",
+            )
+        self.say(f"{_path(job)} is gone, and what it made is there.")
+
+    # -- ending --------------------------------------------------------------------------------
+
+    def _goes_on(self) -> bool:
+        """Whether another attempt may come: the workflow goes on."""
+        owner = self.request.owner
+        if owner is None:
+            return False
+        group, _, version = owner.api_version.partition("/")
+        plural = f"{owner.kind.lower()}s"
+        path = f"/apis/{group}/{version}/namespaces/{self.request.namespace}/{plural}/{owner.name}"
+        try:
+            workflow = retried(lambda: self.api.get(path), ASK_SECONDS, _sleep)
+        except ApiError as error:
+            # Unknown is taken as going on: what was trained so far is worth more than a guess.
+            return error.status != 404
+        spec, status = workflow.get("spec", {}), workflow.get("status", {})
+        return not (
+            "deletionTimestamp" in workflow["metadata"]
+            or workflow["metadata"]["uid"] != owner.uid
+            or spec.get("shutdown")
+            # This is how Kubeflow Pipelines terminates a run.
+            or spec.get("activeDeadlineSeconds") == 0
+            or status.get("phase") in ("Succeeded", "Failed", "Error")
+        )
+
+    def _delete(self, job: Object) -> None:
+        name, uid = job["metadata"]["name"], job["metadata"]["uid"]
+
+        def ask() -> Object:
+            self.api.delete(f"{self._jobs}/{name}", uid)
+            return {}
+
+        try:
+            retried(ask, DELETE_SECONDS, _sleep)
+        except ApiError as error:
+            # Gone already, or another one has its name.
+            if error.status not in (404, 409):
+                self.say(f"{_path(job)} could not be deleted ({error}): delete it by kubectl.")
+                return
+        self.say(f"{_path(job)} is deleted.")
+
+    # -- telling -------------------------------------------------------------------------------
+
+    def _tell(self, message: str) -> None:
+        """Says what has changed."""
+        if message != self._said:
+            self._said = message
+            self.say(message)
+
+    def _away(self, error: ApiError, seconds: float) -> None:
+        self._tell(AWAY.format(error))
+        self._pause(seconds)
+
+    def _wake(self) -> None:
+        self._wakes.put(None)
+
+    def _pause(self, seconds: float) -> None:
+        """Waits until something happens, or for that long."""
+        self._heed_stop()
+        with contextlib.suppress(queue.Empty):
+            self._wakes.get(timeout=seconds)
+            while True:
+                self._wakes.get_nowait()
+        self._heed_stop()
+
+    def _heed_stop(self) -> None:
+        if self._stopping:
+            raise Stopped
+
+    def _late_warnings(self, job: Object, pods: list[Object], wanted: int) -> list[Object]:
+        """Warnings about what keeps pods from running, asked for every now and then."""
+        missing = (job["metadata"]["name"], self._maker(job)) if len(pods) < wanted else ()
+        set_up = [each["metadata"]["name"] for each in pods if _is_being_set_up(each)]
+        now = time.monotonic()
+        if now - self._warned_at >= WARNINGS_SECONDS:
+            self._warned_at = now
+            self._last_warnings = self._warnings(job, *missing, *sorted(set_up)[:1])
+        return self._last_warnings
+
+    def _maker(self, job: Object) -> str:
+        """What makes the pods of a job: for some kinds another object."""
+        return f"{job['metadata']['name']}{self.kind.maker}"
+
+    def _warnings(self, job: Object, *names: str | None) -> list[Object]:
+        """Warnings about objects of those names since there is the job, the oldest first."""
+        found = []
+        for name in filter(None, set(names)):
+            selector = f"type=Warning,involvedObject.name={name}"
+            with contextlib.suppress(ApiError):
+                found += self.api.get(self._events, fieldSelector=selector)["items"]
+        # An earlier job may have had its name.
+        since = _to_the_second(job["metadata"]["creationTimestamp"])
+        return sorted((each for each in found if _when(each) >= since), key=_when)
+
+    def _tail(self, pod: str) -> None:
+        try:
+            text = self.api.text(
+                f"{self._pods}/{pod}/log",
+                container=self.kind.container,
+                tailLines=str(LAST_LINES),
+            )
+        except ApiError as error:
+            text = f"(no log: {error})"
+        self.say(f"The last lines of {pod}:")
+        for line in text.splitlines():
+            self.say(f"  {line}")
+
+    def _refusal(self, error: ApiError) -> UserError | JobFailed:
+        """What the API server refused, and who can mend it."""
+        namespace = self.request.namespace
+        message = " ".join(error.message.split()).removesuffix(".")
+        if error.passes:
+            return JobFailed(f"The API server did not answer: {message}.", "Try again later.")
+        kind = self.kind
+        known = (
+            (
+                "being terminated" in message,
+                f"The namespace {namespace} is being deleted.",
+                "Wait, or run in another one.",
+            ),
+            (
+                QUOTA.search(message) is not None,
+                f"The job did not fit into the namespace's quota in time: {message}.",
+                "Make room, or have the quota raised.",
+            ),
+            (
+                error.status == 401,
+                f"The API server does not know the account of this step: {message}.",
+                "See that its service account is there and that its token holds.",
+            ),
+            (
+                error.status == 403 and NO_RIGHT.search(message),
+                f"The account of this step lacks a right: {message}.",
+                "Bind the Role srccore-launcher of manifests/base to it.",
+            ),
+            (
+                error.status == 404 and "namespaces" not in message,
+                f"The cluster knows no {kind.kind} ({kind.api_version}).",
+                f"Install {kind.operator}, or compile the pipeline with another launcher.",
+            ),
+            (
+                error.status == 409,
+                f"The job could not be created in time: {message}.",
+                "See by kubectl describe what holds the job of that name.",
+            ),
+            (
+                True,
+                f"The API server refuses the {kind.kind}: {message}.",
+                "Mend what it says in the profile, and compile the pipeline anew.",
+            ),
+        )
+        return next(UserError(what, mend) for holds, what, mend in known if holds)
+
+    @property
+    def _jobs(self) -> str:
+        namespace = self.request.namespace
+        return f"/apis/{self.kind.api_version}/namespaces/{namespace}/{self.kind.plural}"
+
+    @property
+    def _pods(self) -> str:
+        return f"/api/v1/namespaces/{self.request.namespace}/pods"
+
+    @property
+    def _events(self) -> str:
+        return f"/api/v1/namespaces/{self.request.namespace}/events"
+
+
+class _Log:
+    """The log of the job's first pod, also where that pod is made anew."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._stream: LogStream | None = None
+        self._uid = ""
+        self.pod: str | None = None
+
+    def follow(self, pods: list[Object]) -> None:
+        """Begins to follow the first pod once its container has begun."""
+        launch = self._launch
+        first = [each for each in pods if pod_index(launch.kind, each) == 0 and _has_begun(each)]
+        # One that is made anew may be there beside the one before.
+        pod = max(first, key=lambda each: each["metadata"]["creationTimestamp"], default=None)
+        if pod is None or pod["metadata"]["uid"] == self._uid:
+            return
+        self.finish()
+        self._uid, self.pod = pod["metadata"]["uid"], pod["metadata"]["name"]
+        path = f"{launch._pods}/{self.pod}"
+        self._stream = LogStream(launch.api, path, self._uid, launch.kind.container, launch.say)
+        self._stream.start()
+
+    def finish(self) -> None:
+        """Waits for the last lines."""
+        if self._stream:
+            self._stream.finish(REST_OF_LOG_SECONDS, lambda: self._launch._stopping)
+
+    def stop(self) -> None:
+        """Leaves off."""
+        if self._stream:
+            self._stream.stop()
+
+
+def _sleep(_error: ApiError, seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def _when(event: Object) -> str:
+    """When it happened last; the fields differ with who reports it."""
+    last = (event.get("series") or {}).get("lastObservedTime")
+    made = event["metadata"]["creationTimestamp"]
+    return _to_the_second(last or event.get("lastTimestamp") or event.get("eventTime") or made)
+
+
+def _to_the_second(time_stamp: str) -> str:
+    return time_stamp[:19]
+
+
+def _hash(job: Object) -> str | None:
+    found: str | None = job["metadata"].get("annotations", {}).get(SPEC_HASH)
+    return found
+
+
+def _has_begun(pod: Object) -> bool:
+    return any({"running", "terminated"} & state.keys() for state in _states(pod))
+
+
+def _is_being_set_up(pod: Object) -> bool:
+    return any("waiting" in state for state in _states(pod))
+
+
+def _states(pod: Object) -> list[Object]:
+    return [each.get("state", {}) for each in pod.get("status", {}).get("containerStatuses", [])]
+
+
+def _has(job: Object, condition: str) -> bool:
+    return any(
+        each["type"] == condition and each["status"] == "True"
+        for each in job.get("status", {}).get("conditions") or []
+    )
+
+
+def _path(job: Object) -> str:
+    return f"{job['kind']} {job['metadata']['namespace']}/{job['metadata']['name']}"

@@ -1,0 +1,467 @@
+"""What the state of a training job means. No requests here: objects come in, a judgement goes out.
+
+Two clocks run, since ``activeDeadlineSeconds`` counts the queue too: one while pods are missing,
+one from when all of them run. Pods that can never start are noticed by why they wait, and lost
+pods are counted, for the operator's own limit does not hold for pods that it makes anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from srccore.cluster.request import JobKind, JobSettings
+
+__all__ = ["Assessment", "Limits", "Observer", "Outcome", "pod_index"]
+
+Object = dict[str, Any]
+
+PULLING = (
+    "The image cannot be pulled. Check its name and tag, and that the node may pull it: "
+    "image_pull_secrets in the profile names the Secret of a private registry."
+)
+MOUNTING = (
+    "A volume cannot be mounted: a ConfigMap, Secret or claim that the profile names is missing."
+)
+NEVER_STARTS = {
+    "FailedMount": MOUNTING,
+    "ErrImagePull": PULLING,
+    "ImagePullBackOff": PULLING,
+    "InvalidImageName": "The image's name is none: compile the pipeline with another --registry.",
+    "ErrImageNeverPull": "The image is not on the node and may not be pulled there.",
+    "CreateContainerConfigError": "The container cannot be set up: a Secret or ConfigMap that the "
+    "profile names is missing, or lacks a key, or the image's user is root.",
+    "CreateContainerError": "The container cannot be made: see the event, and the node's runtime.",
+    "RunContainerError": "The container cannot be started: see the event, and the node's runtime.",
+}
+"""Why a container waits that will wait for ever, and what to do."""
+NEVER_PULLED = (
+    *("not found", "manifest unknown", "name unknown"),
+    *("denied", "unauthorized", "forbidden", "no basic auth"),
+)
+"""Of a registry that answers; one that does not answer may be back in a minute."""
+NEVER_MADE = ("is forbidden: ", "is invalid: ", "denied the request", "denied request")
+"""How a pod is refused that will always be refused, but for a full quota, which empties again."""
+
+EXIT_ADVICE = {
+    1: "The training raised an error: its last lines say which.",
+    2: "What to mend is said in its last lines.",
+    126: "The image's command cannot be executed: was the image built by srccore images build?",
+    127: "The image lacks the command: was the image built by srccore images build?",
+    132: "An instruction that this CPU does not know: use nodes of a newer kind.",
+    134: "A library aborted, often NCCL or CUDA: see the lines before, and the node's driver.",
+    135: "A bus error: /dev/shm is full. Give shared_memory in the profile a greater size.",
+    137: "Killed: out of memory, or taken from its node. Ask for more memory, or smaller batches.",
+    139: "A segmentation fault: the node's GPU driver may not fit the image's CUDA.",
+    143: "Ended from outside: the node was drained, or the pod preempted.",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long what may last, in seconds.
+
+    Attributes:
+        waiting: Without all pods running, all together.
+        running: From the first moment that all run.
+        restarts: Pods lost, a number.
+        refused: In a state that a pod never leaves.
+        doubtful: In one that it may leave.
+        unclaimed: Without a sign of the operator.
+    """
+
+    waiting: float
+    running: float
+    restarts: int
+    refused: float = 20
+    doubtful: float = 600
+    unclaimed: float = 120
+
+    @classmethod
+    def of(cls, settings: JobSettings) -> Limits:
+        """The limits that a job's settings name."""
+        return cls(
+            waiting=settings.waiting_hours * 3600,
+            running=settings.running_hours * 3600,
+            restarts=settings.max_restarts,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended, or why it is given up.
+
+    Attributes:
+        succeeded: The operator says so; what it should have made is not looked at here.
+        what: What happened.
+        mend: What to do.
+        pod: Whose log tells more.
+        exit_code: Of that pod.
+    """
+
+    succeeded: bool
+    what: str = ""
+    mend: str = ""
+    pod: str | None = None
+    exit_code: int | None = None
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What is to be said of a job now.
+
+    Attributes:
+        message: One line for people; the same as long as nothing changes.
+        outcome: None while it goes on.
+    """
+
+    message: str
+    outcome: Outcome | None = None
+
+
+@dataclass
+class Observer:
+    """Looks at one job again and again, and remembers what the API server forgets.
+
+    Args:
+        kind: Of the job.
+        pods: How many it has.
+        limits: How long what may last.
+    """
+
+    kind: JobKind
+    pods: int
+    limits: Limits
+    _seen: set[str] = field(default_factory=set)
+    _stuck: dict[tuple[str, str], tuple[datetime, bool]] = field(default_factory=dict)
+    _refused_since: datetime | None = None
+    _first_look: datetime | None = None
+    _looked: datetime | None = None
+    _waited: float = 0
+    _running_since: datetime | None = None
+
+    def look(
+        self,
+        job: Object,
+        pods: Sequence[Object],
+        events: Sequence[Object],
+        now: datetime,
+        lost: Sequence[Object] = (),
+    ) -> Assessment:
+        """Judges a job by what is there now.
+
+        Args:
+            job: The object.
+            pods: Its pods.
+            events: Warnings about it and about pods, the oldest first; needed only while pods are
+                missing or are set up.
+            now: The time, with a zone.
+            lost: Pods that have gone since the last look, as they were.
+
+        Returns:
+            What to say, and the outcome once there is one.
+        """
+        if ended := self._ended(job, pods):
+            return ended
+        living = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+        self._seen |= {pod["metadata"]["uid"] for pod in (*pods, *lost)}
+        running = sum(_is_running(pod) for pod in living)
+        self._count_time(job, pods, running >= self.pods, now)
+        message = self._message(job, living, events, running)
+        outcome = (
+            self._out_of_memory([*pods, *lost])
+            or self._too_many_restarts(pods)
+            or self._never_starts(living, events, now)
+            or self._never_made(living, events, now)
+            or self._unclaimed(job, living, now)
+            or self._out_of_time(running >= self.pods, message, now)
+        )
+        return Assessment(outcome.what if outcome else message, outcome)
+
+    def _ended(self, job: Object, pods: Sequence[Object]) -> Assessment | None:
+        if _condition(job, self.kind.succeeded):
+            return Assessment("The job has succeeded.", Outcome(succeeded=True))
+        failed = _condition(job, "Failed")
+        if not failed:
+            return None
+        outcome = _blame(pods) or Outcome(
+            succeeded=False,
+            what=f"The job has failed: {failed.get('message') or failed.get('reason')}",
+            mend="See the events of the job and its pods with kubectl describe.",
+        )
+        return Assessment(outcome.what, outcome)
+
+    def _count_time(
+        self, job: Object, pods: Sequence[Object], all_run: bool, now: datetime
+    ) -> None:
+        # How long a job waited that ran before we came, nobody knows.
+        last = self._looked or (now if _has_run(job, pods) else _created(job, now))
+        if all_run:
+            if self._running_since is None:
+                running = _condition(job, "Running") or {}
+                self._running_since = _time(running.get("lastTransitionTime"), now)
+        else:
+            self._waited += max(0.0, (now - last).total_seconds())
+        self._looked = now
+
+    def _out_of_memory(self, pods: Sequence[Object]) -> Outcome | None:
+        for pod in pods:
+            for state in (*_states(pod), *_states(pod, "lastState")):
+                if state.get("terminated", {}).get("reason") == "OOMKilled":
+                    return Outcome(
+                        succeeded=False,
+                        what=f"Pod {_name(pod)} ran out of memory and was killed.",
+                        mend="Ask for more memory (training_memory), or train with a smaller "
+                        "dpo.batch_size and more dpo.gradient_accumulation_steps.",
+                        pod=_name(pod),
+                        exit_code=137,
+                    )
+        return None
+
+    def _too_many_restarts(self, pods: Sequence[Object]) -> Outcome | None:
+        if self.restarts(pods) <= self.limits.restarts:
+            return None
+        return Outcome(
+            succeeded=False,
+            what=f"Pods were lost {self.restarts(pods)} times; the limit is "
+            f"{self.limits.restarts}.",
+            mend="Train on nodes that are not preempted so often, or raise max_restarts.",
+        )
+
+    def restarts(self, pods: Sequence[Object]) -> int:
+        """How often a pod or its container was made anew, as far as this observer saw."""
+        inside: int = sum(
+            status.get("restartCount", 0)
+            for pod in pods
+            for status in pod.get("status", {}).get("containerStatuses", [])
+        )
+        return max(0, len(self._seen) - self.pods) + inside
+
+    def _never_starts(
+        self, pods: Sequence[Object], events: Sequence[Object], now: datetime
+    ) -> Outcome | None:
+        found: dict[tuple[str, str], tuple[str, str, str]] = {}
+        for pod in pods:
+            for reason, message in _waits(pod, events):
+                if reason in NEVER_STARTS:
+                    # Pulling again and backing off take turns: they count as one.
+                    key = (pod["metadata"]["uid"], NEVER_STARTS[reason])
+                    found[key] = (_name(pod), reason, message)
+        before, self._stuck = self._stuck, {}
+        for key, (name, reason, message) in found.items():
+            since, sure = before.get(key, (now, False))
+            # Old nodes say what a registry answered in every other turn only.
+            sure = sure or _is_final(key[1], message)
+            self._stuck[key] = (since, sure)
+            limit = self.limits.refused if sure else self.limits.doubtful
+            if (now - since).total_seconds() >= limit:
+                why = f"{reason}: {message}".removesuffix(": ")
+                what = f"Pod {name} cannot start: {why}"
+                return Outcome(succeeded=False, what=what, mend=key[1])
+        return None
+
+    def _never_made(
+        self, pods: Sequence[Object], events: Sequence[Object], now: datetime
+    ) -> Outcome | None:
+        messages = [_one_line(event.get("message", "")) for event in events]
+        refused = [
+            message
+            for message in messages
+            if _has_any(message, NEVER_MADE) and "exceeded quota" not in message
+        ]
+        if pods or not refused:
+            self._refused_since = None
+            return None
+        self._refused_since = self._refused_since or now
+        if (now - self._refused_since).total_seconds() < self.limits.refused:
+            return None
+        mend = "Mend what the API server says of the job's pods."
+        if "PodSecurity" in refused[-1]:
+            mend = (
+                "The namespace's label pod-security.kubernetes.io/enforce asks for more than "
+                "the pods' template gives: report it, or set another label."
+            )
+        what = f"The job's pods are refused: {refused[-1]}"
+        return Outcome(succeeded=False, what=what, mend=mend)
+
+    def _unclaimed(self, job: Object, pods: Sequence[Object], now: datetime) -> Outcome | None:
+        self._first_look = self._first_look or now
+        if pods or job.get("status", {}).get("conditions"):
+            return None
+        if (now - self._first_look).total_seconds() < self.limits.unclaimed:
+            return None
+        return Outcome(
+            succeeded=False,
+            what=f"Nothing has taken up the job for {self.limits.unclaimed:.0f} s.",
+            mend=f"See that {self.kind.operator} is running, and watches this namespace.",
+        )
+
+    def _out_of_time(self, all_run: bool, message: str, now: datetime) -> Outcome | None:
+        if self._waited > self.limits.waiting and not all_run:
+            return Outcome(
+                succeeded=False,
+                what=f"The job waited for more than {_hours(self.limits.waiting)}. {message}",
+                mend="Make room, ask for less, or raise waiting_hours in the profile.",
+            )
+        since = self._running_since
+        if since and (now - since).total_seconds() > self.limits.running:
+            return Outcome(
+                succeeded=False,
+                what=f"The job ran for more than {_hours(self.limits.running)}.",
+                mend="Raise timeout_hours of train-dpo in the profile; the next attempt goes on "
+                "from the last checkpoint.",
+            )
+        return None
+
+    def _message(
+        self, job: Object, pods: Sequence[Object], events: Sequence[Object], running: int
+    ) -> str:
+        lost = self.restarts(pods)
+        note = f" (pods lost so far: {lost})" if lost else ""
+        if running >= self.pods:
+            return f"{_pods(running)} {'runs' if running == 1 else 'run'}{note}."
+        if _condition(job, "Suspended"):
+            return f"The job waits in its queue{note}."
+        why = _one_line(events[-1].get("message", "")) if events else ""
+        if not pods:
+            return f"The job has no pods yet{note}. {why}".strip()
+        why = _why_waiting(pods, events) or why
+        return f"{running} of {_pods(self.pods)} run{note}. {why}".strip()
+
+
+def pod_index(kind: JobKind, pod: Object) -> int:
+    """Which pod of its job it is, from 0."""
+    labels: dict[str, str] = pod["metadata"].get("labels", {})
+    return int(labels.get(kind.index_label, -1))
+
+
+def _blame(pods: Sequence[Object]) -> Outcome | None:
+    """The pod that failed first: the others fail because of it."""
+    failed = []
+    for pod in pods:
+        for state in _states(pod):
+            ended = state.get("terminated", {})
+            if ended.get("exitCode"):
+                failed.append((str(ended.get("finishedAt", "")), pod, ended))
+    if not failed:
+        for pod in pods:
+            status = pod.get("status", {})
+            if status.get("phase") == "Failed":
+                why = _one_line(f"{status.get('reason', '')}: {status.get('message', '')}")
+                what = f"Pod {_name(pod)} failed: {why.strip(': ')}."
+                return Outcome(succeeded=False, what=what, mend="See the node's events.")
+        return None
+    _, pod, ended = min(failed, key=lambda each: (each[0], _name(each[1])))
+    code = int(ended["exitCode"])
+    reason = ended.get("reason", "")
+    note = f" ({reason})" if reason not in ("", "Error") else ""
+    return Outcome(
+        succeeded=False,
+        what=f"Pod {_name(pod)} ended with exit code {code}{note}.",
+        mend=EXIT_ADVICE.get(code, EXIT_ADVICE[1]),
+        pod=_name(pod),
+        exit_code=code,
+    )
+
+
+def _waits(pod: Object, events: Sequence[Object]) -> list[tuple[str, str]]:
+    """Why containers of a pod wait, and what is said of it."""
+    found = []
+    for state in _states(pod):
+        if reason := state.get("waiting", {}).get("reason"):
+            message = state["waiting"].get("message", "")
+            if reason == "ContainerCreating":
+                # What a volume lacks is told by events alone.
+                of_it = [each for each in events if _is_about(each, pod)]
+                message = of_it[-1].get("message", "") if of_it else message
+                if of_it and of_it[-1].get("reason") == "FailedMount" and "not found" in message:
+                    reason = "FailedMount"
+            found.append((reason, _one_line(message)))
+    return found
+
+
+def _is_about(event: Object, pod: Object) -> bool:
+    return bool(event["involvedObject"].get("uid") == pod["metadata"]["uid"])
+
+
+def _is_final(kind: str, message: str) -> bool:
+    """Whether what a pod waits for will not come by itself."""
+    if kind is PULLING:
+        return _has_any(message.lower(), NEVER_PULLED)
+    return kind is not MOUNTING
+
+
+def _why_waiting(pods: Sequence[Object], events: Sequence[Object]) -> str:
+    for pod in sorted(pods, key=_name):
+        if _is_running(pod):
+            continue
+        for reason, message in _waits(pod, events):
+            return f"{_name(pod)}: {reason}: {message}".removesuffix(": ")
+        for condition in pod.get("status", {}).get("conditions", []):
+            if condition["type"] == "PodScheduled" and condition["status"] == "False":
+                message = _one_line(condition.get("message", ""))
+                return f"{_name(pod)} finds no node: {message}"
+        return f"{_name(pod)} is {pod.get('status', {}).get('phase', 'Pending')}."
+    return ""
+
+
+def _is_running(pod: Object) -> bool:
+    """Whether it runs, or has done its part: pods of a job do not end at the same moment."""
+    phase = pod.get("status", {}).get("phase")
+    done = [state.get("terminated", {}).get("exitCode") == 0 for state in _states(pod)]
+    return phase == "Succeeded" or (
+        phase == "Running"
+        and all(ok or "running" in state for ok, state in zip(done, _states(pod), strict=True))
+    )
+
+
+def _has_run(job: Object, pods: Sequence[Object]) -> bool:
+    conditions = job.get("status", {}).get("conditions") or []
+    return any(each["type"] in ("Running", "Restarting") for each in conditions) or any(
+        {"running", "terminated"} & state.keys() for pod in pods for state in _states(pod)
+    )
+
+
+def _states(pod: Object, which: str = "state") -> list[Object]:
+    return [each.get(which, {}) for each in pod.get("status", {}).get("containerStatuses", [])]
+
+
+def _condition(job: Object, name: str) -> Object | None:
+    """A condition that holds: a job keeps those that held once, with another status."""
+    for condition in job.get("status", {}).get("conditions") or []:
+        if condition.get("type") == name and condition.get("status") == "True":
+            return dict(condition)
+    return None
+
+
+def _created(job: Object, now: datetime) -> datetime:
+    return _time(job["metadata"].get("creationTimestamp"), now)
+
+
+def _time(text: str | None, now: datetime) -> datetime:
+    """A time of the cluster, whose clock may be a little ahead of ours."""
+    if not text:
+        return now
+    return min(now, datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone(UTC))
+
+
+def _has_any(text: str, words: Sequence[str]) -> bool:
+    return any(word in text for word in words)
+
+
+def _name(pod: Object) -> str:
+    return str(pod["metadata"]["name"])
+
+
+def _pods(count: int) -> str:
+    return "1 pod" if count == 1 else f"{count} pods"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:g} h" if seconds >= 3600 else f"{seconds:g} s"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:500]

@@ -1,0 +1,421 @@
+"""What a training job is asked for, and how it is written for the operator that runs it.
+
+Pure: nothing here talks to a cluster. A job consists of pods that are all alike; each has one
+container whose entry is `srccore.cluster.entry`. It passes the Pod Security standard
+``restricted``: no root, no capabilities, a root file system that cannot be written.
+
+Assumes the Training Operator 1.9 for a PyTorchJob. A TrainJob is written for Trainer 2.1
+(``v1alpha1``, whose override field was renamed twice) and stands on the TrainingRuntime of
+``manifests/components/trainjob``, since overrides of that version have no security context.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from srccore.config import Section
+from srccore.images import CACHE, USER_ID
+
+__all__ = [
+    "PYTORCHJOB",
+    "SPEC_HASH",
+    "TRAINING_RUNTIME",
+    "TRAINJOB",
+    "CaBundle",
+    "JobKind",
+    "JobSettings",
+    "Owner",
+    "SecretKeys",
+    "Toleration",
+    "TrainingJobRequest",
+]
+
+QUANTITY = r"^\d+(\.\d+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
+"""A Kubernetes quantity, as far as CPU and memory need one."""
+SPEC_HASH = "srccore.dev/spec-hash"
+"""The annotation by which a job is known again."""
+TRAINING_RUNTIME = "srccore-training"
+"""The TrainingRuntime that a TrainJob refers to."""
+CA_FOLDER = "/etc/srccore/ca"
+CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE")
+GRACE_SECONDS = 60
+"""What a pod has from SIGTERM to SIGKILL: torchrun stops its processes within half of it."""
+
+
+class Toleration(Section):
+    """A toleration, by the names that Kubernetes uses."""
+
+    key: str | None = None
+    operator: Literal["Exists", "Equal"] = "Exists"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+
+class SecretKeys(Section):
+    """Environment variables from a Secret; the values pass through neither pipeline nor job."""
+
+    name: str
+    keys: dict[str, str]
+    """Environment variable by the Secret's key."""
+
+
+class CaBundle(Section):
+    """All certificates to trust, the public ones among them, in a ConfigMap."""
+
+    config_map: str
+    key: str = "ca-bundle.crt"
+
+
+class Owner(Section):
+    """The object that a job belongs to: it goes when its owner goes."""
+
+    api_version: str
+    kind: str
+    name: str
+    uid: str
+
+
+class JobSettings(Section):
+    """What the pods of a training job are, and how long they may take."""
+
+    image: str
+    pods: int = Field(default=1, ge=1)
+    cpu: str = Field(default="1", pattern=r"^\d+(\.\d+)?m?$")
+    """Request of each pod; there is no limit."""
+    memory: str = Field(default="4Gi", pattern=QUANTITY)
+    """Request and limit of each pod."""
+    gpus: int = Field(default=0, ge=0)
+    """Of each pod; one process a GPU, or one process in all."""
+    accelerator: str = "nvidia.com/gpu"
+    shared_memory: str | None = Field(default=None, pattern=QUANTITY)
+    """Size of ``/dev/shm``, which counts as memory; None leaves the runtime's 64 MiB."""
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    tolerations: tuple[Toleration, ...] = ()
+    environment: dict[str, str] = Field(default_factory=dict)
+    secrets: tuple[SecretKeys, ...] = ()
+    image_pull_secrets: tuple[str, ...] = ()
+    ca_bundle: CaBundle | None = None
+    cache_claim: str | None = None
+    """A PersistentVolumeClaim for models and data; None gives each pod an emptyDir."""
+    run_as_user: int = Field(default=USER_ID, ge=1)
+    service_account: str | None = None
+    """Of the job's pods, which ask nothing of the API server; None is the namespace's default."""
+    queue: str | None = None
+    """Kueue's LocalQueue."""
+    priority_class: str | None = None
+    waiting_hours: float = Field(default=24, gt=0)
+    """For a place in the queue and on nodes, all waits together."""
+    running_hours: float = Field(default=48, gt=0)
+    """From the first moment that all pods run."""
+    max_restarts: int = Field(default=10, ge=0)
+    """Pods lost and made again, all together; preemption is the usual cause."""
+    ttl_hours: float = Field(default=24, gt=0)
+    """After which a finished PyTorchJob is removed, with its pods and their logs."""
+
+    @property
+    def processes(self) -> int:
+        """Of each pod."""
+        return max(1, self.gpus)
+
+
+@dataclass(frozen=True)
+class JobKind:
+    """A kind of job that an operator runs.
+
+    Attributes:
+        kind: Its name.
+        group: Of its API.
+        version: Of its API.
+        plural: Its name in paths.
+        operator: Who runs it.
+        job_label: The label of pods that names their job.
+        index_label: The label of pods that counts them from 0.
+        container: The name of the pods' container.
+        succeeded: The condition of a job that is done.
+        maker: What is added to a job's name to name the object that makes its pods.
+    """
+
+    kind: str
+    group: str
+    version: str
+    plural: str
+    operator: str
+    job_label: str
+    index_label: str
+    container: str
+    succeeded: str
+    maker: str = ""
+
+    @property
+    def api_version(self) -> str:
+        """Group and version, as objects name them."""
+        return f"{self.group}/{self.version}"
+
+
+PYTORCHJOB = JobKind(
+    kind="PyTorchJob",
+    group="kubeflow.org",
+    version="v1",
+    plural="pytorchjobs",
+    operator="the Training Operator (1.9 or later of the 1.x series)",
+    job_label="training.kubeflow.org/job-name",
+    index_label="training.kubeflow.org/replica-index",
+    container="pytorch",
+    succeeded="Succeeded",
+)
+TRAINJOB = JobKind(
+    kind="TrainJob",
+    group="trainer.kubeflow.org",
+    version="v1alpha1",
+    plural="trainjobs",
+    operator="Kubeflow Trainer 2.1 with JobSet",
+    job_label="jobset.sigs.k8s.io/jobset-name",
+    index_label="batch.kubernetes.io/job-completion-index",
+    container="node",
+    succeeded="Complete",
+    maker="-node-0",
+)
+
+
+class TrainingJobRequest(Section):
+    """A stage's training as a job: all that is known before a cluster is asked."""
+
+    stage: str
+    run: str = Field(pattern=r"^[a-z0-9]{1,12}$")
+    """A short name of the run."""
+    round_number: int = Field(default=1, ge=0)
+    namespace: str
+    task: str
+    """What `srccore.cluster.entry` is given, in JSON."""
+    settings: JobSettings
+    owner: Owner | None = None
+
+    def name(self, attempt: int) -> str:
+        """The job's name: a label of DNS, short enough that its pods' names are too."""
+        short = self.stage.removeprefix("train-")
+        return f"src-{short}-{self.run}-r{self.round_number}-a{attempt}"
+
+    def to_pytorchjob(self, attempt: int) -> dict[str, Any]:
+        """Writes a PyTorchJob of workers only, with an elastic policy.
+
+        The operator adds no init container to such a job, so its pods pass ``restricted``, and a
+        lost worker leads to a new rendezvous instead of a dead job.
+
+        Args:
+            attempt: Counts from 1.
+
+        Returns:
+            The object.
+        """
+        settings = self.settings
+        spec = {
+            "nprocPerNode": str(settings.processes),
+            "elasticPolicy": {
+                "rdzvBackend": "c10d",
+                "minReplicas": settings.pods,
+                "maxReplicas": settings.pods,
+                "maxRestarts": settings.max_restarts,
+            },
+            "runPolicy": {
+                "cleanPodPolicy": "Running",
+                "ttlSecondsAfterFinished": round(settings.ttl_hours * 3600),
+            },
+            "pytorchReplicaSpecs": {
+                "Worker": {
+                    "replicas": settings.pods,
+                    # 1 to 127 ends the job, from 128 on (signals) a pod is made anew.
+                    "restartPolicy": "ExitCode",
+                    "template": {
+                        "metadata": {"labels": self._labels()},
+                        "spec": self._pod(PYTORCHJOB.container),
+                    },
+                }
+            },
+        }
+        return self._object(PYTORCHJOB, attempt, spec)
+
+    def to_trainjob(self, attempt: int) -> dict[str, Any]:
+        """Writes a TrainJob of Trainer v2.
+
+        Without ``trainer`` its pods would get no ``PET_*`` variables and train alone.
+
+        Args:
+            attempt: Counts from 1.
+
+        Returns:
+            The object.
+        """
+        settings = self.settings
+        pod = self._pod(TRAINJOB.container)
+        container = pod["containers"][0]
+        moved = ("serviceAccountName", "nodeSelector", "tolerations", "volumes", "imagePullSecrets")
+        mounts = {"name": TRAINJOB.container, "volumeMounts": container["volumeMounts"]}
+        spec = {
+            "runtimeRef": {
+                "apiGroup": TRAINJOB.group,
+                "kind": "TrainingRuntime",
+                "name": TRAINING_RUNTIME,
+            },
+            "trainer": {
+                "image": settings.image,
+                "command": container["command"],
+                "args": container["args"],
+                "env": container["env"],
+                "numNodes": settings.pods,
+                "numProcPerNode": settings.processes,
+                "resourcesPerNode": container["resources"],
+            },
+            "podTemplateOverrides": [
+                {
+                    "targetJobs": [{"name": TRAINJOB.container}],
+                    "metadata": {"labels": self._labels()},
+                    "spec": {
+                        **{name: pod[name] for name in moved if name in pod},
+                        "containers": [mounts],
+                    },
+                }
+            ],
+        }
+        return self._object(TRAINJOB, attempt, spec)
+
+    def to_object(self, kind: JobKind, attempt: int) -> dict[str, Any]:
+        """Writes the object of a kind."""
+        if kind is TRAINJOB:
+            return self.to_trainjob(attempt)
+        return self.to_pytorchjob(attempt)
+
+    def _object(self, kind: JobKind, attempt: int, spec: Mapping[str, Any]) -> dict[str, Any]:
+        labels = self._labels()
+        if self.settings.queue:
+            labels["kueue.x-k8s.io/queue-name"] = self.settings.queue
+        metadata: dict[str, Any] = {
+            "name": self.name(attempt),
+            "namespace": self.namespace,
+            "labels": labels,
+            "annotations": {SPEC_HASH: _digest([kind.api_version, kind.kind, labels, spec])},
+        }
+        if self.owner:
+            owner = self.owner
+            metadata["ownerReferences"] = [
+                {
+                    "apiVersion": owner.api_version,
+                    "kind": owner.kind,
+                    "name": owner.name,
+                    "uid": owner.uid,
+                }
+            ]
+        return {
+            "apiVersion": kind.api_version,
+            "kind": kind.kind,
+            "metadata": metadata,
+            "spec": dict(spec),
+        }
+
+    def _labels(self) -> dict[str, str]:
+        return {
+            "app.kubernetes.io/part-of": "srccore",
+            "app.kubernetes.io/component": self.stage,
+            "srccore.dev/run": self.run,
+            "srccore.dev/round": str(self.round_number),
+        }
+
+    def _pod(self, container: str) -> dict[str, Any]:
+        settings = self.settings
+        pod: dict[str, Any] = {
+            "automountServiceAccountToken": False,
+            "terminationGracePeriodSeconds": GRACE_SECONDS,
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": settings.run_as_user,
+                "runAsGroup": settings.run_as_user,
+                # Lets the user write to a claim.
+                "fsGroup": settings.run_as_user,
+                "fsGroupChangePolicy": "OnRootMismatch",
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "containers": [self._container(container)],
+            "volumes": [volume for volume, _ in self._volumes()],
+        }
+        if settings.service_account:
+            pod["serviceAccountName"] = settings.service_account
+        if settings.priority_class:
+            pod["priorityClassName"] = settings.priority_class
+        if settings.node_selector:
+            pod["nodeSelector"] = dict(settings.node_selector)
+        if settings.tolerations:
+            pod["tolerations"] = [
+                each.model_dump(exclude_none=True) for each in settings.tolerations
+            ]
+        if settings.image_pull_secrets:
+            pod["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
+        return pod
+
+    def _container(self, name: str) -> dict[str, Any]:
+        settings = self.settings
+        limits = {"memory": settings.memory}
+        if settings.gpus:
+            limits[settings.accelerator] = str(settings.gpus)
+        return {
+            "name": name,
+            "image": settings.image,
+            "command": ["python3", "-m", "srccore.cluster.entry"],
+            "args": [
+                *("--pods", str(settings.pods)),
+                *("--processes", str(settings.processes)),
+                *("--task", self.task),
+            ],
+            "env": self._environment(),
+            "resources": {"requests": {**limits, "cpu": settings.cpu}, "limits": limits},
+            "securityContext": {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+                "readOnlyRootFilesystem": True,
+            },
+            "volumeMounts": [mount for _, mount in self._volumes()],
+        }
+
+    def _environment(self) -> list[dict[str, Any]]:
+        given = dict(self.settings.environment)
+        if self.settings.ca_bundle:
+            given |= dict.fromkeys(CA_VARIABLES, f"{CA_FOLDER}/{self.settings.ca_bundle.key}")
+        return [
+            *({"name": name, "value": given[name]} for name in sorted(given)),
+            *(
+                {
+                    "name": variable,
+                    "valueFrom": {"secretKeyRef": {"name": secret.name, "key": key}},
+                }
+                for secret in self.settings.secrets
+                for key, variable in sorted(secret.keys.items())
+            ),
+        ]
+
+    def _volumes(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Volumes, each with its mount."""
+        settings = self.settings
+        claim = {"persistentVolumeClaim": {"claimName": settings.cache_claim}}
+        volumes: list[tuple[str, dict[str, Any], str]] = [
+            ("tmp", {"emptyDir": {}}, "/tmp"),
+            ("cache", claim if settings.cache_claim else {"emptyDir": {}}, CACHE),
+        ]
+        if settings.shared_memory:
+            memory = {"emptyDir": {"medium": "Memory", "sizeLimit": settings.shared_memory}}
+            volumes.append(("shared-memory", memory, "/dev/shm"))
+        if settings.ca_bundle:
+            bundle = {"configMap": {"name": settings.ca_bundle.config_map}}
+            volumes.append(("ca-bundle", bundle, CA_FOLDER))
+        return [
+            ({"name": name, **source}, {"name": name, "mountPath": path})
+            for name, source, path in volumes
+        ]
+
+
+def _digest(value: object) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

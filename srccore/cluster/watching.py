@@ -1,0 +1,280 @@
+"""Keeps a list of objects, and the log of a pod, as the API server has them.
+
+Both follow in a thread of their own and survive whatever a connection does: a list is read once,
+then watched; where the watch ends, it goes on from the last version that was seen, and where that
+is too old (410), the list is read again. A log goes on after its last line's time stamp.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from srccore.cluster.api import Api, ApiError, Stream
+
+__all__ = ["LogStream", "Mirror"]
+
+WATCH_SECONDS = 60
+"""After which the server ends a watch; a dead connection is noticed a little later."""
+LONGEST_PAUSE = 15.0
+_STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\S+) ?(.*)", re.DOTALL)
+
+
+class _Follower(ABC):
+    """A thread that follows a stream until it is stopped, again and again."""
+
+    def __init__(self, name: str) -> None:
+        self._stopped = threading.Event()
+        self._stream: Stream | None = None
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begins to follow."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread, wherever it waits."""
+        self._stopped.set()
+        with self._lock:
+            if self._stream:
+                self._stream.end()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        pause = 0.0
+        while not self._stopped.wait(pause):
+            began = time.monotonic()
+            lost = False
+            try:
+                ended = self._follow()
+            except ApiError as error:
+                lost = True
+                ended = self._lost(error)
+            if ended:
+                return
+            held = time.monotonic() - began >= LONGEST_PAUSE
+            if held:
+                pause = 0.0
+            if lost or not held:
+                # Many clients of one server must not come back all at once.
+                pause = min(LONGEST_PAUSE, max(0.5, 2 * pause)) * random.uniform(0.7, 1.0)
+
+    def _open(self, api: Api, path: str, **query: str) -> Stream:
+        stream = api.stream(path, **query)
+        with self._lock:
+            self._stream = stream
+            if self._stopped.is_set():
+                stream.end()
+        return stream
+
+    @abstractmethod
+    def _follow(self) -> bool:
+        """Follows until the stream ends; says whether that was all."""
+
+    @abstractmethod
+    def _lost(self, error: ApiError) -> bool:
+        """Hears of an error; says whether that was all."""
+
+
+class Mirror(_Follower):
+    """The objects of a list, as the API server has them.
+
+    Args:
+        api: The API server.
+        path: Of the list.
+        changed: Told, in another thread, that something changed.
+        selectors: ``labelSelector``, ``fieldSelector``.
+    """
+
+    def __init__(self, api: Api, path: str, changed: Callable[[], None], **selectors: str) -> None:
+        super().__init__(f"watch {path}")
+        self._api = api
+        self._path = path
+        self._changed = changed
+        self.selectors = selectors
+        self._version = ""
+        self._objects: dict[str, dict[str, Any]] = {}
+        self._gone: list[dict[str, Any]] = []
+        self._error: ApiError | None = None
+        self._listed = False
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the list has been read at least once."""
+        return self._listed
+
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        """What there is, or was when the server last answered."""
+        with self._lock:
+            return list(self._objects.values())
+
+    def take_gone(self) -> list[dict[str, Any]]:
+        """Those that were deleted since the last call, as they were."""
+        with self._lock:
+            gone, self._gone = self._gone, []
+            return gone
+
+    @property
+    def error(self) -> ApiError | None:
+        """Why nothing new is known at the moment."""
+        return self._error
+
+    def _follow(self) -> bool:
+        if not self._version:
+            self._list()
+        watch = self._open(
+            self._api,
+            self._path,
+            watch="true",
+            resourceVersion=self._version,
+            timeoutSeconds=str(WATCH_SECONDS),
+            allowWatchBookmarks="true",
+            **self.selectors,
+        )
+        # It may be quiet from now on.
+        self._heard(None)
+        try:
+            for line in watch.lines():
+                self._apply(line)
+        finally:
+            watch.close()
+        return False
+
+    def _list(self) -> None:
+        found = self._api.get(self._path, **self.selectors)
+        with self._lock:
+            self._objects = {each["metadata"]["uid"]: each for each in found["items"]}
+            self._listed = True
+        self._version = found["metadata"]["resourceVersion"]
+
+    def _apply(self, line: str) -> None:
+        try:
+            event = json.loads(line)
+            kind, thing = event["type"], event["object"]
+        except (ValueError, KeyError, TypeError):
+            raise ApiError(0, "BrokenWatch", "The watch was cut in the middle of a line.") from None
+        if kind == "ERROR":
+            raise ApiError(
+                int(thing.get("code", 0)), str(thing.get("reason")), str(thing.get("message"))
+            )
+        self._version = thing["metadata"]["resourceVersion"]
+        if kind == "BOOKMARK":
+            return
+        uid = thing["metadata"]["uid"]
+        with self._lock:
+            if kind == "DELETED":
+                self._objects.pop(uid, None)
+                self._gone.append(thing)
+            else:
+                self._objects[uid] = thing
+        self._changed()
+
+    def _lost(self, error: ApiError) -> bool:
+        if error.status == 410:
+            self._version = ""
+        else:
+            self._heard(error)
+        return False
+
+    def _heard(self, error: ApiError | None) -> None:
+        self._error = error
+        self._changed()
+
+
+class LogStream(_Follower):
+    """The log of a pod's container, line by line, each line once.
+
+    Args:
+        api: The API server.
+        path: Of the pod.
+        uid: Of the pod: another one may get its name.
+        container: The container's name.
+        say: Told of a line, in another thread.
+    """
+
+    def __init__(
+        self, api: Api, path: str, uid: str, container: str, say: Callable[[str], None]
+    ) -> None:
+        super().__init__(f"log {path}")
+        self._api = api
+        self._path = path
+        self._uid = uid
+        self._container = container
+        self._say = say
+        self._last = ""
+        self._is_again = False
+
+    def finish(self, seconds: float, enough: Callable[[], bool]) -> None:
+        """Waits for the rest of the log of a container that has ended, then stops.
+
+        Args:
+            seconds: No longer than that.
+            enough: Whether to stop before.
+        """
+        ends = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < ends and not enough():
+            self._thread.join(timeout=0.2)
+        self.stop()
+
+    def _follow(self) -> bool:
+        if self._is_again and self._pod() is None:
+            return True
+        self._is_again = True
+        since = {"sinceTime": self._last} if self._last else {}
+        log = self._open(
+            self._api,
+            f"{self._path}/log",
+            container=self._container,
+            follow="true",
+            timestamps="true",
+            **since,
+        )
+        try:
+            # sinceTime is exact to the second, so it begins with lines that were said before.
+            said = self._last
+            for line in log.lines():
+                self._tell(line, said)
+        finally:
+            log.close()
+        # The kubelet ends the stream of a container that has ended; a proxy may end it before.
+        return self._has_ended()
+
+    def _tell(self, line: str, said: str) -> None:
+        matched = _STAMPED.fullmatch(line)
+        stamp, text = matched.groups() if matched else ("", line)
+        if matched and stamp <= said:
+            return
+        self._last = max(self._last, stamp)
+        self._say(text)
+
+    def _pod(self) -> dict[str, Any] | None:
+        """The pod as it is; None where it is gone, whatever has its name now."""
+        try:
+            pod = self._api.get(self._path)
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+        return pod if pod["metadata"]["uid"] == self._uid else None
+
+    def _has_ended(self) -> bool:
+        pod = self._pod()
+        if pod is None:
+            return True
+        statuses = pod.get("status", {}).get("containerStatuses", [])
+        states = [each["state"] for each in statuses if each["name"] == self._container]
+        return bool(states) and "terminated" in states[0]
+
+    def _lost(self, error: ApiError) -> bool:
+        if error.status == 403:
+            self._say(f"The log cannot be read: {error}")
+        # 404: the pod is gone. 400: its container has not begun, or its log was removed.
+        return error.status in (403, 404)
