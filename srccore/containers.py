@@ -1,9 +1,9 @@
 """Builds and pushes the container images with podman, buildah or docker, whichever is there.
 
 Assumes a checkout with git, since the Containerfiles and the lock files of ``images/`` are no part
-of the installed package. An image of a stage is a thin layer, the wheel, on the environment of its
-base; bases hold no code of ours and carry a fixed time, so that a new commit leaves their layers
-as they are, byte for byte. Two builds of one commit are equal but for what docker stamps.
+of the installed package. An image is a thin layer, the wheel, on the environment of its base;
+bases hold no code of ours and carry a fixed time, so that a new commit leaves their layers as they
+are, byte for byte. Two builds of one commit are equal but for what docker stamps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from srccore.errors import UserError
-from srccore.images import BASES, STAGES, Base, Images
+from srccore.images import BASES, IMAGES, Base, Images
 
 __all__ = [
     "DEFAULT_BASE_IMAGE",
@@ -32,9 +32,9 @@ __all__ = [
     "base_build",
     "build_images",
     "find_tool",
+    "image_build",
     "open_checkout",
     "push_images",
-    "stage_build",
     "write_contexts",
 ]
 
@@ -164,19 +164,19 @@ def open_checkout(root: Path | None = None) -> Checkout:
 def build_images(
     tool: Tool,
     checkout: Checkout,
-    stages: Sequence[str] = (),
+    names: Sequence[str] = (),
     *,
     base_image: str = DEFAULT_BASE_IMAGE,
     source: str = "",
     extra: Sequence[str] = (),
     starting: Callable[[str], None] = lambda _name: None,
 ) -> Iterator[Built]:
-    """Builds the bases that are needed, then the stages.
+    """Builds the bases that are needed, then the images on them.
 
     Args:
         tool: The program that builds.
         checkout: What is built.
-        stages: Which; none means all.
+        names: Which; none means all.
         base_image: What the bases stand on.
         source: Where the source can be found, for the label.
         extra: Further arguments of the tool, for every image.
@@ -186,15 +186,15 @@ def build_images(
         What has been built.
 
     Raises:
-        UserError: There is no such stage, or the tool failed.
+        UserError: There is no such image, or the tool failed.
     """
-    wanted = _known(stages)
-    bases = [base for base in BASES if any(STAGES[stage] == base for stage in wanted)]
-    with tempfile.TemporaryDirectory(prefix="srccore-images-") as name:
-        contexts = Path(name)
+    wanted = _known(names)
+    bases = [base for base in BASES if any(IMAGES[name] == base for name in wanted)]
+    with tempfile.TemporaryDirectory(prefix="srccore-images-") as folder:
+        contexts = Path(folder)
         write_contexts(checkout, bases, contexts)
         builds = [base_build(base, contexts, base_image) for base in bases]
-        builds += [stage_build(stage, contexts, checkout, source) for stage in wanted]
+        builds += [image_build(name, contexts, checkout, source) for name in wanted]
         for build in builds:
             starting(build.image)
             began = time.monotonic()
@@ -207,7 +207,7 @@ def build_images(
 
 
 def write_contexts(checkout: Checkout, bases: Sequence[Base], folder: Path) -> None:
-    """Writes what the builds read and nothing else: a folder for each base, one for the stages.
+    """Writes what the builds read and nothing else: a folder for each base, one for the images.
 
     Args:
         checkout: What is built.
@@ -216,7 +216,8 @@ def write_contexts(checkout: Checkout, bases: Sequence[Base], folder: Path) -> N
     """
     images = checkout.root / "images"
     for base in bases:
-        shutil.copytree(images / base, folder / base)
+        shutil.copytree(images / "base", folder / base)
+        shutil.copytree(images / base, folder / base, dirs_exist_ok=True)
         for lock in images.glob("*.lock"):
             shutil.copy(lock, folder / base)
     shutil.copytree(images / "stage", folder / "stage")
@@ -232,24 +233,24 @@ def base_build(base: Base, contexts: Path, base_image: str) -> Build:
     return Build(LOCAL.of(f"base-{base}"), contexts / base, arguments={"BASE_IMAGE": base_image})
 
 
-def stage_build(stage: str, contexts: Path, checkout: Checkout, source: str) -> Build:
-    """How a stage is built, on a base that is there."""
+def image_build(name: str, contexts: Path, checkout: Checkout, source: str) -> Build:
+    """How an image is built, on a base that is there."""
     (wheel,) = (contexts / "stage").glob("*.whl")
     labels = {
-        "title": f"srccore/{stage}",
+        "title": f"srccore/{name}",
         "version": checkout.version,
         "revision": checkout.revision,
         "licenses": "Apache-2.0",
         "source": source,
     }
     return Build(
-        LOCAL.of(stage),
+        LOCAL.of(name),
         contexts / "stage",
         arguments={
-            "BASE": LOCAL.of(f"base-{STAGES[stage]}"),
+            "BASE": LOCAL.of(f"base-{IMAGES[name]}"),
             "WHEEL_SHA256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
         },
-        labels={name: value for name, value in labels.items() if value},
+        labels={label: value for label, value in labels.items() if value},
         stamp=checkout.committed,
     )
 
@@ -261,11 +262,11 @@ def push_images(
     tls_verify: bool = True,
     starting: Callable[[str], None] = lambda _name: None,
 ) -> Iterator[str]:
-    """Pushes all stages' images; layers that several share are sent once.
+    """Pushes all images; layers that several share are sent once.
 
     Args:
         tool: The program that pushes.
-        registry: Host and path before ``/srccore/<stage>``.
+        registry: Host and path before ``/srccore/<name>``.
         tls_verify: Whether the registry must show a certificate that is trusted.
         starting: Told of an image before it is pushed.
 
@@ -283,10 +284,10 @@ def push_images(
         )
     remote = Images(registry)
     push = _push_with_docker if tool == "docker" else _push
-    for stage in STAGES:
-        starting(remote.of(stage))
-        digest = push(tool, LOCAL.of(stage), remote.of(stage), tls_verify)
-        yield Images(registry, digests={stage: digest}).of(stage)
+    for name in IMAGES:
+        starting(remote.of(name))
+        digest = push(tool, LOCAL.of(name), remote.of(name), tls_verify)
+        yield Images(registry, digests={name: digest}).of(name)
 
 
 _PUSH_ADVICE = "Build the images first with srccore images build, and log in with {} login."
@@ -319,17 +320,17 @@ def _build_wheel(checkout: Checkout, folder: Path) -> None:
     )
 
 
-def _known(stages: Sequence[str]) -> list[str]:
-    """The stages asked for, in the order of the method.
+def _known(names: Sequence[str]) -> list[str]:
+    """The images asked for, in the order of the method.
 
     Raises:
-        UserError: There is no such stage.
+        UserError: There is no such image.
     """
-    if unknown := [stage for stage in stages if stage not in STAGES]:
+    if unknown := [name for name in names if name not in IMAGES]:
         raise UserError(
-            f"There is no image {', '.join(unknown)}.", f"Name some of {', '.join(STAGES)}."
+            f"There is no image {', '.join(unknown)}.", f"Name some of {', '.join(IMAGES)}."
         )
-    return [stage for stage in STAGES if not stages or stage in stages]
+    return [name for name in IMAGES if not names or name in names]
 
 
 def _size(tool: Tool, image: str) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from srccore.errors import UserError
-from srccore.images import DEFAULT_REGISTRY, STAGES, Images, read_digests
+from srccore.images import DEFAULT_REGISTRY, IMAGES, Images, read_digests
 
 __all__ = ["app"]
 
@@ -35,13 +35,13 @@ def _say(text: str) -> None:
 
 @app.command(
     "build",
-    epilog="Example: srccore images build --stage curate-preference -- --network=host",
+    epilog="Example: srccore images build --image curate-preference -- --network=host",
 )
 def build(
-    stages: Annotated[
+    names: Annotated[
         list[str],
         typer.Option(
-            "--stage", metavar="NAME", show_default=False, default_factory=list, help="Only these."
+            "--image", metavar="NAME", show_default=False, default_factory=list, help="Only these."
         ),
     ],
     extra: Annotated[
@@ -57,13 +57,13 @@ def build(
     source: Annotated[str, typer.Option(help="Where the source lies, for the label.")] = "",
     tool: ToolName = None,
 ) -> None:
-    """Build the images of this checkout under localhost/srccore/, on two shared bases."""
+    """Build the images of this checkout under localhost/srccore/, on shared bases."""
     from srccore import containers
 
     built = containers.build_images(
         containers.find_tool(tool),
         containers.open_checkout(),
-        stages,
+        names,
         base_image=base_image or containers.DEFAULT_BASE_IMAGE,
         source=source,
         extra=extra,
@@ -76,7 +76,7 @@ def build(
 @app.command("push", epilog="Example: srccore images push --registry 127.0.0.1:5000 -o images.txt")
 def push(
     registry: Annotated[
-        str, typer.Option(help="Host and path before /srccore/STAGE: registry.example.com/team.")
+        str, typer.Option(help="Host and path before /srccore/NAME: registry.example.com/team.")
     ],
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Also write the list to this file.")
@@ -108,7 +108,7 @@ def push(
 @app.command("list", epilog="Example: srccore images list --registry mirror.example.com/src")
 def list_images(
     registry: Annotated[
-        str, typer.Option(help="Host and path before /srccore/STAGE.")
+        str, typer.Option(help="Host and path before /srccore/NAME.")
     ] = DEFAULT_REGISTRY,
     digests: Annotated[
         Path | None, typer.Option(help="The list that push wrote, of this registry or another.")
@@ -116,5 +116,5 @@ def list_images(
 ) -> None:
     """Print every image that a pipeline of this release may pull."""
     images = Images(registry, digests=read_digests(digests, registry) if digests else {})
-    for stage in STAGES:
-        typer.echo(images.of(stage))
+    for name in IMAGES:
+        typer.echo(images.of(name))

@@ -1,4 +1,4 @@
-"""What the container images are called: one per stage, on one of two shared bases.
+"""What the container images are called: one per stage and one more, on three shared bases.
 
 Components, the compiler and the image build all take the names from here. Imports nothing but the
 standard library, since importing a component must need no more than kfp.
@@ -19,6 +19,8 @@ __all__ = [
     "BASES",
     "CACHE",
     "DEFAULT_REGISTRY",
+    "IMAGES",
+    "LAUNCH_TRAINING",
     "STAGES",
     "USER_ID",
     "Base",
@@ -26,7 +28,7 @@ __all__ = [
     "read_digests",
 ]
 
-Base = Literal["light", "models"]
+Base = Literal["light", "models", "launcher"]
 
 STAGES: Mapping[str, Base] = {
     "import-output": "light",
@@ -45,7 +47,11 @@ STAGES: Mapping[str, Base] = {
 }
 """Every stage that is a component, and the base that its image stands on: ``models`` has torch,
 transformers and TRL, ``light`` has not."""
-BASES: tuple[Base, ...] = ("light", "models")
+LAUNCH_TRAINING = "launch-training"
+"""The image of a step whose training runs as a job: it starts the job and watches it."""
+IMAGES: Mapping[str, Base] = {**STAGES, LAUNCH_TRAINING: "launcher"}
+"""Every image, and its base; ``launcher`` has the client of Kubernetes, and reads no data set."""
+BASES: tuple[Base, ...] = ("light", "models", "launcher")
 
 USER_ID = 1000
 """The user of every image."""
@@ -66,9 +72,9 @@ class Images:
         UserError: The registry is none.
 
     Args:
-        registry: Host and path before ``/srccore/<stage>``: ``registry.example.com/team``.
+        registry: Host and path before ``/srccore/<name>``: ``registry.example.com/team``.
         tag: The tag where there are no digests.
-        digests: ``sha256:...`` by stage; with any there, an image without one is an error.
+        digests: ``sha256:...`` by name; with any there, an image without one is an error.
     """
 
     registry: str = DEFAULT_REGISTRY
@@ -83,24 +89,24 @@ class Images:
                 "registry.example.com/team.",
             )
 
-    def repository(self, stage: str) -> str:
-        """The image's name without tag or digest."""
-        return f"{self.registry.rstrip('/')}/srccore/{stage}"
+    def repository(self, name: str) -> str:
+        """The image string without tag or digest."""
+        return f"{self.registry.rstrip('/')}/srccore/{name}"
 
-    def of(self, stage: str) -> str:
-        """The image string of a stage, or of a base by the name ``base-<base>``.
+    def of(self, name: str) -> str:
+        """The image string of a stage, or of another image by its name; a base is ``base-<base>``.
 
         Raises:
-            UserError: There are digests, but none for this stage.
+            UserError: There are digests, but none for this image.
         """
         if not self.digests:
-            return f"{self.repository(stage)}:{self.tag}"
-        if stage not in self.digests:
+            return f"{self.repository(name)}:{self.tag}"
+        if name not in self.digests:
             raise UserError(
-                f"There is no digest for the image {self.repository(stage)}.",
+                f"There is no digest for the image {self.repository(name)}.",
                 "Push all images with srccore images push, and give the list that it writes.",
             )
-        return f"{self.repository(stage)}@{self.digests[stage]}"
+        return f"{self.repository(name)}@{self.digests[name]}"
 
 
 def read_digests(path: Path, registry: str) -> dict[str, str]:
@@ -112,7 +118,7 @@ def read_digests(path: Path, registry: str) -> dict[str, str]:
             a mirror keeps digests.
 
     Returns:
-        Digests by stage.
+        Digests by the image's name.
 
     Raises:
         UserError: The file cannot be read or is empty, or a line is no image with its digest.
@@ -130,13 +136,13 @@ def read_digests(path: Path, registry: str) -> dict[str, str]:
         if not text or text.startswith("#"):
             continue
         repository, _, digest = text.partition("@")
-        stage = repository.rpartition("/")[2]
-        if not _DIGEST.fullmatch(digest) or stage not in STAGES:
+        name = repository.rpartition("/")[2]
+        if not _DIGEST.fullmatch(digest) or name not in IMAGES:
             raise UserError(
                 f"Line {number} of {path} is no image of ours with its digest: {text[:100]!r}.",
-                "Lines read REGISTRY/srccore/STAGE@sha256:..., as srccore images push writes them.",
+                "Lines read REGISTRY/srccore/NAME@sha256:..., as srccore images push writes them.",
             )
-        found[stage] = digest
+        found[name] = digest
     if not found:
         raise UserError(
             f"The list of digests {path} names no image.",

@@ -27,7 +27,7 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Podman:
 
 @pytest.fixture(scope="session")
 def images(podman: Podman) -> Podman:
-    """podman, with the images of all stages built."""
+    """podman, with all images built."""
     podman.build()
     return podman
 

@@ -52,9 +52,9 @@ class Podman:
         command = ["podman", "image", "exists", image]
         return subprocess.run(command, env=self.environment, check=False).returncode == 0
 
-    def build(self, *stages: str, extra: Sequence[str] = ()) -> None:
-        """Builds images of stages, as a user does on this machine; no stage means all."""
-        named = [word for stage in stages for word in ("--stage", stage)]
+    def build(self, *names: str, extra: Sequence[str] = ()) -> None:
+        """Builds images, as a user does on this machine; no name means all."""
+        named = [word for name in names for word in ("--image", name)]
         base = ["--tool", "podman", "--base-image", base_image(self)]
         self.srccore("images", "build", *base, *named, "--", *_of_the_host(), *extra)
 

@@ -24,8 +24,9 @@ def start(
     parameters: Mapping[str, Any],
     artifacts: Mapping[str, str],
     outputs: Mapping[str, str],
+    image: str | None = None,
 ) -> None:
-    """Runs a component: artifacts and outputs are paths below ``/step``."""
+    """Runs a component, in its own image or another: files are paths below ``/step``."""
     file = COMPONENTS / stage.replace("-", "_") / "component.yaml"
     spec = next(yaml.safe_load_all(file.read_text()))
     (executor,) = spec["deploymentSpec"]["executors"].values()
@@ -43,7 +44,7 @@ def start(
     words = [word.replace("{{$}}", json.dumps(given)) for word in container["args"]]
     options = ["--rm", *LOCKED_DOWN, "--memory=2g", f"--volume={work}:/step"]
     options += [f"--volume={run}:/run-folder:ro"]
-    podman.run("run", *options, container["image"], *container["command"], *words)
+    podman.run("run", *options, image or container["image"], *container["command"], *words)
 
 
 def _artifact(name: str, uri: str) -> dict[str, Any]:

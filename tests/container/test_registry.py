@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from container.podman import Podman
 
-from srccore.images import STAGES, Images, read_digests
+from srccore.images import IMAGES, STAGES, Images, read_digests
 
 ACCEPT = (
     "application/vnd.oci.image.manifest.v1+json, "
@@ -81,12 +81,12 @@ def test_every_image_is_pushed_by_digest_and_a_shared_layer_once(
 
     assert printed == out.read_text()
     digests = read_digests(out, registry.address)
-    assert list(digests) == list(STAGES)
+    assert list(digests) == list(IMAGES)
     big_layers = set()
-    for stage, digest in digests.items():
-        found, manifest = registry.manifest(f"srccore/{stage}", digest)
+    for name, digest in digests.items():
+        found, manifest = registry.manifest(f"srccore/{name}", digest)
         assert found == digest
-        assert registry.manifest(f"srccore/{stage}", Images().tag)[0] == digest
+        assert registry.manifest(f"srccore/{name}", Images().tag)[0] == digest
         big_layers |= {layer["digest"] for layer in manifest["layers"] if layer["size"] > 10**9}
     assert len(big_layers) == 1
     stored = [path for path in registry.folder.rglob("data") if path.stat().st_size > 10**9]
@@ -110,4 +110,4 @@ def test_every_image_is_pushed_by_digest_and_a_shared_layer_once(
     listed = images.srccore(
         "images", "list", "--registry", "mirror.example.com/src", "--digests", str(out)
     )
-    assert listed.splitlines() == [mirror.of(stage) for stage in STAGES]
+    assert listed.splitlines() == [mirror.of(name) for name in IMAGES]

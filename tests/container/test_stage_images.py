@@ -15,7 +15,7 @@ import pytest
 from container.podman import LOCKED_DOWN, USER, Podman, give
 from local.shrunken import SETTINGS
 
-from srccore.images import STAGES, Images
+from srccore.images import IMAGES, LAUNCH_TRAINING, Images
 from srccore.manifest import read_manifest
 
 DATA = {name: f"--data=data/{name}.parquet" for name in ("train", "calibration", "heldout")}
@@ -68,8 +68,8 @@ READS: dict[str, tuple[str, list[str]]] = {
 }
 
 
-def _memory(stage: str) -> str:
-    return "--memory=512m" if STAGES[stage] == "light" else "--memory=2g"
+def _memory(image: str) -> str:
+    return "--memory=2g" if IMAGES[image] == "models" else "--memory=512m"
 
 
 def _in_container(podman: Podman, stage: str, volumes: dict[Path, str], words: list[str]) -> str:
@@ -111,26 +111,24 @@ def test_the_report_is_the_same_page_but_for_its_date(
     assert inside == outside
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_image_is_what_a_cluster_wants(images: Podman, stage: str) -> None:
-    (image,) = json.loads(images.run("image", "inspect", Images().of(stage)))
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_is_what_a_cluster_wants(images: Podman, name: str) -> None:
+    (image,) = json.loads(images.run("image", "inspect", Images().of(name)))
     settings = image["Config"]
-    labels = {name.rpartition(".")[2]: value for name, value in settings["Labels"].items()}
+    labels = {key.rpartition(".")[2]: value for key, value in settings["Labels"].items()}
     assert settings["User"] == f"{USER}:{USER}"
     assert not settings.get("Entrypoint")
-    assert labels["title"] == f"srccore/{stage}"
+    assert labels["title"] == f"srccore/{name}"
     assert labels["version"] == Images().tag
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", labels["revision"])
 
 
-@pytest.mark.parametrize("stage", ["import-output", "evaluate"])
-def test_a_step_of_kubeflow_finds_its_executor_whatever_the_user(
-    images: Podman, stage: str
-) -> None:
+@pytest.mark.parametrize("name", ["import-output", "evaluate", LAUNCH_TRAINING])
+def test_a_step_of_kubeflow_finds_its_executor_whatever_the_user(images: Podman, name: str) -> None:
     check = "import getpass, os, srccore; print(os.getuid(), getpass.getuser())"
     command = f"python3 -c '{check}' && python3 -m kfp.dsl.executor_main --help"
-    options = ["--rm", *LOCKED_DOWN, _memory(stage), "--user=12345:0", "--env=_KFP_RUNTIME=true"]
-    printed = images.run("run", *options, Images().of(stage), "sh", "-c", command)
+    options = ["--rm", *LOCKED_DOWN, _memory(name), "--user=12345:0", "--env=_KFP_RUNTIME=true"]
+    printed = images.run("run", *options, Images().of(name), "sh", "-c", command)
     assert printed.startswith("12345 srccore\n")
     assert "--executor_input" in printed
 

@@ -14,7 +14,7 @@ import pytest
 
 from srccore.containers import Build, build_images, find_tool, open_checkout, push_images
 from srccore.errors import UserError
-from srccore.images import STAGES
+from srccore.images import IMAGES
 
 DIGEST = "sha256:" + "7" * 64
 
@@ -111,7 +111,7 @@ def test_a_checkout_without_history_is_told_what_git_says(checkout: Path) -> Non
         open_checkout(checkout)
 
 
-def test_a_stage_that_is_not_there_is_named_before_anything_is_built(checkout: Path) -> None:
+def test_an_image_that_is_not_there_is_named_before_anything_is_built(checkout: Path) -> None:
     with pytest.raises(UserError, match="no image evaluat"):
         next(build_images("podman", open_checkout(checkout), ["evaluat"]))
 
@@ -127,7 +127,7 @@ def test_a_failing_tool_has_the_last_word(tools: Tools) -> None:
 def test_a_push_tells_the_digest_that_the_tool_wrote(tools: Tools) -> None:
     tools.add("podman", f"echo {DIGEST} > $3")
     lines = list(push_images("podman", "r.example.com", tls_verify=False))
-    assert lines == [f"r.example.com/srccore/{stage}@{DIGEST}" for stage in STAGES]
+    assert lines == [f"r.example.com/srccore/{name}@{DIGEST}" for name in IMAGES]
     assert re.fullmatch(
         r"podman push --digestfile \S+ --tls-verify=false "
         r"localhost/srccore/(\S+):(\S+) docker://r\.example\.com/srccore/\1:\2",
@@ -139,7 +139,7 @@ def test_docker_tags_first_and_is_asked_for_the_digest_of_this_registry(tools: T
     others = f"other.example.com/srccore/x@sha256:{'8' * 64}"
     tools.add("docker", f'[ "$1" = image ] && echo "{others} ${{5%:*}}@{DIGEST}"; exit 0')
     lines = list(push_images("docker", "r.example.com"))
-    assert lines == [f"r.example.com/srccore/{stage}@{DIGEST}" for stage in STAGES]
+    assert lines == [f"r.example.com/srccore/{name}@{DIGEST}" for name in IMAGES]
     assert [words.split()[1] for words in tools.asked()[:3]] == ["tag", "push", "image"]
 
 

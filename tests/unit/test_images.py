@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import srccore
 from srccore.errors import UserError
 from srccore.image_commands import app
-from srccore.images import BASES, STAGES, Images, read_digests
+from srccore.images import BASES, IMAGES, Images, read_digests
 
 ROOT = Path(__file__).parents[2]
 CONTAINERFILES = sorted((ROOT / "images").glob("*/Containerfile"))
@@ -63,16 +63,19 @@ def test_a_list_that_is_not_there_is_told_with_the_command_that_makes_it(tmp_pat
 
 def test_the_command_lists_every_image(tmp_path: Path) -> None:
     tagged = CliRunner().invoke(app, ["list", "--registry", "r.example.com"])
-    assert tagged.stdout.splitlines() == [Images("r.example.com").of(stage) for stage in STAGES]
+    assert tagged.stdout.splitlines() == [Images("r.example.com").of(name) for name in IMAGES]
     path = tmp_path / "images.txt"
-    path.write_text("".join(f"here/srccore/{stage}@{ONE}\n" for stage in STAGES))
+    path.write_text("".join(f"here/srccore/{name}@{ONE}\n" for name in IMAGES))
     listed = CliRunner().invoke(app, ["list", "--registry", "there", "--digests", str(path)])
-    assert listed.stdout.splitlines() == [f"there/srccore/{stage}@{ONE}" for stage in STAGES]
+    assert listed.stdout.splitlines() == [f"there/srccore/{name}@{ONE}" for name in IMAGES]
 
 
-def test_every_base_has_its_containerfile_and_is_used() -> None:
-    assert {path.parent.name for path in CONTAINERFILES} == {*BASES, "stage"}
-    assert set(STAGES.values()) == set(BASES)
+def test_every_base_is_used_and_has_what_makes_it() -> None:
+    assert {path.parent.name for path in CONTAINERFILES} == {"base", "stage"}
+    assert set(IMAGES.values()) == set(BASES)
+    for base in BASES:
+        files = {path.name for path in (ROOT / "images" / base).iterdir()}
+        assert files == {"requirements.lock", "finish.sh"}
 
 
 @pytest.mark.parametrize("path", CONTAINERFILES, ids=lambda path: path.parent.name)
@@ -95,8 +98,16 @@ def test_a_lock_file_has_hashes_for_all_and_the_address_of_none(lock: Path) -> N
     assert all("--hash=sha256:" in requirement for requirement in requirements)
 
 
-@pytest.mark.parametrize("name", ["light/requirements", "models/requirements", "executor"])
+@pytest.mark.parametrize("name", [*(f"{base}/requirements" for base in BASES), "executor"])
 def test_an_image_has_the_versions_that_were_tested_together(name: str) -> None:
     pinned = _pinned(ROOT / "images" / f"{name}.lock")
     assert pinned
     assert pinned <= _pinned(ROOT / "requirements.lock")
+
+
+def test_an_image_that_watches_a_job_has_neither_torch_nor_what_reads_data_sets() -> None:
+    pinned = {
+        each.partition("==")[0] for each in _pinned(ROOT / "images/launcher/requirements.lock")
+    }
+    assert {"kubernetes", "boto3", "pydantic", "pyyaml"} <= pinned
+    assert not {"torch", "transformers", "pyarrow", "pillow", "openai"} & pinned
