@@ -90,6 +90,7 @@ def pipeline_local_command(
             f"There are {', '.join(preset_names())}; give another with --pipeline.",
         )
     package = read_package(pipeline or COMPILED / f"{preset}.yaml")
+    package.refuse_jobs()
     arguments = package.arguments(str(out.resolve() / "artifacts"), overrides, parameters)
 
     def say(line: str) -> None:

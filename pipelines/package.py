@@ -93,7 +93,6 @@ class Package:
         Raises:
             UserError: There is no such name, or a value is ill-typed, missing or fixed.
         """
-        self._refuse_launcher()
         arguments: dict[str, Any] = {ARTIFACT_ROOT: artifact_root}
         arguments |= self._settings(settings)
         arguments |= dict(self._given(text) for text in given)
@@ -125,14 +124,19 @@ class Package:
                     f"Put it into the bucket, and give --set {section}.{field}=s3://BUCKET/KEY.",
                 )
 
-    def _refuse_launcher(self) -> None:
+    def refuse_jobs(self) -> None:
+        """Refuses a pipeline that trains as a job, where there is no cluster.
+
+        Raises:
+            UserError: It does.
+        """
         for dag in dags(self.pipeline):
             for task in dag["tasks"].values():
                 launcher = task.get("inputs", {}).get("parameters", {}).get("launcher", {})
                 chosen = launcher.get("runtimeValue", {}).get("constant", "inprocess")
                 if chosen != "inprocess":
                     raise UserError(
-                        f"{self.path} trains as a {chosen}, which this release cannot run yet.",
+                        f"{self.path} trains as a {chosen}, which only a cluster can run.",
                         "Compile it with launcher: inprocess in its profile.",
                     )
 

@@ -2,7 +2,8 @@
 
 Node selector and tolerations are run-time parameters, and so are the GPUs and the memory of
 train-dpo, which stands outside the loops. Inside a loop kfp would leave a parameter of the latter
-kind dangling: there the profile decides.
+kind dangling: there the profile decides. Where DPO is a job, its pods are given all this by way of
+the task's parameters, and the task's own pod, which only watches, asks for little and no GPU.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from typing import Any
 
 from kfp import kubernetes
 
-from srccore.images import CACHE, STAGES, Images
+from srccore.cluster.request import CA_FOLDER, CA_VARIABLES, JobSettings, SecretKeys
+from srccore.images import CACHE, LAUNCH_TRAINING, STAGES, USER_ID, Images
 from srccore_pipelines.profile import Profile, Resources
 
 __all__ = ["Placement", "Pods"]
 
-_CA_FOLDER = "/etc/srccore/ca"
+_TRAINING = "train-dpo"
 _IN_CLUSTER = "localhost,127.0.0.1,.svc,.cluster.local,.kubeflow"
 """Not by a proxy: Kubeflow's own launcher, in the same container, would go through it too."""
 _PROXIES = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
-_CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE")
+_AT_RUN_TIME = {"node_selector", "tolerations", "memory", "gpus"}
+"""Of a job's settings: parameters of the pipeline say them."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,16 @@ class Pods:
         Returns:
             The task.
         """
-        profile, resources = self.profile, self.profile.resources(stage)
-        training = stage == "train-dpo"
-        task.set_container_image(self.images.of(stage))
+        profile, image, resources = self.profile, stage, self.profile.resources(stage)
+        if launches := stage == _TRAINING and profile.launcher != "inprocess":
+            image, resources = LAUNCH_TRAINING, profile.launching()
+        trains = stage == _TRAINING and not launches
+        task.set_container_image(self.images.of(image))
         task.set_cpu_request(resources.cpu)
-        memory = placement.training_memory if training else resources.memory
+        memory = placement.training_memory if trains else resources.memory
         task.set_memory_request(memory).set_memory_limit(memory)
         if resources.gpus:
-            gpus = placement.training_gpus if training else resources.gpus
+            gpus = placement.training_gpus if trains else resources.gpus
             task.set_accelerator_type(profile.accelerator).set_accelerator_limit(gpus)
             kubernetes.add_node_selector_json(task, placement.node_selector)
             kubernetes.add_toleration_json(task, placement.tolerations)
@@ -72,9 +77,8 @@ class Pods:
         self._mount(task, resources)
         for name, value in sorted(self._environment().items()):
             task.set_env_variable(name, value)
-        for secret in profile.secrets:
-            if stage in (secret.stages or STAGES):
-                kubernetes.use_secret_as_env(task, secret.name, dict(secret.keys))
+        for secret in self._secrets(stage):
+            kubernetes.use_secret_as_env(task, secret.name, dict(secret.keys))
         if profile.image_pull_secrets:
             kubernetes.set_image_pull_secrets(task, list(profile.image_pull_secrets))
         if profile.run_as_user is not None:
@@ -84,6 +88,50 @@ class Pods:
         kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "srccore")
         kubernetes.add_pod_label(task, "app.kubernetes.io/component", stage)
         return task
+
+    def training(self, placement: Placement) -> dict[str, Any]:
+        """What train-dpo is told of the job that trains.
+
+        Args:
+            placement: The pipeline's parameters.
+
+        Returns:
+            Arguments of the component; none where it trains in its own pod.
+        """
+        profile, resources = self.profile, self.profile.resources(_TRAINING)
+        if profile.launcher == "inprocess":
+            return {}
+        settings = JobSettings(
+            image=self.images.of(_TRAINING),
+            cpu=resources.cpu,
+            accelerator=profile.accelerator,
+            shared_memory=resources.shared_memory,
+            environment=self._environment(),
+            secrets=self._secrets(_TRAINING),
+            image_pull_secrets=profile.image_pull_secrets,
+            ca_bundle=profile.ca_bundle,
+            cache_claim=profile.cache_claim,
+            # What a job's pods are is not up to the backend.
+            run_as_user=profile.run_as_user or USER_ID,
+            running_hours=resources.timeout_hours,
+            **profile.training_job.model_dump(),
+        )
+        given = {
+            "job": settings.model_dump(mode="json", exclude_none=True, exclude=_AT_RUN_TIME),
+            "training_memory": placement.training_memory,
+            "training_gpus": placement.training_gpus,
+        }
+        if resources.gpus:
+            given["node_selector"] = placement.node_selector
+            given["tolerations"] = placement.tolerations
+        return given
+
+    def _secrets(self, stage: str) -> tuple[SecretKeys, ...]:
+        return tuple(
+            SecretKeys(name=secret.name, keys=secret.keys)
+            for secret in self.profile.secrets
+            if stage in (secret.stages or STAGES)
+        )
 
     def _environment(self) -> dict[str, str]:
         given = dict(self.profile.environment)
@@ -113,6 +161,6 @@ class Pods:
             kubernetes.empty_dir_mount(task, "cache", CACHE)
         bundle = self.profile.ca_bundle
         if bundle:
-            kubernetes.use_config_map_as_volume(task, bundle.config_map, _CA_FOLDER)
-            for name in _CA_VARIABLES:
-                task.set_env_variable(name, f"{_CA_FOLDER}/{bundle.key}")
+            kubernetes.use_config_map_as_volume(task, bundle.config_map, CA_FOLDER)
+            for name in CA_VARIABLES:
+                task.set_env_variable(name, f"{CA_FOLDER}/{bundle.key}")

@@ -8,14 +8,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
+from srccore.cluster.request import QUANTITY, CaBundle, SecretKeys, Toleration
 from srccore.config import RunConfig, Section, explain
 from srccore.errors import UserError
 from srccore.images import STAGES, USER_ID
 
-__all__ = ["CaBundle", "Profile", "Resources", "SecretKeys", "Toleration", "load_profile"]
-
-QUANTITY = r"^\d+(\.\d+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
-"""A Kubernetes quantity, as far as CPU and memory need one."""
+__all__ = ["Profile", "Resources", "StageSecretKeys", "TrainingJob", "load_profile"]
 
 
 def _known(stages: tuple[str, ...]) -> tuple[str, ...]:
@@ -39,21 +37,9 @@ class Resources(Section):
     """A retried task goes on where it can: finished work is found by its inputs."""
 
 
-class Toleration(Section):
-    """A toleration, by the names that Kubernetes uses."""
+class StageSecretKeys(SecretKeys):
+    """Environment variables from a Secret, for the pods of some stages or of all."""
 
-    key: str | None = None
-    operator: Literal["Exists", "Equal"] = "Exists"
-    value: str | None = None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-
-
-class SecretKeys(Section):
-    """Environment variables from a Secret; the values never pass through a pipeline."""
-
-    name: str
-    keys: dict[str, str]
-    """Environment variable by the Secret's key."""
     stages: tuple[str, ...] = ()
     """Stages whose pods get them; none named is all."""
 
@@ -63,11 +49,21 @@ class SecretKeys(Section):
         return _known(stages)
 
 
-class CaBundle(Section):
-    """All certificates to trust, the public ones among them, in a ConfigMap."""
+class TrainingJob(Section):
+    """DPO as a job; each of its pods asks for what the profile gives to ``train-dpo``."""
 
-    config_map: str
-    key: str = "ca-bundle.crt"
+    pods: int = Field(default=1, ge=1)
+    queue: str | None = None
+    """Kueue's LocalQueue."""
+    priority_class: str | None = None
+    service_account: str | None = None
+    """Of the job's pods, which ask nothing of the API server; None is the namespace's default."""
+    waiting_hours: float = Field(default=24, gt=0)
+    """For a place in the queue and on nodes. How long it may run is the timeout of train-dpo."""
+    max_restarts: int = Field(default=10, ge=0)
+    """Pods lost and made again, all together; preemption is the usual cause."""
+    ttl_hours: float = Field(default=24, gt=0)
+    """After which a finished job is removed, with its pods and their logs."""
 
 
 class Profile(Section):
@@ -87,8 +83,12 @@ class Profile(Section):
     scorer: Literal["train", "train-on-given-pairs", "given"] = "train"
     """Where R-Scorer comes from: sampled responses that a teacher rates, labelled pairs at
     ``labelled_pairs_uri``, or a finished one at ``scorer_uri``."""
-    launcher: Literal["inprocess", "pytorchjob"] = "inprocess"
-    """Where DPO trains: in its step's pod, or as a job that the step watches."""
+    launcher: Literal["inprocess", "pytorchjob", "trainjob"] = "pytorchjob"
+    """Where DPO trains: in its step's pod, or as a job that the step watches: of the Training
+    Operator, or of Trainer v2."""
+    training_job: TrainingJob = TrainingJob()
+    launcher_resources: Resources | None = None
+    """Of the step that watches a job; None is little, for as long as the job may take."""
 
     light: Resources = Resources(cpu="1", memory="4Gi", timeout_hours=12)
     """Of stages without a model."""
@@ -112,7 +112,7 @@ class Profile(Section):
     image_pull_secrets: tuple[str, ...] = ()
     environment: dict[str, str] = Field(default_factory=dict)
     """Of every task: a proxy, ``AWS_ENDPOINT_URL``, ``AWS_REGION``. No secrets."""
-    secrets: tuple[SecretKeys, ...] = ()
+    secrets: tuple[StageSecretKeys, ...] = ()
     ca_bundle: CaBundle | None = None
     cache_claim: str | None = None
     """A PersistentVolumeClaim (ReadWriteMany, writable by the user) for models and data; None
@@ -129,13 +129,22 @@ class Profile(Section):
         base = self.light if STAGES[stage] == "light" else self.models
         return self.stages.get(stage, base)
 
+    def launching(self) -> Resources:
+        """What the pod of a step asks for that watches a training job."""
+        training = self.resources("train-dpo")
+        both_clocks = self.training_job.waiting_hours + training.timeout_hours
+        return self.launcher_resources or Resources(
+            cpu="200m", memory="512Mi", timeout_hours=both_clocks + 1, retries=training.retries
+        )
+
 
 def load_profile(path: Path | None, config: RunConfig, **changes: Any) -> Profile:
     """Loads a profile.
 
     Args:
         path: A YAML file of `Profile`'s fields; None takes the defaults.
-        config: The run: gives rounds and shards, and asks for no GPU where its device is the CPU.
+        config: The run: gives rounds and shards. Where its device is the CPU, pods ask for no GPU
+            and DPO for no operator.
         **changes: Fields that win over all; None is none.
 
     Returns:
@@ -149,6 +158,7 @@ def load_profile(path: Path | None, config: RunConfig, **changes: Any) -> Profil
         # Such a pipeline is tried out: whoever looks on wants to hear of a failure at once.
         values["models"] = Resources(cpu="2", memory="8Gi", timeout_hours=12, retries=0)
         values["light"] = Resources(cpu="1", memory="2Gi", timeout_hours=12, retries=0)
+        values["launcher"] = "inprocess"
     if path is not None:
         values |= _read(path)
     values |= {name: value for name, value in changes.items() if value is not None}

@@ -47,6 +47,37 @@ _SPLITS = {
     "train-dpo": "calibration",
     "evaluate": "heldout",
 }
+_JOB = """\
+With `launcher` `pytorchjob` or `trainjob` the task's pod creates a job, watches it and shows its
+log. It needs no GPU and 512Mi of memory, runs the image `launch-training`, and does so as an
+account that may create such jobs. The job's pods read the inputs from the bucket and write to
+`artifact_root`, which must be one, so an input is the output of a component of the suite or of
+`import-output`, not the thing itself. They get nothing from the task: what they need, Secrets
+included, stands in `job`. Its fields are those of `srccore.cluster.request.JobSettings`.
+
+```python
+task = train_dpo(
+    data=splits["calibration"],
+    preferences=curated.outputs["preferences"],
+    policy=tuned.outputs["policy"],
+    artifact_root="s3://bucket/src",
+    config=preset["dpo"],
+    launcher="pytorchjob",
+    job={
+        "image": "registry.example.com/team/srccore/train-dpo:VERSION",
+        "pods": 2,
+        "cpu": "8",
+        "memory": "64Gi",
+        "gpus": 1,
+        "shared_memory": "8Gi",
+        "secrets": [{"name": "s3-credentials", "keys": {"access-key": "AWS_ACCESS_KEY_ID",
+                                                        "secret-key": "AWS_SECRET_ACCESS_KEY"}}],
+    },
+)
+task.set_container_image("registry.example.com/team/srccore/launch-training:VERSION")
+```"""
+_MORE = {"train-dpo": ("## As a job", _JOB.replace("VERSION", Images().tag))}
+"""Further sections of a component's page."""
 _LISTS = {
     "candidates": 'dsl.Collected(found.outputs["candidates"])',
     "ratings": 'dsl.Collected(rated.outputs["ratings"])',
@@ -108,6 +139,7 @@ def _page(stage: str, component: Any) -> str:
         _resources(stage),
         "## In another pipeline",
         f"```python\n{_example(stage, inputs)}\n```",
+        *_MORE.get(stage, ()),
         "How to load it by file, and how to bring what you have already: "
         "[reuse of components](../../docs/components.md).",
     ]

@@ -88,7 +88,9 @@ def make_round(pods: Pods) -> Callable[..., Any]:
             policy=policy,
             config=dpo,
             seed=seed,
+            round_number=round_number,
             launcher=profile.launcher,
+            **pods.training(placement),
             **compute,
         )
         pods.configure(trained, "train-dpo", placement)

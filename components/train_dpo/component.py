@@ -17,11 +17,19 @@ def train_dpo(
     aligned: Output[Model],
     metrics: Output[Metrics],
     seed: int = 0,
+    round_number: int = 1,
     launcher: str = "inprocess",
+    job: dict = {},
+    node_selector: dict = {},
+    tolerations: list = [],
+    training_memory: str = "",
+    training_gpus: str = "",
     device: str = "auto",
     threads: int = 0,
 ):
     """Stage 5: preference fine-tuning of the round's policy by DPO with an SFT term.
+
+    It trains in this pod, or as a job that this pod creates and watches.
 
     Args:
         data: The split that the preferences answer.
@@ -30,7 +38,14 @@ def train_dpo(
         artifact_root: The folder or ``s3://...`` below which outputs are written.
         config: The section ``dpo`` of a preset.
         seed: The run's seed.
-        launcher: ``inprocess`` trains in this pod.
+        round_number: Counts from 1; part of the job's name.
+        launcher: ``inprocess`` trains in this pod, ``pytorchjob`` as a job of the Training
+            Operator, ``trainjob`` as one of Trainer v2.
+        job: What the job's pods are, and how long it may take.
+        node_selector: Of the job's pods; where given, instead of the one in ``job``.
+        tolerations: Of the job's pods; where given, instead of those in ``job``.
+        training_memory: Of each of the job's pods; where given, instead of that in ``job``.
+        training_gpus: Of each of the job's pods; where given, instead of those in ``job``.
         device: ``cpu``, ``cuda`` or ``auto``.
         threads: CPU threads of torch; 0 leaves it alone.
         aligned: Output. A ``policy.json`` with one adapter more.
@@ -46,6 +61,12 @@ def train_dpo(
         settings={"config": config, "seed": seed},
         device=device,
         threads=threads,
+        round_number=round_number,
+        job=job,
+        node_selector=node_selector,
+        tolerations=tolerations,
+        memory=training_memory,
+        gpus=training_gpus,
     )
     done.write_policy(aligned.path)
     done.log(metrics)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from srccore.cluster.request import JobSettings
 from srccore.images import STAGES, Images
 from srccore_pipelines.regenerate import ROOT, generated
 
@@ -57,8 +60,15 @@ def test_importing_the_components_needs_kfp_and_no_heavy_package() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "components").glob("*/component.py")), ids=str)
 def test_a_body_is_ten_statements_at_most_and_calls_the_library(path: Path) -> None:
-    import ast
-
     (function,) = (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef))
     assert "from srccore." in ast.unparse(function)
     assert len(function.body) <= 10
+
+
+def test_the_job_on_the_page_of_train_dpo_is_one() -> None:
+    page = (ROOT / "components/train_dpo/README.md").read_text()
+    example = ast.parse(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[-1])
+    (job,) = (node.value for node in ast.walk(example) if getattr(node, "arg", "") == "job")
+    assert JobSettings.model_validate(ast.literal_eval(job)).image == Images(
+        "registry.example.com/team"
+    ).of("train-dpo")

@@ -13,7 +13,7 @@ from kfp_server import KfpServer, Step
 
 from srccore.policy import parse_policy
 from srccore.records import CandidateSet, read_records
-from srccore_pipelines.profile import Profile, Resources, SecretKeys
+from srccore_pipelines.profile import Profile, Resources, StageSecretKeys, TrainingJob
 from srccore_pipelines.regenerate import ROOT
 
 HOST = "https://kubeflow.example.com/pipeline"
@@ -52,7 +52,8 @@ def test_the_profile_on_the_page_is_one_and_names_every_field() -> None:
     on_the_command_line = {"rounds", "shards"}
     assert set(values) | on_the_command_line == set(Profile.model_fields)
     assert set(values["models"]) == set(Resources.model_fields)
-    assert set(SecretKeys.model_fields) == set().union(*values["secrets"])
+    assert set(values["training_job"]) == set(TrainingJob.model_fields)
+    assert set(StageSecretKeys.model_fields) == set().union(*values["secrets"])
 
 
 def test_the_forms_on_the_components_page_are_read(tmp_path: Path) -> None:

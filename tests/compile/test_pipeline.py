@@ -12,18 +12,34 @@ import yaml
 from backend_commands import call
 from ir import dags, unsafe
 
+from srccore.cluster.request import JobSettings
 from srccore.config import load_config, preset_names
 from srccore.errors import UserError
-from srccore.images import CACHE, STAGES, USER_ID, Images, read_digests
+from srccore.images import CACHE, IMAGES, LAUNCH_TRAINING, STAGES, USER_ID, Images, read_digests
 from srccore_pipelines.compiling import COMPILED, compile_pipeline
 from srccore_pipelines.profile import Profile, load_profile
 
 Ir = dict[str, Any]
+# All that a job's pods need from a profile, beside resources.
+PROFILE = """
+environment: {HTTPS_PROXY: "http://proxy:3128", AWS_ENDPOINT_URL: "https://s3.example.com"}
+secrets: [{name: s3, keys: {access: AWS_ACCESS_KEY_ID, secret: AWS_SECRET_ACCESS_KEY}}]
+ca_bundle: {config_map: trusted}
+image_pull_secrets: [registry]
+cache_claim: models
+run_as_user: null
+stages: {train-dpo: {cpu: "16", memory: 200Gi, gpus: 4, timeout_hours: 72, retries: 5}}
+"""
 
 
-def compiled(preset: str = "llava-1.5-7b", images: Images | None = None, **changes: Any) -> Ir:
+def compiled(
+    preset: str = "llava-1.5-7b",
+    images: Images | None = None,
+    profile: Path | None = None,
+    **changes: Any,
+) -> Ir:
     config = load_config(preset)
-    text = compile_pipeline(config, load_profile(None, config, **changes), images or Images())
+    text = compile_pipeline(config, load_profile(profile, config, **changes), images or Images())
     pipeline, platforms = yaml.safe_load_all(text)
     return {**pipeline, "kubernetes": platforms["platforms"]["kubernetes"]["deploymentSpec"]}
 
@@ -45,6 +61,20 @@ def executors(ir: Ir) -> Iterator[tuple[str, Ir, Ir]]:
         yield re.sub(r"^exec-|-\d+$", "", label), executor["container"], settings
 
 
+def training(ir: Ir) -> tuple[Ir, Ir, Ir]:
+    """Arguments, container and Kubernetes settings of train-dpo, the same in every round."""
+    arguments = [
+        component["dag"]["tasks"]["train-dpo"]["inputs"]["parameters"]
+        for name, component in dags(ir)
+        if name.startswith("comp-src-round")
+    ]
+    pods = [found[1:] for found in executors(ir) if found[0] == "train-dpo"]
+    assert len(arguments) == len(pods) > 0
+    assert all(each == arguments[0] for each in arguments)
+    assert all(each == pods[0] for each in pods)
+    return arguments[0], *pods[0]
+
+
 @pytest.mark.parametrize("preset", preset_names())
 @pytest.mark.parametrize(
     "changes",
@@ -55,7 +85,9 @@ def executors(ir: Ir) -> Iterator[tuple[str, Ir, Ir]]:
         {"scorer": "train-on-given-pairs"},
         {"rounds": 1, "shards": 1},
         {"rounds": 5, "shards": 32, "parallelism": 4},
+        {"launcher": "inprocess"},
         {"launcher": "pytorchjob"},
+        {"launcher": "trainjob"},
     ],
     ids=str,
 )
@@ -72,9 +104,9 @@ def test_a_shipped_pipeline_loads_and_is_safe(preset: str) -> None:
     assert unsafe(next(yaml.safe_load_all(path.read_text()))) == []
 
 
-def test_every_gpu_task_has_all_that_a_gpu_task_needs(llava: Ir) -> None:
+def test_every_gpu_task_has_all_that_a_gpu_task_needs() -> None:
     seen = set()
-    for stage, container, settings in executors(llava):
+    for stage, container, settings in executors(compiled(launcher="inprocess")):
         if STAGES[stage] != "models":
             assert "accelerator" not in container["resources"]
             continue
@@ -92,7 +124,8 @@ def test_every_gpu_task_has_all_that_a_gpu_task_needs(llava: Ir) -> None:
 
 def test_every_task_is_bounded_and_runs_as_a_plain_user(llava: Ir) -> None:
     for stage, container, settings in executors(llava):
-        assert container["image"] == Images().of(stage)
+        image = LAUNCH_TRAINING if stage == "train-dpo" else stage
+        assert container["image"] == Images().of(image)
         assert int(settings["activeDeadlineSeconds"]) > 0
         assert settings["securityContext"] == {"runAsUser": "1000", "runAsNonRoot": True}
         assert settings["podMetadata"]["labels"]["app.kubernetes.io/component"] == stage
@@ -167,23 +200,84 @@ def test_a_preset_s_settings_are_defaults_of_run_time_parameters(llava: Ir) -> N
     assert "defaultValue" not in parameters["artifact_root"]
 
 
-def test_secrets_proxy_certificates_and_cache_come_from_the_profile(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["inprocess", "pytorchjob", "trainjob"])
+def test_a_task_trains_in_its_own_pod_or_watches_the_job_that_does(launcher: str) -> None:
+    arguments, container, settings = training(compiled(launcher=launcher))
+    assert arguments["launcher"]["runtimeValue"]["constant"] == launcher
+    given = {"job", "training_memory", "training_gpus", "node_selector", "tolerations"}
+    if launcher == "inprocess":
+        assert container["resources"]["accelerator"]
+        assert not given & arguments.keys()
+        return
+    assert container["image"] == Images().of(LAUNCH_TRAINING)
+    assert container["resources"]["resourceCpuRequest"] == "200m"
+    assert container["resources"]["resourceMemoryLimit"] == "512Mi"
+    assert "accelerator" not in container["resources"]
+    assert not {"nodeSelector", "tolerations"} & settings.keys()
+    # 24 hours for a place, 48 of training, and one to spare.
+    assert int(settings["activeDeadlineSeconds"]) == 73 * 3600
+    for name in given - {"job"}:
+        assert arguments[name] == {"componentInputParameter": name}
+    assert arguments["round_number"] == {"componentInputParameter": "round_number"}
+
+
+def test_a_job_is_told_all_that_its_pods_need(tmp_path: Path) -> None:
     path = tmp_path / "profile.yaml"
     path.write_text(
-        """
-environment: {HTTPS_PROXY: "http://proxy:3128", AWS_ENDPOINT_URL: "https://s3.example.com"}
-secrets: [{name: s3, keys: {access: AWS_ACCESS_KEY_ID, secret: AWS_SECRET_ACCESS_KEY}}]
-ca_bundle: {config_map: trusted}
-image_pull_secrets: [registry]
-cache_claim: models
-run_as_user: null
-stages: {train-dpo: {cpu: "16", memory: 200Gi, gpus: 4, timeout_hours: 72, retries: 5}}
-"""
+        PROFILE + "training_job: {pods: 2, queue: research, priority_class: low, "
+        "service_account: training, waiting_hours: 1.5, max_restarts: 3, ttl_hours: 2}"
     )
-    config = load_config("llava-1.5-7b")
-    text = compile_pipeline(config, load_profile(path, config), Images())
-    pipeline, platforms = yaml.safe_load_all(text)
-    ir = {**pipeline, "kubernetes": platforms["platforms"]["kubernetes"]["deploymentSpec"]}
+    arguments, _, _ = training(compiled(profile=path))
+    job = arguments["job"]["runtimeValue"]["constant"]
+    assert JobSettings.model_validate(job) == JobSettings(
+        image=Images().of("train-dpo"),
+        pods=2,
+        cpu="16",
+        environment={
+            "HTTPS_PROXY": "http://proxy:3128",
+            "AWS_ENDPOINT_URL": "https://s3.example.com",
+            "NO_PROXY": "localhost,127.0.0.1,.svc,.cluster.local,.kubeflow",
+        },
+        secrets=(
+            {
+                "name": "s3",
+                "keys": {"access": "AWS_ACCESS_KEY_ID", "secret": "AWS_SECRET_ACCESS_KEY"},
+            },
+        ),
+        image_pull_secrets=("registry",),
+        ca_bundle={"config_map": "trusted"},
+        cache_claim="models",
+        run_as_user=USER_ID,
+        service_account="training",
+        queue="research",
+        priority_class="low",
+        waiting_hours=1.5,
+        running_hours=72,
+        max_restarts=3,
+        ttl_hours=2,
+    )
+    # Parameters of the run say these, and one that is there would win over an empty one.
+    assert not {"memory", "gpus", "node_selector", "tolerations"} & job.keys()
+
+
+def test_a_job_on_cpus_is_not_sent_to_where_the_gpus_are() -> None:
+    arguments, _, _ = training(compiled("tiny", launcher="pytorchjob"))
+    assert not {"node_selector", "tolerations"} & arguments.keys()
+    assert arguments["training_gpus"] == {"componentInputParameter": "training_gpus"}
+
+
+def test_the_pod_that_watches_a_job_may_be_given_more(tmp_path: Path) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text("launcher_resources: {cpu: '1', memory: 1Gi, timeout_hours: 100, retries: 7}")
+    _, container, settings = training(compiled(profile=path))
+    assert container["resources"]["resourceMemoryLimit"] == "1Gi"
+    assert int(settings["activeDeadlineSeconds"]) == 100 * 3600
+
+
+def test_secrets_proxy_certificates_and_cache_come_from_the_profile(tmp_path: Path) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text(PROFILE)
+    ir = compiled(profile=path)
     for _, container, settings in executors(ir):
         environment = {each["name"]: each["value"] for each in container["env"]}
         assert environment["HTTPS_PROXY"] == "http://proxy:3128"
@@ -194,7 +288,7 @@ stages: {train-dpo: {cpu: "16", memory: 200Gi, gpus: 4, timeout_hours: 72, retri
         assert settings["imagePullSecret"][0]["secretName"] == "registry"
         assert settings["pvcMount"][0]["mountPath"] == CACHE
         assert "securityContext" not in settings
-    defaults = pipeline["root"]["inputDefinitions"]["parameters"]
+    defaults = ir["root"]["inputDefinitions"]["parameters"]
     assert defaults["training_gpus"]["defaultValue"] == "4"
 
 
@@ -206,11 +300,10 @@ secrets: [{name: teacher, keys: {key: OPENAI_API_KEY}, stages: [annotate-ratings
 stages: {tune-rationale: {cpu: "16", memory: 300Gi, gpus: 4, timeout_hours: 1}}
 """
     )
-    config = load_config("llava-1.5-7b")
-    text = compile_pipeline(config, load_profile(path, config), Images())
-    pipeline, platforms = yaml.safe_load_all(text)
-    ir = {**pipeline, "kubernetes": platforms["platforms"]["kubernetes"]["deploymentSpec"]}
-    found = {stage: (container, settings) for stage, container, settings in executors(ir)}
+    found = {
+        stage: (container, settings)
+        for stage, container, settings in executors(compiled(profile=path))
+    }
     resources = found["tune-rationale"][0]["resources"]
     assert resources["resourceMemoryLimit"] == "300Gi"
     assert resources["accelerator"]["resourceCount"] == "4"
@@ -245,11 +338,15 @@ def test_a_uri_is_a_parameter_where_it_is_needed_and_then_must_be_given(
 def test_digests_replace_every_tag(tmp_path: Path) -> None:
     path = tmp_path / "images.txt"
     path.write_text(
-        "".join(f"other.example.com/srccore/{stage}@sha256:{'a' * 64}\n" for stage in STAGES)
+        "".join(f"other.example.com/srccore/{name}@sha256:{'a' * 64}\n" for name in IMAGES)
     )
     images = Images("registry.example.com", digests=read_digests(path, "registry.example.com"))
-    for stage, container, _ in executors(compiled("tiny", images)):
-        assert container["image"] == f"registry.example.com/srccore/{stage}@sha256:{'a' * 64}"
+    ir = compiled("tiny", images, launcher="pytorchjob")
+    named = re.findall(r"'(registry\.example\.com/[^']*)'", str(ir))
+    expected = IMAGES.keys() - {"import-output"}  # which the preset has no use for
+    assert set(named) == {
+        f"registry.example.com/srccore/{name}@sha256:{'a' * 64}" for name in expected
+    }
 
 
 def test_a_list_of_no_digests_is_refused(tmp_path: Path) -> None:
@@ -273,6 +370,8 @@ def test_an_image_without_a_digest_is_refused(tmp_path: Path) -> None:
         ({"rounds": 0}, "rounds: Input should be greater than or equal to 1"),
         ({"scorer": "found"}, "scorer: Input should be"),
         ({"stages": {"train": {}}}, "Mend stages.train"),
+        ({"launcher": "mpijob"}, "launcher: Input should be"),
+        ({"training_job": {"pods": 0}}, "training_job.pods"),
     ],
     ids=str,
 )

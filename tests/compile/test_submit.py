@@ -590,12 +590,19 @@ def test_what_lies_on_a_disk_is_refused(server: KfpServer, pipeline: Path, setti
     assert not server.requests
 
 
-def test_a_pipeline_that_trains_as_a_job_is_refused_at_once(
-    server: KfpServer, tmp_path: Path
+@pytest.mark.parametrize("launcher", ["inprocess", "pytorchjob", "trainjob"])
+def test_a_pipeline_is_submitted_wherever_it_trains(
+    server: KfpServer, tmp_path: Path, launcher: str
 ) -> None:
     profile, package = tmp_path / "profile.yaml", tmp_path / "src.yaml"
-    profile.write_text("launcher: pytorchjob")
+    profile.write_text(f"launcher: {launcher}")
     assert call("compile", "--profile", profile, "-o", package).code == 0
-    result = call("submit", package, ROOT, "--host", server.url)
+    assert call("submit", package, ROOT, "--host", server.url).code == 0
+
+
+def test_a_pipeline_that_trains_as_a_job_is_not_run_without_a_cluster(tmp_path: Path) -> None:
+    result = call("pipeline-local", "--preset", "llava-1.5-7b", "--out", tmp_path / "out")
     assert result.code == 2
+    assert "trains as a pytorchjob, which only a cluster can run" in result.out
     assert "launcher: inprocess" in result.out
+    assert not (tmp_path / "out").exists()
