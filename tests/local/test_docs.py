@@ -1,7 +1,9 @@
-"""The commands of the pages exist, and the quick ones run."""
+"""The commands of the pages exist, and the quick ones run; their links and quotes are true."""
 
 from __future__ import annotations
 
+import ast
+import functools
 import re
 import shlex
 import subprocess
@@ -11,10 +13,17 @@ from pathlib import Path
 import pytest
 
 from srccore.config import load_config
+from srccore_pipelines.profile import load_profile
 
 ROOT = Path(__file__).parents[2]
 GROUPS = ("data", "images", "runs", "stage")
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "manifests").rglob("README.md")),
+)
+FILLED_IN = "\0"
+"""Stands for what a message is filled in with."""
 
 
 def _commands() -> list[list[str]]:
@@ -25,7 +34,19 @@ def _commands() -> list[list[str]]:
                 words = shlex.split(line, comments=True)
                 if words:
                     commands.append(words)
-    return commands
+    return [list(words) for words in dict.fromkeys(map(tuple, commands))]
+
+
+@functools.cache
+def _help(*words: str) -> str:
+    """What a command says of itself; many pages have the same one."""
+    done = _run(*words, "--help")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _values(words: list[str], option: str) -> list[str]:
+    return [words[i + 1] for i, word in enumerate(words) if word == option]
 
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -50,13 +71,66 @@ def test_a_documented_command_exists_with_its_options(words: list[str]) -> None:
     subcommand = [word for word in module[1:] if not word.startswith("-")][:depth]
     if "--help" in module:
         subcommand = []
-    result = _run(module[0], *subcommand, "--help")
-    assert result.returncode == 0, result.stderr
+    said = _help(module[0], *subcommand)
     for option in (word for word in module if word.startswith("-")):
-        assert re.search(rf"(^|[\s,/]){re.escape(option)}\b", result.stdout), option
-    if "run" in subcommand:
-        sets = [module[i + 1] for i, word in enumerate(module) if word == "--set"]
-        load_config(module[module.index("--preset") + 1], sets)
+        assert re.search(rf"(^|[\s,/]){re.escape(option)}\b", said), option
+    if {"run", "compile"} & set(subcommand):
+        (preset,) = _values(module, "--preset")
+        config = load_config(preset, _values(module, "--set"))
+        for profile in map(Path, _values(module, "--profile")):
+            # Another one is a site's own.
+            if profile.is_relative_to("manifests"):
+                load_profile(ROOT / profile, config)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_links_of_a_page_lead_to_what_is_there(page: Path) -> None:
+    text = page.read_text()
+    for path, heading in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", text):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if heading:
+            found = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            assert heading in [_anchor(each) for each in found], (path, heading)
+    for path in re.findall(r"-[kf] (manifests/[\w./-]+)", text):
+        if path not in ("manifests/overlays/site", "manifests/secrets.yaml"):
+            assert (ROOT / path).exists(), path
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def test_what_operators_are_told_to_look_for_is_what_the_code_says() -> None:
+    page = (ROOT / "docs" / "operate.md").read_text()
+    cells = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    quotes = [each for cell in cells for each in re.findall(r"`([^`]+)`", cell) if " " in each]
+    assert len(quotes) > 30
+    messages = "\n".join(_messages())
+
+    def is_said(quote: str) -> bool:
+        # In the place of the dots is what is filled in, or a part of the message.
+        parts = [re.escape(part) for part in quote.split("...") if part]
+        return re.search(r"[^\n]*".join(parts), messages) is not None
+
+    assert [quote for quote in quotes if not is_said(quote)] == []
+
+
+def _messages() -> set[str]:
+    """All texts of the code, each on a line."""
+    found = set()
+    for path in (ROOT / "srccore").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = ""
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(
+                    each.value if isinstance(each, ast.Constant) else FILLED_IN
+                    for each in node.values
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = re.sub(r"\{\w*\}", FILLED_IN, node.value)
+            found.add(text.replace("\n", " "))
+    return found
 
 
 def test_the_quick_commands_of_the_readme_run(finished: Path, tmp_path: Path) -> None:

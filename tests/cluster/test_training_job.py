@@ -1,0 +1,199 @@
+"""The training job under real operators: what is lost comes back, what is wrong is said.
+
+The step of train-dpo of the finished pipeline is run again, each time with another seed, so that
+there is something to train.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster.installation import ACCOUNT, NAMESPACE, Site
+from cluster.pipeline_pods import Pods, Task
+from kustomize import copied
+
+LONG = {"epochs": 12, "checkpoint_steps": 1}
+"""Long enough to take something away in the middle."""
+LIMIT = 240.0
+FIRST = 100
+NUMBERS = itertools.count(FIRST)
+"""Seeds, and rounds too: a run has one job a round."""
+COMPONENT = "components: [../../components/trainjob]\n"
+
+
+@pytest.fixture
+def step(pods: Pods) -> Task:
+    """The step of train-dpo, with something new to train."""
+    (task,) = (task for task in pods.tasks if "/launch-training" in task.image)
+    number = next(NUMBERS)
+    return task.with_parameters(seed=number, round_number=number)
+
+
+def changed(task: Task, **dpo: Any) -> Task:
+    config = task.input["inputs"]["parameterValues"]["config"]
+    return task.with_parameters(config={**config, **dpo})
+
+
+def awaited(what: str, look: Callable[[], Any]) -> Any:
+    ends = time.monotonic() + LIMIT
+    while time.monotonic() < ends:
+        if found := look():
+            return found
+        threading.Event().wait(0.2)
+    raise AssertionError(f"not within {LIMIT:.0f} s: {what}")
+
+
+def job_of(pods: Pods, name: str) -> str:
+    """The name of the job that a step's pod created or adopted."""
+
+    def look() -> str | None:
+        for line in pods.log(name).splitlines():
+            if "Job srccore/" in line and (" is created " in line or " is there already" in line):
+                return line.split("srccore/")[1].split()[0]
+        return None
+
+    # Its container may not have begun yet.
+    return str(awaited(f"a job of {name}", lambda: _started(pods, name) and look()))
+
+
+def _started(pods: Pods, name: str) -> bool:
+    pod = pods.core.read_namespaced_pod(name, NAMESPACE)
+    return pod.status.phase != "Pending"
+
+
+def training_pods(site: Site, job: str) -> dict[str, str]:
+    """The uids of a job's pods by name."""
+    return {
+        pod["metadata"]["name"]: pod["metadata"]["uid"]
+        for pod in site.training_pods()
+        if pod["metadata"]["name"].startswith(f"{job}-")
+    }
+
+
+def has_checkpoint(site: Site) -> bool:
+    keys = site.store.keys()
+    return any("/checkpoint/" in key for key in keys)
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["where they meet", "another"])
+def test_a_killed_worker_comes_back_and_training_goes_on(
+    site: Site, pods: Pods, step: Task, number: int
+) -> None:
+    name = pods.start(changed(step, **LONG))
+    job = job_of(pods, name)
+    awaited("a checkpoint", lambda: has_checkpoint(site))
+    before = training_pods(site, job)
+    victim = f"{job}-worker-{number}"
+    site.kubectl("delete", "pod", victim, "--grace-period=0", "--force")
+    ended = pods.wait(name)
+    log = pods.log(name)
+    assert ended.status.phase == "Succeeded", log
+    # Where the job has succeeded, the operator removes a pod that is about to end.
+    assert training_pods(site, job).get(victim) != before[victim]
+    assert "pods lost so far: 1" in log
+
+
+def test_a_retried_step_goes_on_with_the_running_job(site: Site, pods: Pods, step: Task) -> None:
+    task = changed(step, **LONG)
+    first = pods.start(task)
+    job = job_of(pods, first)
+    site.kubectl("delete", "pod", first, "--grace-period=0", "--force")
+    before = training_pods(site, job)
+    second = pods.start(task)
+    assert job_of(pods, second) == job
+    ended = pods.wait(second)
+    log = pods.log(second)
+    assert ended.status.phase == "Succeeded", log
+    assert "is there already: this step goes on with it" in log
+    assert before.items() <= training_pods(site, job).items()
+
+
+def test_what_the_training_raises_is_in_the_steps_log(site: Site, pods: Pods, step: Task) -> None:
+    config = step.input["inputs"]["parameterValues"]["config"]
+    lora = {**config["lora"], "target_modules": "no_such_module"}
+    name = pods.start(changed(step, lora=lora))
+    ended = pods.wait(name)
+    log = pods.log(name)
+    assert ended.status.phase == "Failed"
+    assert ended.status.container_statuses[0].state.terminated.exit_code != 0
+    assert "no_such_module" in log and "exit code 1" in log
+    assert log.strip().splitlines()[-1].startswith("Error: ") or "Error: PyTorchJob" in log
+
+
+def test_an_image_that_does_not_exist_is_told_within_a_minute(
+    site: Site, pods: Pods, step: Task
+) -> None:
+    job = step.input["inputs"]["parameterValues"]["job"]
+    missing = f"{site.cluster.registry}/srccore/no-such-image:1"
+    name = pods.start(step.with_parameters(job={**job, "image": missing}))
+    ended = pods.wait(name)
+    log = pods.log(name)
+    assert ended.status.phase == "Failed"
+    assert "no-such-image" in log and "The image cannot be pulled" in log
+    ran = ended.status.container_statuses[0].state.terminated
+    # What was promised to people; it takes half of it.
+    assert (ran.finished_at - ran.started_at).total_seconds() < 60
+    assert "is deleted" in log
+
+
+@pytest.fixture
+def trainer(site: Site, tmp_path: Path) -> None:
+    """Trainer v2 and JobSet, and the shipped component for them."""
+    site.cluster.install_trainer()
+    site.kubectl("apply", "--server-side", "-k", str(copied(tmp_path, "single-node", COMPONENT)))
+
+
+@pytest.mark.usefixtures("trainer")
+def test_a_trainjob_trains_as_a_pytorchjob_does(site: Site, pods: Pods, step: Task) -> None:
+    (task,) = (task for task in pods.tasks if "/launch-training" in task.image)
+    name = pods.start(
+        task.with_parameters(launcher="trainjob", artifact_root=f"{site.store.uri}/again")
+    )
+    ended = pods.wait(name)
+    log = pods.log(name)
+    assert ended.status.phase == "Succeeded", log
+    assert "TrainJob srccore/" in log
+    first, again = (_figures(site, root) for root in ("src", "again"))
+    assert again == pytest.approx(first, rel=1e-4, abs=1e-6)
+
+
+def _figures(site: Site, root: str) -> dict[str, float]:
+    """What the DPO of the pipeline's seed told of its training, below a root."""
+    found, keys = [], site.store.keys()
+    for key in keys:
+        if key.startswith(f"{root}/train-dpo/") and key.endswith("/manifest.json"):
+            manifest = json.loads(site.store.get(key))
+            if manifest["config"]["seed"] < FIRST:
+                figures = manifest["figures"]
+                found.append({**figures.pop("training"), **figures})
+    (figures,) = found
+    return {name: value for name, value in figures.items() if name != "seconds"}
+
+
+def test_the_role_grants_what_the_client_uses_and_no_more(site: Site, pods: Pods) -> None:
+    """Last of all: each verb was needed somewhere above."""
+    user = f"system:serviceaccount:{NAMESPACE}:{ACCOUNT}"
+    used = set()
+    for line in site.cluster.audit_log.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if entry["user"]["username"] == user:
+            what = entry["objectRef"]
+            name = "/".join(filter(None, [what["resource"], what.get("subresource")]))
+            used.add((what.get("apiGroup", ""), name, entry["verb"]))
+    role = json.loads(site.kubectl("get", "role", "srccore-launcher", "--output=json"))
+    granted = {
+        (group, resource, verb)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+        if group != "trainer.kubeflow.org"
+    }
+    assert {each for each in used if each[0] != "trainer.kubeflow.org"} == granted
