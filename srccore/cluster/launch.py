@@ -41,6 +41,8 @@ QUOTA_SECONDS = 15.0
 TICK_SECONDS = 5.0
 """How often clocks are looked at where nothing else happens; costs no request."""
 WARNINGS_SECONDS = 10.0
+"""How often it is asked why pods are missing, at first; each time is twice as long as before."""
+SELDOM_SECONDS = 300.0
 LAST_LINES = 30
 LAST_EVENTS = 5
 REST_OF_LOG_SECONDS = 20.0
@@ -118,7 +120,8 @@ class Launch:
     _said: str = ""
     _asked_for: Object | None = None
     _away_since: float | None = None
-    _warned_at: float = -WARNINGS_SECONDS
+    _warned_at: float = 0.0
+    _warned_every: float = 0.0
     _last_warnings: list[Object] = field(default_factory=list)
 
     def stop(self) -> None:
@@ -389,13 +392,20 @@ class Launch:
             raise Stopped
 
     def _late_warnings(self, job: Object, pods: list[Object], wanted: int) -> list[Object]:
-        """Warnings about what keeps pods from running, asked for every now and then."""
+        """Warnings about what keeps pods from running, asked for more and more seldom.
+
+        The API server reads all events of the namespace for it, and a queue may last for hours.
+        """
         missing = (job["metadata"]["name"], self._maker(job)) if len(pods) < wanted else ()
         set_up = [each["metadata"]["name"] for each in pods if _is_being_set_up(each)]
-        now = time.monotonic()
-        if now - self._warned_at >= WARNINGS_SECONDS:
-            self._warned_at = now
-            self._last_warnings = self._warnings(job, *missing, *sorted(set_up)[:1])
+        names = (*missing, *sorted(set_up)[:1])
+        if _has(job, "Suspended") or not names:
+            self._last_warnings, self._warned_every = [], 0.0
+        elif time.monotonic() - self._warned_at >= self._warned_every:
+            self._warned_at = time.monotonic()
+            longer = max(WARNINGS_SECONDS, 2 * self._warned_every)
+            self._warned_every = min(longer, SELDOM_SECONDS)
+            self._last_warnings = self._warnings(job, *names)
         return self._last_warnings
 
     def _maker(self, job: Object) -> str:

@@ -21,7 +21,8 @@ from srccore.cluster.api import Api, ApiError, Stream
 __all__ = ["LogStream", "Mirror"]
 
 WATCH_SECONDS = 60
-"""After which the server ends a watch; a dead connection is noticed a little later."""
+"""After which, at the latest, the server ends a watch; a dead connection is noticed a little later.
+Clients that began together do not come back together."""
 LONGEST_PAUSE = 15.0
 _STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\S+) ?(.*)", re.DOTALL)
 
@@ -135,7 +136,7 @@ class Mirror(_Follower):
             self._path,
             watch="true",
             resourceVersion=self._version,
-            timeoutSeconds=str(WATCH_SECONDS),
+            timeoutSeconds=str(random.randint(WATCH_SECONDS * 3 // 4, WATCH_SECONDS)),
             allowWatchBookmarks="true",
             **self.selectors,
         )

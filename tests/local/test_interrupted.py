@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from srccore.config import LoraSettings
 from srccore.manifest import MANIFEST
 
+pytestmark = pytest.mark.long
+
 # Dropout draws random numbers in every step; 6 samples in batches of 4 make 2 steps of an epoch.
 TRAININGS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "dpo": (small_trainings.dpo, {}),

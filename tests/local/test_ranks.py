@@ -18,6 +18,8 @@ from srccore.config import DpoConfig
 from srccore.errors import UserError
 from srccore.training.ranks import joined, local_share
 
+pytestmark = pytest.mark.long
+
 TESTS = Path(__file__).parent
 
 
