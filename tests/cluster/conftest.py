@@ -15,6 +15,9 @@ from cluster.pipeline_pods import Pods
 from cluster.processes import MissingError
 from container.podman import Podman
 
+collect_ignore = ["cache", "tools"]
+"""A node that is up has all files of its images in there."""
+
 
 @pytest.fixture(scope="session")
 def api_cluster() -> Iterator[Cluster]:
