@@ -75,7 +75,7 @@ class Site:
         """The run-time parameters that `srccore submit` would send."""
         return read_package(package).arguments(self.artifact_root, settings, ())
 
-    def pods(self, package: Path, arguments: dict[str, Any], prefix: str = "kubeflow") -> Pods:
+    def pods(self, package: Path, arguments: dict[str, Any], **options: Any) -> Pods:
         """Runs a pipeline's tasks as the account that Kubeflow would run them as."""
         return Pods(
             kubeconfig=self.cluster.kubeconfig,
@@ -84,7 +84,7 @@ class Site:
             package=package,
             arguments=arguments,
             store=self.store,
-            prefix=prefix,
+            **options,
         )
 
     def jobs(self) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import sys
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -93,6 +94,8 @@ class Pods:
     arguments: Mapping[str, Any]
     store: S3Server
     prefix: str = "kubeflow"
+    retries: int = 1
+    """Of each task, at once: Kubeflow retries as the profile says."""
     keys: str = "s3-credentials"
     """The Secret by which Kubeflow's own part reaches the store."""
     finished: list[dict[str, Any]] = field(default_factory=list)
@@ -144,15 +147,19 @@ class Pods:
             pipeline(**self.arguments)
 
     def run_task(self, image: str, command: list[str]) -> bool:
-        """Runs one task as a pod; says whether it succeeded."""
+        """Runs one task as a pod, again where it fails; says whether it succeeded."""
         task = Task(image, command)
         self.tasks.append(task)
-        name = self.start(task)
-        ended = self.wait(name)
-        self.log(name)
-        for path in task.files[1]:
-            self._bring(path)
-        return bool(ended.status.phase == "Succeeded")
+        for _ in range(1 + self.retries):
+            name = self.start(task)
+            ended = self.wait(name)
+            log = self.log(name)
+            for path in task.files[1]:
+                self._bring(path)
+            if ended.status.phase == "Succeeded":
+                return True
+            print(f"{name} failed: {ended.status}\n{log}", file=sys.stderr)
+        return False
 
     def start(self, task: Task) -> str:
         """Makes the pod of a task; returns its name."""
