@@ -23,6 +23,9 @@ from .processes import ClusterError, MissingError, process_ids, wait_until
 
 BRIDGE = "srccore-pods"
 ADDRESS = "10.244.0.1"
+HARDWARE_ADDRESS = "0a:58:0a:f4:00:01"
+"""Without one of its own a bridge has the least of its ports', and another one whenever a pod comes
+or goes: what other pods send to the one before is lost for half a minute."""
 PODS = "10.244.0.0/24"
 NAME = "node1"
 REGISTRY = f"{LOOPBACK}:5000"
@@ -104,7 +107,7 @@ def make_network(folder: Path) -> None:
     """Makes the bridge, and lets packets through."""
     Path(_USER).write_text(str(folder), encoding="utf-8")
     if subprocess.run(["ip", "link", "show", BRIDGE], check=False, capture_output=True).returncode:
-        _run("ip", "link", "add", BRIDGE, "type", "bridge")
+        _run("ip", "link", "add", BRIDGE, "address", HARDWARE_ADDRESS, "type", "bridge")
         _run("ip", "address", "add", f"{ADDRESS}/24", "dev", BRIDGE)
     _run("ip", "link", "set", BRIDGE, "up")
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1", encoding="utf-8")
