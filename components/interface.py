@@ -2,8 +2,9 @@
 
 A component is its interface and a body of one call; the work is done by `srccore.stages`. Importing
 one needs kfp and nothing else. Nothing is installed when a pod starts. The modules do without
-``from __future__ import annotations``, which kfp cannot read, and use ``List`` and ``Optional``,
-the only spelling that it knows.
+``from __future__ import annotations``, which kfp cannot read, and use ``List``, the only spelling
+that it knows. An artifact that may be missing is ``Input[Dataset] = None``: with ``Optional``
+around it kfp 2.17 takes the ``Union`` for the artifact's class, on a real backend alone.
 """
 
 import functools

@@ -15,7 +15,7 @@ from rich.tree import Tree
 
 from srccore_pipelines.client import Backend, UnavailableError
 from srccore_pipelines.runs import FINISHED, get_run
-from srccore_pipelines.tasks import DONE, Task, failures, task_tree, walk
+from srccore_pipelines.tasks import DONE, Task, failures, last_told, task_tree, walk
 
 __all__ = ["Screen", "duration", "ending", "follow", "screen", "tree"]
 
@@ -104,6 +104,8 @@ def tree(run: Any) -> Tree:
     root = Tree(Text.assemble(f"{run.display_name}  {run.state or 'PENDING'}  ", _progress(tasks)))
     for task in tasks:
         _grow(root, task)
+    if (silence := _silence(run)) is not None:
+        root.add(Text(silence, "yellow"))
     return root
 
 
@@ -112,10 +114,16 @@ def ending(run: Any, url: str) -> str:
     lines = [f"The run ended: {run.state}."]
     if run.error and run.error.message:
         lines.append(" ".join(run.error.message.split()))
+    found = failures(run)
     lines += [
         f"Failed: {name}: {error or 'the backend says no more; its log is in the UI'}"
-        for name, error in failures(run)
+        for name, error in found
     ]
+    if run.state == "FAILED" and not found:
+        lines.append(
+            "Kubeflow does not say which task. Its pod: kubectl get pods --field-selector "
+            f"status.phase=Failed --selector pipeline/runid={run.run_id}"
+        )
     return "\n".join([*lines, url])
 
 
@@ -125,6 +133,7 @@ class _Lines:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.states: dict[str, str] = {}
+        self.is_silence_told = False
 
     def show(self, run: Any) -> None:
         tasks = task_tree(run)
@@ -134,6 +143,9 @@ class _Lines:
                 after = f" ({duration(seconds)})" if seconds and task.finished else ""
                 self.note(f"[{_progress(tasks)}] {name}: {task.state.lower()}{after}")
             self.states[name] = task.state
+        if not self.is_silence_told and (silence := _silence(run)) is not None:
+            self.note(silence)
+            self.is_silence_told = True
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
@@ -154,6 +166,19 @@ class _Picture:
 
     def draw(self) -> RenderableType:
         return "" if self.run is None else tree(self.run)
+
+
+def _silence(run: Any) -> str | None:
+    since = last_told(run)
+    if since is None:
+        return None
+    what = (
+        f"Kubeflow has told nothing of single tasks since {since.astimezone():%H:%M}: it cannot "
+        "once a run's record has grown beyond 1 MiB."
+    )
+    if run.state in FINISHED:
+        return what
+    return f"{what} The run goes on; how it ends will be told."
 
 
 def _grow(branch: Tree, task: Task) -> None:

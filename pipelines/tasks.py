@@ -1,36 +1,42 @@
 """The tree of a run's tasks: the pipeline says what there is, the backend how far it has come.
 
 Pure. The backend lists the nodes of the workflow that carries a run out, flat, and leaves
-``parent_task_id``, ``pod_name`` and ``error`` empty (seen in the sources of 2.15 to 2.17; a task
-called ``evaluate`` occurs once a round). What it does give is ``child_tasks``, whose ``pod_name``
-is the id of the next node: the workflow's name and a hash of the node's full path
-(Argo's ``Workflow.NodeID``). The paths follow from the pipeline:
+``parent_task_id``, ``pod_name`` and ``error`` empty (read in the sources of 2.15 to 2.17, seen in
+2.17; a task called ``evaluate`` occurs once a round). Some entries have not even a name. What it
+does give is ``child_tasks``, whose ``pod_name`` is the id of the next node: the workflow's name and
+a hash of the node's full path (Argo's ``Workflow.NodeID``). The paths follow from the pipeline:
 
     round-2                    a nested pipeline: its tasks lie under <path>.round-2
     round-2.evaluate           a task: its pod is <path>.evaluate.executor
     round-2.loop               a loop: item 3 is <path>.loop.iteration-iterations(3:3)
 
-and before each of them stands a node with ``-driver`` at its end. So a task is the node of its name
-with a child whose id is the hash of a path under the task's own. Where the run names no pipeline
-(one of an uploaded version that was deleted since), the tree is that of ``parent_task_id``.
+and before each of them stands a node with ``-driver`` at its end. Where a template has a retry
+strategy, as every one has by the defaults of 2.17's install, <path> is the node of all attempts,
+and what lies under it lies under <path>(0), under <path>(1) once that was tried, and so on: at
+the root, too, whose path is the workflow's name. So a task is the node of its name with a child
+whose id is the hash of a path under the task's own. Where the run names no pipeline (one of an
+uploaded version that was deleted since), the tree is that of ``parent_task_id``.
 """
 
 from __future__ import annotations
 
 import graphlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import count, islice, takewhile
 from typing import Any
 
-__all__ = ["DONE", "Task", "failures", "node_id", "task_tree", "walk"]
+__all__ = ["DONE", "Task", "failures", "last_told", "node_id", "task_tree", "walk"]
 
 DONE = frozenset({"SUCCEEDED", "SKIPPED"})
 DRIVER = "-driver"
 POD = "executor"
+USUAL_DELAY = timedelta(minutes=2)
+"""Within which the backend lists what has happened; its agent looks every half a minute."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,16 @@ class _Nodes:
         """Whether there is a node of this path."""
         return node_id(self.workflow, path) in self.ids
 
+    def inside(self, path: str) -> str:
+        """What the paths of the nodes under a path begin with: the path, or its last attempt."""
+        attempts = takewhile(self.holds, (f"{path}({number})" for number in count()))
+        *_, last = path, *attempts
+        return last
+
     def find(self, path: str, inner: Sequence[str]) -> Any | None:
-        """The node of a path, known by one of the names that it begins with inside."""
+        """The node of a path, known by its first attempt or a name that it begins with inside."""
         wanted = {node_id(self.workflow, f"{path}.{name}") for name in inner}
+        wanted.add(node_id(self.workflow, f"{path}(0)"))
         alike = self.by_name.get(path.rpartition(".")[2], [])
         return next((each for each in alike if wanted & set(_children(each))), None)
 
@@ -98,13 +111,14 @@ def task_tree(run: Any) -> tuple[Task, ...]:
     Returns:
         The tasks of the pipeline's root in the order in which they can run.
     """
-    details = (run.run_details.task_details if run.run_details else None) or []
+    details = _named(run)
     pipeline = run.pipeline_spec or {}
     pipeline = pipeline.get("pipeline_spec", pipeline)
     nodes = _Nodes(details)
-    is_ours = not details or nodes.holds(f"{nodes.workflow}.root{DRIVER}")
+    root = f"{nodes.inside(nodes.workflow)}.root"
+    is_ours = not details or nodes.holds(f"{root}{DRIVER}")
     if "root" in pipeline and is_ours:
-        return _tasks(pipeline, pipeline["root"]["dag"], f"{nodes.workflow}.root", nodes)
+        return _tasks(pipeline, pipeline["root"]["dag"], root, nodes)
     return _listed(details)
 
 
@@ -121,24 +135,46 @@ def walk(tasks: Sequence[Task], above: str = "") -> Iterator[tuple[str, Task]]:
 def failures(run: Any) -> list[tuple[str, str | None]]:
     """Names of the tasks that failed, and what the backend says of each."""
     tasks = [(name, task.error) for name, task in walk(task_tree(run)) if task.state == "FAILED"]
-    details = (run.run_details.task_details if run.run_details else None) or []
     # A driver is no task, yet its failure is one: its task never begins.
     drivers = [
         (each.display_name, _error(each))
-        for each in details
+        for each in _named(run)
         if each.state == "FAILED" and each.display_name.endswith(DRIVER)
     ]
     return tasks + drivers
 
 
+def last_told(run: Any) -> datetime | None:
+    """When the backend last told of a run's tasks, if it has ceased to.
+
+    Argo compresses the nodes of a workflow that has grown beyond 1 MiB, and Kubeflow does not read
+    them then (seen in 2.17). What it still lists is executions, without names.
+
+    Args:
+        run: A ``V2beta1Run``, as the API gives a single one.
+
+    Returns:
+        The last time that a named entry knows; None where tasks are told of as usual.
+    """
+    times: dict[bool, list[datetime]] = {True: [], False: []}
+    for each in _details(run):
+        known = (moment(each.start_time), moment(each.end_time))
+        times[bool(each.display_name)] += [time for time in known if time is not None]
+    if not times[True] or not times[False]:
+        return None
+    last = max(times[True])
+    return last if max(times[False]) - last > USUAL_DELAY else None
+
+
 def _tasks(
     pipeline: Mapping[str, Any], dag: Mapping[str, Any], path: str, nodes: _Nodes
 ) -> tuple[Task, ...]:
+    inside = nodes.inside(path)
     order = graphlib.TopologicalSorter(
         {key: sorted(dag["tasks"][key].get("dependentTasks", ())) for key in sorted(dag["tasks"])}
     )
     return tuple(
-        _task(pipeline, dag["tasks"][key], f"{path}.{key}", nodes) for key in order.static_order()
+        _task(pipeline, dag["tasks"][key], f"{inside}.{key}", nodes) for key in order.static_order()
     )
 
 
@@ -147,7 +183,7 @@ def _task(pipeline: Mapping[str, Any], spec: Mapping[str, Any], path: str, nodes
     if "parameterIterator" not in spec:
         return _single(pipeline, spec, name, path, nodes)
     children = tuple(
-        _single(pipeline, spec, f"item {index}", f"{item}.iteration-item", nodes)
+        _single(pipeline, spec, f"item {index}", f"{nodes.inside(item)}.iteration-item", nodes)
         for index, item in enumerate(_items(spec["parameterIterator"]["items"], path, nodes))
     )
     return _made(name, nodes.find(path, [f"iteration{DRIVER}"]), children)
@@ -155,7 +191,8 @@ def _task(pipeline: Mapping[str, Any], spec: Mapping[str, Any], path: str, nodes
 
 def _items(items: Mapping[str, Any], path: str, nodes: _Nodes) -> Iterator[str]:
     """Paths of a loop's items: all where the pipeline lists them, else those that there are."""
-    paths = (f"{path}.iteration-iterations({i}:{i})" for i in count())
+    inside = nodes.inside(path)
+    paths = (f"{inside}.iteration-iterations({i}:{i})" for i in count())
     if "raw" in items:
         return islice(paths, len(json.loads(items["raw"])))
     known = list(takewhile(nodes.holds, paths))
@@ -195,7 +232,7 @@ def _listed(details: Sequence[Any]) -> tuple[Task, ...]:
     for each in sorted(
         details, key=lambda each: moment(each.start_time) or datetime.max.replace(tzinfo=UTC)
     ):
-        if each.display_name != POD and not each.display_name.endswith(DRIVER):
+        if not _is_inner(each.display_name):
             parent = each.parent_task_id if each.parent_task_id in known else None
             under[parent].append(each)
 
@@ -203,6 +240,20 @@ def _listed(details: Sequence[Any]) -> tuple[Task, ...]:
         return tuple(_made(each.display_name, each, below(each.task_id)) for each in under[parent])
 
     return below(None)
+
+
+def _details(run: Any) -> list[Any]:
+    return (run.run_details.task_details if run.run_details else None) or []
+
+
+def _named(run: Any) -> list[Any]:
+    """The nodes among what the backend lists; executions have no names."""
+    return [each for each in _details(run) if each.display_name]
+
+
+def _is_inner(name: str) -> bool:
+    """Whether a node is Kubeflow's own, or one attempt of the node that stands for all."""
+    return name == POD or name.endswith(DRIVER) or re.search(r"\(\d+\)$", name) is not None
 
 
 def moment(value: datetime | None) -> datetime | None:

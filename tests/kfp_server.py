@@ -92,18 +92,27 @@ def argo_node_id(workflow: str, path: str) -> str:
 
 
 class Workflow:
-    """The nodes that Argo makes of a pipeline, and Kubeflow's compiler before it."""
+    """The nodes that Argo makes of a pipeline, and Kubeflow's compiler before it.
 
-    def __init__(self, pipeline: dict[str, Any], name: str, states: Mapping[str, str]) -> None:
-        self.pipeline, self.name, self.leaves = pipeline, name, states
+    Args:
+        pipeline: As compiled.
+        name: The workflow's name.
+        states: Those of the tasks, as in `Step`.
+        attempts: How many of every node there are, under one that stands for all of them; 0 for
+            nodes of no retry strategy. Kubeflow's own install gives one to every template.
+    """
+
+    def __init__(
+        self, pipeline: dict[str, Any], name: str, states: Mapping[str, str], attempts: int = 1
+    ) -> None:
+        self.pipeline, self.name, self.leaves, self.attempts = pipeline, name, states, attempts
         self.states: dict[str, str] = {}
         self.children: dict[str, list[str]] = defaultdict(list)
         whole = self._state("")
-        self._node(name, whole or "RUNNING", [])
-        self._node(f"{name}.root-driver", "SUCCEEDED" if whole else "RUNNING", [name])
+        top = self._node(name, whole or "RUNNING", [])
+        driver = self._node(f"{top}.root-driver", "SUCCEEDED" if whole else "RUNNING", [top])
         if whole:
-            self._node(f"{name}.root", whole, [f"{name}.root-driver"])
-            self._dag(pipeline["root"]["dag"], f"{name}.root", "")
+            self._dag(pipeline["root"]["dag"], self._node(f"{top}.root", whole, [driver]), "")
 
     def details(self, run_id: str) -> list[api.V2beta1PipelineTaskDetail]:
         made = [
@@ -123,6 +132,13 @@ class Workflow:
             )
             for number, (path, state) in enumerate(self.states.items())
         ]
+        # Executions that the metadata store knows, and that are matched with no node.
+        made += [
+            api.V2beta1PipelineTaskDetail(
+                run_id=run_id, task_id=str(uuid.uuid5(uuid.NAMESPACE_URL, number)), start_time=NEVER
+            )
+            for number in "12"
+        ]
         return sorted(made, key=lambda each: each.task_id)
 
     def _state(self, task: str) -> str | None:
@@ -137,6 +153,14 @@ class Workflow:
         return next(iter(within), None)
 
     def _node(self, path: str, state: str, parents: Sequence[str]) -> str:
+        """Adds a node of a template; returns the path of what is inside it."""
+        inside = self._bare(path, state, parents)
+        for number in range(self.attempts):
+            is_last = number + 1 == self.attempts
+            inside = self._bare(f"{path}({number})", state if is_last else "FAILED", [path])
+        return inside
+
+    def _bare(self, path: str, state: str, parents: Sequence[str]) -> str:
         self.states[path] = state
         for parent in parents:
             self.children[parent].append(path)
@@ -167,14 +191,14 @@ class Workflow:
         node = self._node(path, state, [driver])
         component = self.pipeline["components"][task["componentRef"]["name"]]
         if "dag" in component:
-            return self._dag(component["dag"], path, name)
-        return [self._node(f"{path}.executor", state, [node])]
+            return self._dag(component["dag"], node, name)
+        return [self._node(f"{node}.executor", state, [node])]
 
     def _loop(self, task: dict[str, Any], path: str, name: str, before: list[str]) -> list[str]:
         state = self._state(name) or "PENDING"
         node = self._node(path, state, before)
-        driver = self._node(f"{path}.iteration-driver", "SUCCEEDED", [node])
-        group = self._node(f"{path}.iteration-iterations", state, [driver])
+        driver = self._node(f"{node}.iteration-driver", "SUCCEEDED", [node])
+        group = self._bare(f"{node}.iteration-iterations", state, [driver])
         ends = []
         index = 0
         while inner := self._state(f"{name}.{index}"):

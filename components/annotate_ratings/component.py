@@ -1,7 +1,5 @@
 """Has a teacher rate pairs of sampled responses."""
 
-from typing import Optional
-
 from kfp.dsl import Dataset, Input, Output
 
 from srccore_components.interface import stage_component
@@ -17,7 +15,7 @@ def annotate_ratings(
     config: dict,
     labelled_pairs: Output[Dataset],
     seed: int = 0,
-    rationales: Optional[Input[Dataset]] = None,
+    rationales: Input[Dataset] = None,
 ):
     """Has a teacher rate pairs of sampled responses, for R-Scorer to learn from.
 

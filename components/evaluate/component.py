@@ -1,7 +1,5 @@
 """Judges a policy's rationales and answers on the held-out split."""
 
-from typing import Optional
-
 from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
 
 from srccore_components.interface import stage_component
@@ -19,7 +17,7 @@ def evaluate(
     evaluation: Output[Artifact],
     metrics: Output[Metrics],
     seed: int = 0,
-    previous: Optional[Input[Artifact]] = None,
+    previous: Input[Artifact] = None,
     device: str = "auto",
     threads: int = 0,
 ):

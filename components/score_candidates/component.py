@@ -1,7 +1,5 @@
 """Stage 3: R-Scorer rates every ordered pair of candidates."""
 
-from typing import Optional
-
 from kfp.dsl import Dataset, Input, Model, Output
 
 from srccore_components.interface import stage_component
@@ -17,7 +15,7 @@ def score_candidates(
     artifact_root: str,
     config: dict,
     ratings: Output[Dataset],
-    rationales: Optional[Input[Dataset]] = None,
+    rationales: Input[Dataset] = None,
     device: str = "auto",
     threads: int = 0,
 ):

@@ -1,7 +1,5 @@
 """Trains R-Scorer on teacher ratings."""
 
-from typing import Optional
-
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
 
 from srccore_components.interface import stage_component
@@ -20,7 +18,7 @@ def train_scorer(
     scorer: Output[Model],
     metrics: Output[Metrics],
     seed: int = 0,
-    rationales: Optional[Input[Dataset]] = None,
+    rationales: Input[Dataset] = None,
     device: str = "auto",
     threads: int = 0,
 ):

@@ -1,7 +1,5 @@
 """Stage 1: teaches the model to write a rationale before its answer."""
 
-from typing import Optional
-
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
 
 from srccore_components.interface import stage_component
@@ -18,7 +16,7 @@ def tune_rationale(
     policy: Output[Model],
     metrics: Output[Metrics],
     seed: int = 0,
-    rationales: Optional[Input[Dataset]] = None,
+    rationales: Input[Dataset] = None,
     device: str = "auto",
     threads: int = 0,
 ):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import kfp_server_api as api
@@ -17,7 +18,7 @@ from kfp_server import NEVER, KfpServer, Step, Workflow, clock
 from rich.console import Console
 
 from srccore_pipelines.client import Connection, UnavailableError, connect
-from srccore_pipelines.follow import PATIENCE, follow, screen, tree
+from srccore_pipelines.follow import PATIENCE, ending, follow, screen, tree
 from srccore_pipelines.tasks import node_id, task_tree, walk
 
 PREPARED = {"prepare": "SUCCEEDED"}
@@ -289,6 +290,51 @@ def test_tasks_of_one_name_are_told_apart_by_their_round(server: KfpServer, run_
     assert states["round 2 / train"] == "RUNNING"
     assert states["round 2 / for-loop-2 / item 0 / search"] == "PENDING"
     assert {each.parent_task_id for each in run.run_details.task_details} == {None}
+
+
+@pytest.mark.parametrize("attempts", [0, 1, 2])
+def test_a_node_counts_by_its_last_attempt_however_many_there_are(
+    pipeline: Path, attempts: int
+) -> None:
+    spec = yaml.safe_load(pipeline.read_text().partition("\n---\n")[0])
+    details = Workflow(spec, "wf-abcde", SEARCHING, attempts).details("id")
+    for detail in details:
+        detail.start_time = detail.end_time = None
+    run = api.V2beta1Run(
+        pipeline_spec=spec, run_details=api.V2beta1RunDetails(task_details=details)
+    )
+    states = {name: task.state for name, task in walk(task_tree(run))}
+    assert states == {
+        "prepare": "SUCCEEDED",
+        "round 1 / for-loop-2 / item 0 / search": "SUCCEEDED",
+        "round 1 / for-loop-2 / item 1 / search": "RUNNING",
+        "round 1 / train": "PENDING",
+        "round 2 / for-loop-2 / item 0 / search": "PENDING",
+        "round 2 / for-loop-2 / item 1 / search": "PENDING",
+        "round 2 / train": "PENDING",
+    }
+
+
+def test_a_backend_that_ceases_to_tell_of_tasks_is_told_of_once(
+    server: KfpServer, run_id: str
+) -> None:
+    run = at_step(server, run_id, Step("RUNNING", SEARCHING))
+    file = io.StringIO()
+    with screen(Console(file=file, width=500)) as on:
+        on.show(run)
+        assert "Kubeflow has told nothing" not in file.getvalue()
+        nameless = [each for each in run.run_details.task_details if not each.display_name]
+        nameless[0].end_time = datetime(2026, 3, 1, 3, 0, tzinfo=UTC)
+        on.show(run)
+        on.show(run)
+    assert file.getvalue().count("Kubeflow has told nothing of single tasks since ") == 1
+    assert "The run goes on" in file.getvalue()
+    file = io.StringIO()
+    run.state = "FAILED"
+    Console(file=file, width=500).print(tree(run))
+    assert "Kubeflow has told nothing of single tasks since " in file.getvalue()
+    assert "The run goes on" not in file.getvalue()
+    assert f"--selector pipeline/runid={run_id}" in ending(run, "")
 
 
 def test_a_loop_over_items_that_the_pipeline_does_not_list_grows_as_they_begin(
