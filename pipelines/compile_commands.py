@@ -42,7 +42,7 @@ def compile_command(
     import srccore
     from srccore.config import load_config
     from srccore.images import Images, read_digests
-    from srccore_pipelines.compiling import compile_pipeline
+    from srccore_pipelines.compiling import compile_pipeline, size_warning
     from srccore_pipelines.profile import load_profile
 
     config = load_config(preset, overrides)
@@ -51,9 +51,8 @@ def compile_command(
         tag=tag or srccore.__version__,
         digests=read_digests(digests, registry) if digests else {},
     )
-    text = compile_pipeline(
-        config, load_profile(profile, config, rounds=rounds, shards=shards), images
-    )
+    fixed = load_profile(profile, config, rounds=rounds, shards=shards)
+    text = compile_pipeline(config, fixed, images)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
@@ -62,6 +61,8 @@ def compile_command(
             f"{out} cannot be written ({error.strerror}).", "Give another file by -o."
         ) from None
     typer.echo(out)
+    if (warning := size_warning(fixed)) is not None:
+        typer.echo(warning, err=True)
 
 
 def pipeline_local_command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import re
 import tempfile
@@ -14,10 +15,13 @@ from srccore.errors import UserError
 from srccore.images import Images
 from srccore_pipelines.profile import Profile
 
-__all__ = ["COMPILED", "arguments_of", "compile_pipeline", "description_of"]
+__all__ = ["COMPILED", "arguments_of", "compile_pipeline", "description_of", "size_warning"]
 
 COMPILED = Path(__file__).parent / "compiled"
 """The shipped pipelines, one per preset."""
+SAFE_SHARDS = 50
+"""Of all rounds together. A shard takes about 12 kB of the 1 MiB that Argo's record of a run may
+have, beside 350 kB for all else (docs/kubeflow-run.md)."""
 SECTIONS = tuple(
     name
     for name, field in RunConfig.model_fields.items()
@@ -51,6 +55,22 @@ def arguments_of(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def size_warning(profile: Profile) -> str | None:
+    """What to say of a pipeline whose runs may outgrow the record that Argo keeps of each.
+
+    Args:
+        profile: What the pipeline was compiled with.
+    """
+    if profile.rounds * profile.shards <= SAFE_SHARDS:
+        return None
+    return (
+        f"Warning: {profile.rounds} rounds of {profile.shards} shards may be too many for one run: "
+        "Argo keeps a run in one object of 1 MiB, and fails the run that outgrows it. "
+        f"Take {SAFE_SHARDS // profile.rounds} shards, or have MAX_WORKFLOW_SIZE of Argo's "
+        "controller raised (docs/pipelines.md)."
+    )
+
+
 def _keep_parameters(pipeline: Any, profile: Profile) -> None:
     """Drops parameters that the profile has no use for; those it needs lose their default."""
     needed = {
@@ -64,6 +84,30 @@ def _keep_parameters(pipeline: Any, profile: Profile) -> None:
             parameters[name].is_optional = False
         else:
             del parameters[name]
+
+
+def _leave_out_texts(pipeline: Any) -> None:
+    """Drops what components say of themselves; ``component.yaml`` and the pages keep it.
+
+    Kubeflow copies a component's definition into nine nodes of the run's record for each of its
+    tasks, and the record has a limit; this is a fourth of it (docs/kubeflow-run.md).
+    """
+    for component in pipeline.pipeline_spec.components.values():
+        for definitions in (component.input_definitions, component.output_definitions):
+            for each in (*definitions.artifacts.values(), *definitions.parameters.values()):
+                each.ClearField("description")
+    for executor in pipeline.pipeline_spec.deployment_spec["executors"].values():
+        if "container" in executor:
+            command = executor["container"]["command"]
+            command[len(command) - 1] = _without_docstring(command[len(command) - 1])
+
+
+def _without_docstring(source: str) -> str:
+    """The source of a module, without the text of its one function."""
+    (function,) = (each for each in ast.parse(source).body if isinstance(each, ast.FunctionDef))
+    docstring, first, *_ = function.body
+    lines = source.splitlines(keepends=True)
+    return "".join([*lines[: docstring.lineno - 1], *lines[first.lineno - 1 :]])
 
 
 def compile_pipeline(config: RunConfig, profile: Profile, images: Images) -> str:
@@ -100,6 +144,7 @@ def compile_pipeline(config: RunConfig, profile: Profile, images: Images) -> str
         description=description_of(config, profile),
     )
     _keep_parameters(pipeline, profile)
+    _leave_out_texts(pipeline)
     training = profile.resources("train-dpo")
     defaults = {
         **arguments_of(config),

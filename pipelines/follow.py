@@ -121,8 +121,8 @@ def ending(run: Any, url: str) -> str:
     ]
     if run.state == "FAILED" and not found:
         lines.append(
-            "Kubeflow does not say which task. Its pod: kubectl get pods --field-selector "
-            f"status.phase=Failed --selector pipeline/runid={run.run_id}"
+            "Kubeflow does not say which task. Argo may: kubectl get workflows.argoproj.io,pods "
+            f"--selector pipeline/runid={run.run_id}"
         )
     return "\n".join([*lines, url])
 

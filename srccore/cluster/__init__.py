@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from srccore import storage
-from srccore.config import explain
+from srccore.config import OptimizerSettings, explain
 from srccore.errors import UserError
 from srccore.images import USER_ID
 from srccore.step import Finished, finished_stage, run_stage
@@ -88,6 +88,7 @@ def train(
     try:
         _check(launcher, artifact_root)
         wanted = _settings(launcher, job, node_selector, tolerations, memory, gpus)
+        _check_share(settings.get("config") or {}, wanted)
         task = StageTask.of(
             stage, artifact_root, inputs=inputs, settings=settings, device=device, threads=threads
         )
@@ -139,6 +140,18 @@ def _settings(
             "Set them in the TrainingRuntime srccore-training, and leave them out here.",
         )
     return settings
+
+
+def _check_share(config: Mapping[str, Any], settings: JobSettings) -> None:
+    """Refuses at once what the processes would, once they had a place and their image."""
+    from srccore.training.ranks import local_share
+
+    known = {name: config[name] for name in OptimizerSettings.model_fields if name in config}
+    try:
+        optimizer = OptimizerSettings.model_validate(known)
+    except ValidationError:
+        return  # The stage itself says better what is wrong with its settings.
+    local_share(optimizer, settings.pods * settings.processes)
 
 
 def _train_as_job(

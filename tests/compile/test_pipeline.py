@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,6 +169,29 @@ def test_each_round_starts_from_the_policy_before_and_no_round_waits_for_figures
     for name in ("src-round", "src-round-2", "src-round-3"):
         assert not any("evaluate" in each for each in tasks[name]["dependentTasks"])
         assert tasks[name]["taskInfo"]["name"].startswith("round ")
+
+
+def test_components_go_without_their_texts_since_a_run_s_record_is_small(llava: Ir) -> None:
+    for component in llava["components"].values():
+        assert "description" not in str(component.get("inputDefinitions"))
+        assert "description" not in str(component.get("outputDefinitions"))
+    for executor in llava["deploymentSpec"]["executors"].values():
+        if "container" in executor:
+            source = ast.parse(executor["container"]["command"][-1])
+            (function,) = (each for each in source.body if isinstance(each, ast.FunctionDef))
+            assert ast.get_docstring(function) is None
+            assert "from srccore." in ast.unparse(function)
+
+
+@pytest.mark.parametrize(("shards", "is_warned_of"), [("16", False), ("17", True)])
+def test_more_shards_than_a_run_s_record_holds_are_warned_of(
+    shards: str, is_warned_of: bool, tmp_path: Path
+) -> None:
+    out = tmp_path / "src.yaml"
+    result = call("compile", "--preset", "tiny", "--rounds=3", "--shards", shards, "-o", out)
+    assert result.code == 0
+    assert out.exists()
+    assert ("Take 16 shards" in result.out) == is_warned_of
 
 
 def test_only_evaluation_reads_the_held_out_split(llava: Ir) -> None:

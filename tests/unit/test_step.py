@@ -305,6 +305,18 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
         "Give an artifact root in a bucket",
     ),
     (
+        "a batch that a job's pods cannot share",
+        lambda folder: train(
+            "train-dpo",
+            "s3://any/root",
+            launcher="pytorchjob",
+            inputs={},
+            settings={"config": {"learning_rate": 1e-5, "batch_size": 8}},
+            job={"image": "train-dpo", "pods": 3},
+        ),
+        "cannot be shared evenly by 3 processes",
+    ),
+    (
         "a launcher that there is not",
         lambda folder: train("train-dpo", "s3://any/root", launcher="mpi", inputs={}, settings={}),
         "'mpi' is no launcher. Name one of inprocess, pytorchjob, trainjob.",
