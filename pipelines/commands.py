@@ -139,7 +139,7 @@ def submit_command(
 
     package = read_package(pipeline)
     arguments = package.arguments(shared_root(artifact_root), overrides, parameters)
-    package.refuse_local_paths(arguments)
+    package.refuse_unreachable(arguments)
     connection = Connection(
         host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url
     )
@@ -198,7 +198,7 @@ def schedule_command(
     line = read_cron(cron)
     package = read_package(pipeline)
     arguments = package.arguments(shared_root(artifact_root), overrides, parameters)
-    package.refuse_local_paths(arguments)
+    package.refuse_unreachable(arguments)
     backend = connect(
         Connection(host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url)
     )

@@ -27,6 +27,14 @@ __all__ = ["Package", "Parameter", "read_package", "shared_root"]
 
 ARTIFACT_ROOT = "artifact_root"
 COMPILE = "Compile it with srccore compile."
+TEACHERS = {
+    "augmentation": (
+        "augment-rationales",
+        "augment: false in the profile, where the data have their rationales",
+    ),
+    "annotation": ("annotate-ratings", "another scorer in the profile"),
+}
+"""Sections that choose a teacher: the stage that asks it, and how to do without."""
 _MADE_BY = re.compile(r"srccore ([^\s,]+)(?:,|\s|$)")
 
 
@@ -105,15 +113,29 @@ class Package:
             )
         return arguments
 
-    def refuse_local_paths(self, arguments: Mapping[str, Any]) -> None:
-        """Refuses data and checkpoints that pods on a cluster cannot reach.
+    def refuse_unreachable(self, arguments: Mapping[str, Any]) -> None:
+        """Refuses data, checkpoints and teachers that pods on a cluster cannot reach.
 
         Args:
             arguments: As `arguments` gives them.
 
         Raises:
-            UserError: One lies on a disk, and not in the pods' cache.
+            UserError: One lies on a disk, and not in the pods' cache; or a stage would ask a
+                teacher that has no address.
         """
+        for section, (stage, otherwise) in TEACHERS.items():
+            if f"comp-{stage}" not in self.pipeline.get("components", {}):
+                continue
+            chosen = arguments.get(section) or self.parameters[section].default
+            endpoint = chosen.get("endpoint", {})
+            if chosen["teacher"] == "endpoint" and not (
+                endpoint.get("url") and endpoint.get("model")
+            ):
+                raise UserError(
+                    f"{stage} asks a teacher, and {section}.endpoint does not say which.",
+                    f"Give --set {section}.endpoint.url=https://HOST/v1 and "
+                    f"--set {section}.endpoint.model=NAME, or compile with {otherwise}.",
+                )
         for section, field in (("data", "source"), ("model", "path"), ("rating_model", "path")):
             if section not in self.parameters:
                 continue

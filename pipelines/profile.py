@@ -162,13 +162,21 @@ def load_profile(path: Path | None, config: RunConfig, **changes: Any) -> Profil
     if path is not None:
         values |= _read(path)
     values |= {name: value for name, value in changes.items() if value is not None}
+    source = f"The profile {path}" if path else "The profile"
     try:
-        return Profile.model_validate(values)
+        profile = Profile.model_validate(values)
     except ValidationError as error:
-        source = f"The profile {path}" if path else "The profile"
         wrong = explain(source, error)
         name = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise UserError(wrong.what, f"Mend {name} in the profile or on the command line.") from None
+    is_own_user = profile.run_as_user not in (None, USER_ID)
+    if profile.launcher == "trainjob" and (profile.training_job.priority_class or is_own_user):
+        raise UserError(
+            f"{source} has launcher: trainjob, and a TrainJob of Trainer 2.1 can set neither "
+            "priority_class nor run_as_user.",
+            "Leave them out, and set them in the TrainingRuntime srccore-training.",
+        )
+    return profile
 
 
 def _read(path: Path) -> dict[str, Any]:

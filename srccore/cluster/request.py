@@ -44,6 +44,9 @@ TRAINING_RUNTIME = "srccore-training"
 """The TrainingRuntime that a TrainJob refers to."""
 CA_FOLDER = "/etc/srccore/ca"
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE")
+NO_SIDECAR = {"sidecar.istio.io/inject": "false"}
+"""A label: where Istio is at home, as in Kubeflow's profiles, its proxy would outlive the training
+and keep the pods of a job from each other."""
 GRACE_SECONDS = 60
 """What a pod has from SIGTERM to SIGKILL: torchrun stops its processes within half of it."""
 
@@ -232,7 +235,7 @@ class TrainingJobRequest(Section):
                     # 1 to 127 ends the job, from 128 on (signals) a pod is made anew.
                     "restartPolicy": "ExitCode",
                     "template": {
-                        "metadata": {"labels": self._labels()},
+                        "metadata": {"labels": self._labels() | NO_SIDECAR},
                         "spec": self._pod(PYTORCHJOB.container),
                     },
                 }
@@ -274,7 +277,7 @@ class TrainingJobRequest(Section):
             "podTemplateOverrides": [
                 {
                     "targetJobs": [{"name": TRAINJOB.container}],
-                    "metadata": {"labels": self._labels()},
+                    "metadata": {"labels": self._labels() | NO_SIDECAR},
                     "spec": {
                         **{name: pod[name] for name in moved if name in pod},
                         "containers": [mounts],

@@ -31,7 +31,7 @@ def test_the_commands_of_the_pipelines_page_run(
     server.script = [Step("RUNNING"), Step("SUCCEEDED")]
     run_id = "RUN_ID"
     ran = []
-    for line in "".join(blocks("pipelines.md", "sh")).splitlines():
+    for line in "".join(blocks("pipelines.md", "sh")).replace("\\\n", "").splitlines():
         words = shlex.split(line.replace(HOST, server.url).replace("RUN_ID", run_id))
         if words[1] in ("pipeline-local", "collect", "export"):
             continue  # tests/local runs them

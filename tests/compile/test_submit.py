@@ -22,6 +22,7 @@ from small_pipeline import CONFIG
 
 import srccore
 from srccore_pipelines import client
+from srccore_pipelines.compiling import COMPILED
 
 SECRET = "eyJhbGciOi.the-secret.of-ann"
 
@@ -606,3 +607,45 @@ def test_a_pipeline_that_trains_as_a_job_is_not_run_without_a_cluster(tmp_path: 
     assert "trains as a pytorchjob, which only a cluster can run" in result.out
     assert "launcher: inprocess" in result.out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            [],
+            "augment-rationales asks a teacher, and augmentation.endpoint does not say which. "
+            "Give --set augmentation.endpoint.url=",
+        ),
+        (
+            ["augmentation.endpoint.url=https://teacher/v1", "augmentation.endpoint.model=m"],
+            "annotate-ratings asks a teacher, and annotation.endpoint does not say which.",
+        ),
+        (
+            ["augmentation.teacher=facts", "annotation.endpoint.url=https://teacher/v1"],
+            "annotation.endpoint does not say which.",
+        ),
+    ],
+)
+def test_a_teacher_without_an_address_is_refused_before_anything_runs(
+    server: KfpServer, settings: list[str], told: str
+) -> None:
+    options = [word for each in ("data.source=s3://b/d", *settings) for word in ("--set", each)]
+    path = COMPILED / "llava-1.5-7b.yaml"
+    result = call("submit", path, ROOT, "--host", server.url, *options)
+    assert result.code == 2
+    assert told in result.out
+    assert not server.runs
+
+
+def test_a_run_that_needs_no_teacher_is_not_asked_for_one(
+    server: KfpServer, tmp_path: Path
+) -> None:
+    profile, path = tmp_path / "profile.yaml", tmp_path / "src.yaml"
+    profile.write_text("augment: false\nscorer: train-on-given-pairs\n")
+    setting = ("--set", "data.source=s3://b/d")
+    options = ("--preset", "llava-1.5-7b", "--profile", profile, "-o", path)
+    assert call("compile", *options, *setting).code == 0
+    pairs = ("--param", "labelled_pairs_uri=s3://b/pairs")
+    result = call("submit", path, ROOT, "--host", server.url, *pairs)
+    assert result.code == 0, result.out

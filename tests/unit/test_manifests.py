@@ -112,10 +112,15 @@ def test_one_line_moves_the_namespace_and_all_that_lives_in_it(tmp_path: Path) -
     assert only(render(tmp_path / "manifests/admin"), "Namespace")["metadata"]["name"] == "team-a"
 
 
-def test_the_account_of_steps_is_changed_as_the_page_says(tmp_path: Path) -> None:
-    (patch,) = (text for text in blocks(MANIFESTS / "README.md", "yaml") if "patches" in text)
-    (subject,) = only(render(copied(tmp_path, "gke", patch)), "RoleBinding", STEPS)["subjects"]
+@pytest.mark.parametrize("folder", OVERLAYS)
+def test_the_account_of_steps_is_changed_as_the_page_says(folder: str, tmp_path: Path) -> None:
+    (lines,) = (t for t in blocks(MANIFESTS / "README.md", "yaml") if "profile-namespace" in t)
+    before, after = rendered(folder), render(copied(tmp_path, Path(folder).name, lines))
+    (subject,) = only(after, "RoleBinding", STEPS)["subjects"]
     assert subject == {"kind": "ServiceAccount", "name": "default-editor", "namespace": "srccore"}
+    # All else is as it was: an overlay has patches of its own.
+    subject["name"] = "pipeline-runner"
+    assert sorted(map(str, after)) == sorted(map(str, before))
 
 
 # Rights
