@@ -19,9 +19,11 @@ __all__ = ["COMPILED", "arguments_of", "compile_pipeline", "description_of", "si
 
 COMPILED = Path(__file__).parent / "compiled"
 """The shipped pipelines, one per preset."""
-SAFE_SHARDS = 50
-"""Of all rounds together. A shard takes about 12 kB of the 1 MiB that Argo's record of a run may
-have, beside 350 kB for all else (docs/kubeflow-run.md)."""
+RECORD_BYTES = 1024 * 1024
+"""What Argo's record of a run may have, by default."""
+RUN_BYTES, ROUND_BYTES, SHARD_BYTES = 140_000, 77_000, 10_000
+"""Of that record: what a run takes, each round with one shard, each further shard of a round
+(docs/kubeflow-run.md)."""
 SECTIONS = tuple(
     name
     for name, field in RunConfig.model_fields.items()
@@ -61,13 +63,15 @@ def size_warning(profile: Profile) -> str | None:
     Args:
         profile: What the pipeline was compiled with.
     """
-    if profile.rounds * profile.shards <= SAFE_SHARDS:
+    safe = 0.9 * RECORD_BYTES - RUN_BYTES - profile.rounds * ROUND_BYTES
+    fitting = int(1 + safe / (profile.rounds * SHARD_BYTES))
+    if profile.shards <= fitting:
         return None
     return (
         f"Warning: {profile.rounds} rounds of {profile.shards} shards may be too many for one run: "
         "Argo keeps a run in one object of 1 MiB, and fails the run that outgrows it. "
-        f"Take {SAFE_SHARDS // profile.rounds} shards, or have MAX_WORKFLOW_SIZE of Argo's "
-        "controller raised (docs/pipelines.md)."
+        f"Take {f'{fitting} shards' if fitting > 0 else 'fewer rounds'}, or have "
+        "MAX_WORKFLOW_SIZE of Argo's controller raised (docs/kubeflow-run.md)."
     )
 
 

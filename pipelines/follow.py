@@ -82,9 +82,10 @@ def follow(
             on.show(run)
             if run.state in FINISHED:
                 return run
-        if timeout is not None and time.monotonic() - began + interval > timeout:
+        left = interval if timeout is None else began + timeout - time.monotonic()
+        if left <= 0:
             raise TimeoutError
-        time.sleep(interval)
+        time.sleep(min(interval, left))
 
 
 @contextmanager

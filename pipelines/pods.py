@@ -22,6 +22,8 @@ __all__ = ["Placement", "Pods"]
 _TRAINING = "train-dpo"
 _IN_CLUSTER = "localhost,127.0.0.1,.svc,.cluster.local,.kubeflow"
 """Not by a proxy: Kubeflow's own launcher, in the same container, would go through it too."""
+RETRY_PAUSE = 60
+"""Seconds before a failed task is tried again."""
 _PROXIES = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
 _AT_RUN_TIME = {"node_selector", "tolerations", "memory", "gpus"}
 """Of a job's settings: parameters of the pipeline say them."""
@@ -141,13 +143,15 @@ class Pods:
         return given
 
     def _limit(self, task: Any, resources: Resources) -> None:
-        kubernetes.set_timeout(task, round(resources.timeout_hours * 3600))
+        seconds = round(resources.timeout_hours * 3600)
+        kubernetes.set_timeout(task, seconds)
         if resources.retries:
+            # Argo counts the longest duration from when the first attempt began, over all of them.
             task.set_retry(
                 resources.retries,
-                backoff_duration="30s",
-                backoff_factor=2,
-                backoff_max_duration="600s",
+                backoff_duration=f"{RETRY_PAUSE}s",
+                backoff_factor=1,
+                backoff_max_duration=f"{(1 + resources.retries) * (seconds + RETRY_PAUSE)}s",
             )
 
     def _mount(self, task: Any, resources: Resources) -> None:

@@ -167,15 +167,18 @@ def _train_as_job(
         return done
     api = connect()
     run, owner = _belongs_to(api, uri)
-    request = TrainingJobRequest(
-        stage=task.stage,
-        run=run,
-        round_number=round_number,
-        namespace=api.namespace,
-        task=task.to_json(),
-        settings=settings,
-        owner=owner,
-    )
+    try:
+        request = TrainingJobRequest(
+            stage=task.stage,
+            run=run,
+            round_number=round_number,
+            namespace=api.namespace,
+            task=task.to_json(),
+            settings=settings,
+            owner=owner,
+        )
+    except ValidationError as error:
+        raise explain(f"The step {task.stage}", error) from None
     _save_spec(request.to_object(kind, 1), uri)
     found: list[Finished] = []
 

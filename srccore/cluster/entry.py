@@ -33,9 +33,7 @@ __all__ = ["World", "run"]
 
 WORKER = "srccore.cluster.worker"
 RESTARTS = 10
-"""How often lost peers are waited for, where the operator says nothing."""
 PATIENCE = 3600
-"""Seconds that a pod waits for the others."""
 STOPS_WITHIN = 20
 """Seconds that torchrun gives its processes to end; twice as much has torchrun itself."""
 ANSWERS = 300
@@ -56,6 +54,7 @@ class World:
         address: This pod's, for the others. The least of all is that of the first pod.
         is_host: Whether they meet in this pod.
         restarts: How often lost peers are waited for.
+        patience: Seconds for which the other pods are waited for.
     """
 
     pods: int
@@ -63,16 +62,26 @@ class World:
     endpoint: str
     address: str
     is_host: bool
-    restarts: int
+    restarts: int = RESTARTS
+    patience: int = PATIENCE
 
     @classmethod
-    def of(cls, pods: int, processes: int, environment: Mapping[str, str]) -> World:
+    def of(
+        cls,
+        pods: int,
+        processes: int,
+        environment: Mapping[str, str],
+        restarts: int = RESTARTS,
+        patience: int = PATIENCE,
+    ) -> World:
         """Reads what the operator tells, and compares it with what was asked for.
 
         Args:
             pods: Asked for.
             processes: Asked for, of each pod.
             environment: The container's: ``PET_*`` is what operators tell torchrun.
+            restarts: How often lost peers are waited for.
+            patience: Seconds for which the other pods are waited for.
 
         Raises:
             UserError: They do not add up: each pod would train alone, or wait for ever.
@@ -102,7 +111,8 @@ class World:
             endpoint=endpoint,
             address=host if is_host else own,
             is_host=is_host,
-            restarts=int(environment.get("PET_MAX_RESTARTS", RESTARTS)),
+            restarts=restarts,
+            patience=patience,
         )
 
     def torchrun(self, worker: str, arguments: Sequence[str], restarts: int) -> list[str]:
@@ -113,7 +123,7 @@ class World:
             arguments: The module's.
             restarts: How often lost peers are waited for.
         """
-        waiting = f"is_host={int(self.is_host)},join_timeout={PATIENCE},read_timeout={ANSWERS}"
+        waiting = f"is_host={int(self.is_host)},join_timeout={self.patience},read_timeout={ANSWERS}"
         return [
             *(sys.executable, "-m", "torch.distributed.run"),
             *("--nnodes", str(self.pods), "--nproc-per-node", str(self.processes)),
@@ -197,7 +207,7 @@ def run(world: World, worker: str, arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="notes-") as folder:
         notes = _Notes(Path(folder))
         left = world.restarts
-        while left >= 0 and notes.quiet_seconds() < PATIENCE:
+        while left >= 0 and notes.quiet_seconds() < world.patience:
             ended = _torchrun(world.torchrun(worker, arguments, left), notes, signals)
             if ended == 0:
                 return 0
@@ -211,7 +221,7 @@ def run(world: World, worker: str, arguments: Sequence[str]) -> int:
             time.sleep(PAUSE)
         if last := notes.last():
             print(last.text, file=sys.stderr)
-        text = f"The other pods did not come within {PATIENCE // 60} minutes."
+        text = f"The other pods did not come within {world.patience / 60:g} minutes."
         if left < 0:
             text = f"The other pods were lost {world.restarts + 1} times."
         print(f"Error: {text}", file=sys.stderr, flush=True)
@@ -264,11 +274,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pods", type=int, required=True)
     parser.add_argument("--processes", type=int, required=True)
+    parser.add_argument("--restarts", type=int, default=RESTARTS, help="for lost pods")
+    parser.add_argument("--patience", type=int, default=PATIENCE, help="seconds, for other pods")
     parser.add_argument("--task", required=True)
     parser.add_argument("--worker", default=WORKER, help="the module that each process runs")
     given = parser.parse_args()
     try:
-        world = World.of(given.pods, given.processes, os.environ)
+        world = World.of(given.pods, given.processes, os.environ, given.restarts, given.patience)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,17 @@ from datetime import UTC, datetime
 from typing import Any
 
 from srccore.cluster.api import Api, ApiError, retried
-from srccore.cluster.observe import Assessment, Limits, Observer, Outcome, pod_index
+from srccore.cluster.observe import (
+    QUOTA,
+    Assessment,
+    Limits,
+    Observer,
+    Outcome,
+    condition,
+    happened,
+    pod_index,
+    states,
+)
 from srccore.cluster.request import SPEC_HASH, JobKind, TrainingJobRequest
 from srccore.cluster.watching import LogStream, Mirror
 from srccore.errors import UserError
@@ -47,8 +57,6 @@ LAST_LINES = 30
 LAST_EVENTS = 5
 REST_OF_LOG_SECONDS = 20.0
 AWAY = "The API server does not answer as it should ({}): trying again."
-QUOTA = re.compile("exceeded quota|status unknown for quota")
-"""It is full, or the controllers have not counted yet: minutes, for a kind that is new to them."""
 NO_RIGHT = re.compile(r'User ".*" cannot ')
 """How the API server names the verb and the resource that a role lacks."""
 
@@ -56,17 +64,14 @@ NO_RIGHT = re.compile(r'User ".*" cannot ')
 class JobFailed(Exception):  # noqa: N818  # said to people as it stands
     """The job failed or was given up; the same step may go better another time.
 
-    Attributes:
+    Args:
         what: What happened.
         mend: What to do about it.
         exit_code: Of the pod that failed first, where one did.
     """
 
     def __init__(self, what: str, mend: str, exit_code: int | None = None) -> None:
-        """Keeps both; the message is the two of them."""
         super().__init__(f"{what} {mend}")
-        self.what = what
-        self.mend = mend
         self.exit_code = exit_code
 
 
@@ -119,6 +124,7 @@ class Launch:
     _stopping: bool = False
     _said: str = ""
     _asked_for: Object | None = None
+    _waited: float = 0.0
     _away_since: float | None = None
     _warned_at: float = 0.0
     _warned_every: float = 0.0
@@ -164,7 +170,7 @@ class Launch:
                 ask = functools.partial(self.api.create, self._jobs, body)
                 job = retried(ask, self.outage, self._away)
             except ApiError as error:
-                waited = time.monotonic() - began
+                waited = self._waited = time.monotonic() - began
                 in_time = waited < self.limits.waiting
                 if error.status == 409:
                     # The name is taken; or many ask for one quota at once.
@@ -173,7 +179,7 @@ class Launch:
                         raise self._refusal(error) from None
                     if found is None:
                         self._pause(1.0)
-                    elif _has(found, "Failed"):
+                    elif condition(found, "Failed"):
                         attempt += 1
                     else:
                         self.say(f"{_path(found)} is there already: this step goes on with it.")
@@ -234,7 +240,7 @@ class Launch:
         pods = Mirror(
             self.api, self._pods, self._wake, labelSelector=f"{self.kind.job_label}={name}"
         )
-        observer = Observer(self.kind, self.request.settings.pods, limits)
+        observer = Observer(self.kind, self.request.settings.pods, limits, self._waited)
         log = _Log(self)
         jobs.start()
         pods.start()
@@ -250,7 +256,7 @@ class Launch:
                     self._deleted(job)
                     return
                 log.follow(pods.objects)
-                seen = self._judge(observer, found, pods)
+                found, seen = self._judge(observer, found, pods)
                 if seen.outcome:
                     if seen.outcome.succeeded or seen.outcome.exit_code is not None:
                         log.finish()
@@ -262,17 +268,19 @@ class Launch:
             jobs.stop()
             pods.stop()
 
-    def _judge(self, observer: Observer, job: Object, pods: Mirror) -> Assessment:
+    def _judge(self, observer: Observer, job: Object, pods: Mirror) -> tuple[Object, Assessment]:
         known, gone = pods.objects, pods.take_gone()
         warnings = self._late_warnings(job, known, observer.pods)
         seen = observer.look(job, known, warnings, datetime.now(UTC), gone)
         if seen.outcome and not seen.outcome.succeeded:
             # Watches come late, and each at its own pace: nothing is given up on their word.
-            with contextlib.suppress(ApiError):
+            try:
                 job = self.api.get(f"{self._jobs}/{job['metadata']['name']}")
                 known = list(self.api.get(self._pods, **pods.selectors)["items"])
+            except ApiError:
+                return job, Assessment(seen.message)
             seen = observer.look(job, known, warnings, datetime.now(UTC), gone)
-        return seen
+        return job, seen
 
     def _is_up_to_date(self, jobs: Mirror, pods: Mirror, limits: Limits, job: Object) -> bool:
         """Whether the mirrors may be believed; gives up where the API server refuses for good."""
@@ -304,14 +312,25 @@ class Launch:
                 )
             self.say(f"{_path(job)} has succeeded.")
             return
+        if self._is_published_after_all():
+            if not condition(job, "Failed"):
+                self._delete(job)
+            self.say(f"{_path(job)} has published its result, and then: {outcome.what}")
+            return
         if outcome.pod and outcome.pod != log.pod:
             self._tail(outcome.pod)
         makers = (job["metadata"]["name"], self._maker(job))
         for warning in self._warnings(job, *makers, outcome.pod)[-LAST_EVENTS:]:
             self.say(f"Event: {warning['involvedObject']['name']}: {warning['message']}")
-        if not _has(job, "Failed"):
+        if not condition(job, "Failed"):
             self._delete(job)
         raise JobFailed(f"{_path(job)}: {outcome.what}", outcome.mend, outcome.exit_code)
+
+    def _is_published_after_all(self) -> bool:
+        try:
+            return self.published()
+        except UserError:
+            return False  # How the job failed says more than that the store cannot be read.
 
     def _deleted(self, job: Object) -> None:
         """The job is gone: removed after its time, or by somebody."""
@@ -325,7 +344,7 @@ class Launch:
     # -- ending --------------------------------------------------------------------------------
 
     def _goes_on(self) -> bool:
-        """Whether another attempt may come: the workflow goes on."""
+        """Whether the workflow goes on, so that another attempt may come."""
         owner = self.request.owner
         if owner is None:
             return False
@@ -399,7 +418,7 @@ class Launch:
         missing = (job["metadata"]["name"], self._maker(job)) if len(pods) < wanted else ()
         set_up = [each["metadata"]["name"] for each in pods if _is_being_set_up(each)]
         names = (*missing, *sorted(set_up)[:1])
-        if _has(job, "Suspended") or not names:
+        if condition(job, "Suspended") or not names:
             self._last_warnings, self._warned_every = [], 0.0
         elif time.monotonic() - self._warned_at >= self._warned_every:
             self._warned_at = time.monotonic()
@@ -420,8 +439,8 @@ class Launch:
             with contextlib.suppress(ApiError):
                 found += self.api.get(self._events, fieldSelector=selector)["items"]
         # An earlier job may have had its name.
-        since = _to_the_second(job["metadata"]["creationTimestamp"])
-        return sorted((each for each in found if _when(each) >= since), key=_when)
+        since = job["metadata"]["creationTimestamp"][:19]
+        return sorted((each for each in found if happened(each) >= since), key=happened)
 
     def _tail(self, pod: str) -> None:
         try:
@@ -534,39 +553,17 @@ def _sleep(_error: ApiError, seconds: float) -> None:
     time.sleep(seconds)
 
 
-def _when(event: Object) -> str:
-    """When it happened last; the fields differ with who reports it."""
-    last = (event.get("series") or {}).get("lastObservedTime")
-    made = event["metadata"]["creationTimestamp"]
-    return _to_the_second(last or event.get("lastTimestamp") or event.get("eventTime") or made)
-
-
-def _to_the_second(time_stamp: str) -> str:
-    return time_stamp[:19]
-
-
 def _hash(job: Object) -> str | None:
     found: str | None = job["metadata"].get("annotations", {}).get(SPEC_HASH)
     return found
 
 
 def _has_begun(pod: Object) -> bool:
-    return any({"running", "terminated"} & state.keys() for state in _states(pod))
+    return any({"running", "terminated"} & state.keys() for state in states(pod))
 
 
 def _is_being_set_up(pod: Object) -> bool:
-    return any("waiting" in state for state in _states(pod))
-
-
-def _states(pod: Object) -> list[Object]:
-    return [each.get("state", {}) for each in pod.get("status", {}).get("containerStatuses", [])]
-
-
-def _has(job: Object, condition: str) -> bool:
-    return any(
-        each["type"] == condition and each["status"] == "True"
-        for each in job.get("status", {}).get("conditions") or []
-    )
+    return any("waiting" in state for state in states(pod))
 
 
 def _path(job: Object) -> str:

@@ -7,6 +7,7 @@ pods are counted, for the operator's own limit does not hold for pods that it ma
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,7 +15,17 @@ from typing import Any
 
 from srccore.cluster.request import JobKind, JobSettings
 
-__all__ = ["Assessment", "Limits", "Observer", "Outcome", "pod_index"]
+__all__ = [
+    "QUOTA",
+    "Assessment",
+    "Limits",
+    "Observer",
+    "Outcome",
+    "condition",
+    "happened",
+    "pod_index",
+    "states",
+]
 
 Object = dict[str, Any]
 
@@ -43,7 +54,9 @@ NEVER_PULLED = (
 )
 """Of a registry that answers; one that does not answer may be back in a minute."""
 NEVER_MADE = ("is forbidden: ", "is invalid: ", "denied the request", "denied request")
-"""How a pod is refused that will always be refused, but for a full quota, which empties again."""
+"""How a pod is refused that will always be refused, but for a quota."""
+QUOTA = re.compile("exceeded quota|status unknown for quota")
+"""It is full, or the controllers have not counted yet: minutes, for a kind that is new to them."""
 
 EXIT_ADVICE = {
     1: "The training raised an error: its last lines say which.",
@@ -129,17 +142,19 @@ class Observer:
         kind: Of the job.
         pods: How many it has.
         limits: How long what may last.
+        waited: Seconds that were spent before there was a job.
     """
 
     kind: JobKind
     pods: int
     limits: Limits
+    waited: float = 0
     _seen: set[str] = field(default_factory=set)
     _stuck: dict[tuple[str, str], tuple[datetime, bool]] = field(default_factory=dict)
     _refused_since: datetime | None = None
     _first_look: datetime | None = None
     _looked: datetime | None = None
-    _waited: float = 0
+    _newest: str = ""
     _running_since: datetime | None = None
 
     def look(
@@ -167,6 +182,8 @@ class Observer:
             return ended
         living = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
         self._seen |= {pod["metadata"]["uid"] for pod in (*pods, *lost)}
+        made = (_to_the_second(pod["metadata"]["creationTimestamp"]) for pod in (*pods, *lost))
+        self._newest = max((self._newest, *made))
         running = sum(_is_running(pod) for pod in living)
         self._count_time(job, pods, running >= self.pods, now)
         message = self._message(job, living, events, running)
@@ -181,9 +198,9 @@ class Observer:
         return Assessment(outcome.what if outcome else message, outcome)
 
     def _ended(self, job: Object, pods: Sequence[Object]) -> Assessment | None:
-        if _condition(job, self.kind.succeeded):
+        if condition(job, self.kind.succeeded):
             return Assessment("The job has succeeded.", Outcome(succeeded=True))
-        failed = _condition(job, "Failed")
+        failed = condition(job, "Failed")
         if not failed:
             return None
         outcome = _blame(pods) or Outcome(
@@ -200,15 +217,16 @@ class Observer:
         last = self._looked or (now if _has_run(job, pods) else _created(job, now))
         if all_run:
             if self._running_since is None:
-                running = _condition(job, "Running") or {}
-                self._running_since = _time(running.get("lastTransitionTime"), now)
+                # The operator's condition Running holds from the first pod on.
+                begun = [_time(text, now) for pod in pods for text in _begun(pod)]
+                self._running_since = max(begun, default=now)
         else:
-            self._waited += max(0.0, (now - last).total_seconds())
+            self.waited += max(0.0, (now - last).total_seconds())
         self._looked = now
 
     def _out_of_memory(self, pods: Sequence[Object]) -> Outcome | None:
         for pod in pods:
-            for state in (*_states(pod), *_states(pod, "lastState")):
+            for state in (*states(pod), *states(pod, "lastState")):
                 if state.get("terminated", {}).get("reason") == "OOMKilled":
                     return Outcome(
                         succeeded=False,
@@ -265,11 +283,16 @@ class Observer:
     def _never_made(
         self, pods: Sequence[Object], events: Sequence[Object], now: datetime
     ) -> Outcome | None:
-        messages = [_one_line(event.get("message", "")) for event in events]
+        # Events stay for an hour: what kept a pod away that came after all is of no account.
+        messages = [
+            _one_line(event.get("message", ""))
+            for event in events
+            if happened(event) >= self._newest
+        ]
         refused = [
             message
             for message in messages
-            if _has_any(message, NEVER_MADE) and "exceeded quota" not in message
+            if _has_any(message, NEVER_MADE) and not QUOTA.search(message)
         ]
         if pods or not refused:
             self._refused_since = None
@@ -288,7 +311,8 @@ class Observer:
 
     def _unclaimed(self, job: Object, pods: Sequence[Object], now: datetime) -> Outcome | None:
         self._first_look = self._first_look or now
-        if pods or job.get("status", {}).get("conditions"):
+        # A TrainJob has no conditions until it ends.
+        if pods or self._seen or {"conditions", "jobsStatus"} & job.get("status", {}).keys():
             return None
         if (now - self._first_look).total_seconds() < self.limits.unclaimed:
             return None
@@ -299,7 +323,7 @@ class Observer:
         )
 
     def _out_of_time(self, all_run: bool, message: str, now: datetime) -> Outcome | None:
-        if self._waited > self.limits.waiting and not all_run:
+        if self.waited > self.limits.waiting and not all_run:
             return Outcome(
                 succeeded=False,
                 what=f"The job waited for more than {_hours(self.limits.waiting)}. {message}",
@@ -322,13 +346,20 @@ class Observer:
         note = f" (pods lost so far: {lost})" if lost else ""
         if running >= self.pods:
             return f"{_pods(running)} {'runs' if running == 1 else 'run'}{note}."
-        if _condition(job, "Suspended"):
+        if condition(job, "Suspended"):
             return f"The job waits in its queue{note}."
         why = _one_line(events[-1].get("message", "")) if events else ""
         if not pods:
             return f"The job has no pods yet{note}. {why}".strip()
         why = _why_waiting(pods, events) or why
         return f"{running} of {_pods(self.pods)} run{note}. {why}".strip()
+
+
+def happened(event: Object) -> str:
+    """When it happened last, to the second; the fields differ with who reports it."""
+    last = (event.get("series") or {}).get("lastObservedTime")
+    made = event["metadata"]["creationTimestamp"]
+    return _to_the_second(last or event.get("lastTimestamp") or event.get("eventTime") or made)
 
 
 def pod_index(kind: JobKind, pod: Object) -> int:
@@ -341,7 +372,7 @@ def _blame(pods: Sequence[Object]) -> Outcome | None:
     """The pod that failed first: the others fail because of it."""
     failed = []
     for pod in pods:
-        for state in _states(pod):
+        for state in states(pod):
             ended = state.get("terminated", {})
             if ended.get("exitCode"):
                 failed.append((str(ended.get("finishedAt", "")), pod, ended))
@@ -369,7 +400,7 @@ def _blame(pods: Sequence[Object]) -> Outcome | None:
 def _waits(pod: Object, events: Sequence[Object]) -> list[tuple[str, str]]:
     """Why containers of a pod wait, and what is said of it."""
     found = []
-    for state in _states(pod):
+    for state in states(pod):
         if reason := state.get("waiting", {}).get("reason"):
             message = state["waiting"].get("message", "")
             if reason == "ContainerCreating":
@@ -399,9 +430,9 @@ def _why_waiting(pods: Sequence[Object], events: Sequence[Object]) -> str:
             continue
         for reason, message in _waits(pod, events):
             return f"{_name(pod)}: {reason}: {message}".removesuffix(": ")
-        for condition in pod.get("status", {}).get("conditions", []):
-            if condition["type"] == "PodScheduled" and condition["status"] == "False":
-                message = _one_line(condition.get("message", ""))
+        for each in pod.get("status", {}).get("conditions", []):
+            if each["type"] == "PodScheduled" and each["status"] == "False":
+                message = _one_line(each.get("message", ""))
                 return f"{_name(pod)} finds no node: {message}"
         return f"{_name(pod)} is {pod.get('status', {}).get('phase', 'Pending')}."
     return ""
@@ -410,34 +441,45 @@ def _why_waiting(pods: Sequence[Object], events: Sequence[Object]) -> str:
 def _is_running(pod: Object) -> bool:
     """Whether it runs, or has done its part: pods of a job do not end at the same moment."""
     phase = pod.get("status", {}).get("phase")
-    done = [state.get("terminated", {}).get("exitCode") == 0 for state in _states(pod)]
+    done = [state.get("terminated", {}).get("exitCode") == 0 for state in states(pod)]
     return phase == "Succeeded" or (
         phase == "Running"
-        and all(ok or "running" in state for ok, state in zip(done, _states(pod), strict=True))
+        and all(ok or "running" in state for ok, state in zip(done, states(pod), strict=True))
     )
 
 
 def _has_run(job: Object, pods: Sequence[Object]) -> bool:
     conditions = job.get("status", {}).get("conditions") or []
     return any(each["type"] in ("Running", "Restarting") for each in conditions) or any(
-        {"running", "terminated"} & state.keys() for pod in pods for state in _states(pod)
+        {"running", "terminated"} & state.keys() for pod in pods for state in states(pod)
     )
 
 
-def _states(pod: Object, which: str = "state") -> list[Object]:
+def _begun(pod: Object) -> list[str]:
+    """When its containers began."""
+    known = (state.get("running") or state.get("terminated") or {} for state in states(pod))
+    return [each["startedAt"] for each in known if each.get("startedAt")]
+
+
+def states(pod: Object, which: str = "state") -> list[Object]:
+    """The states of a pod's containers."""
     return [each.get(which, {}) for each in pod.get("status", {}).get("containerStatuses", [])]
 
 
-def _condition(job: Object, name: str) -> Object | None:
+def condition(job: Object, name: str) -> Object | None:
     """A condition that holds: a job keeps those that held once, with another status."""
-    for condition in job.get("status", {}).get("conditions") or []:
-        if condition.get("type") == name and condition.get("status") == "True":
-            return dict(condition)
+    for each in job.get("status", {}).get("conditions") or []:
+        if each.get("type") == name and each.get("status") == "True":
+            return dict(each)
     return None
 
 
 def _created(job: Object, now: datetime) -> datetime:
     return _time(job["metadata"].get("creationTimestamp"), now)
+
+
+def _to_the_second(time_stamp: str) -> str:
+    return time_stamp[:19]
 
 
 def _time(text: str | None, now: datetime) -> datetime:

@@ -371,6 +371,9 @@ class TrainingJobRequest(Section):
             "args": [
                 *("--pods", str(settings.pods)),
                 *("--processes", str(settings.processes)),
+                *("--restarts", str(settings.max_restarts)),
+                # Whoever watches the job gives it up before; alone, it ends by itself.
+                *("--patience", str(round(settings.waiting_hours * 3600))),
                 *("--task", self.task),
             ],
             "env": self._environment(),

@@ -133,7 +133,7 @@ def discard(uri: str) -> None:
     """Removes what is needed no longer; where that may not be, no training fails for it."""
     try:
         storage.remove(uri)
-    except UserError as error:
+    except Exception as error:  # of the store's client, too
         print(f"{uri} stays: {error}", file=sys.stderr)
 
 

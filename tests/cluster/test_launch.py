@@ -779,6 +779,11 @@ ENDS = [
         left=(),
     ),
     Case(
+        "the job fails, but has published before",
+        steps=(is_running, publishes, job("end", 0, 1), job("fail")),
+        says=("has published its result, and then: Pod", "ended with exit code 1"),
+    ),
+    Case(
         "a pod out of memory is final, though the operator makes it anew",
         steps=(is_running, job("end", 0, 137, "OOMKilled"), job("remove_pod", 0)),
         ends=JobFailed,
@@ -824,6 +829,25 @@ TIMES = [
         ends=JobFailed,
         says=("ran for more than 1 s.", "timeout_hours"),
         left=(),
+    ),
+    Case(
+        "the run is too long, but has published",
+        steps=(is_running, publishes, limited(running=1)),
+        says=("has published its result, and then: The job ran for more than 1 s.", "is deleted"),
+        left=(),
+    ),
+    Case(
+        "the run seems too long while nobody can confirm it",
+        steps=(
+            is_running,
+            spoilt(answer(503, "ServiceUnavailable", "away"), "GET", "/pytorchjobs/"),
+            limited(running=1),
+            met,
+            limited(running=1000),
+            mended,
+            succeeds,
+        ),
+        says=("has succeeded.",),
     ),
     Case(
         "a pod is never scheduled",

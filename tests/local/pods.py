@@ -70,7 +70,8 @@ class Job:
 
     def __init__(self, folder: Path, pods: int, task: str, worker: str | None = None) -> None:
         self.folder, self.pods = folder, pods
-        self.arguments = ["--pods", str(pods), "--processes", "1", "--task", task]
+        self.arguments = ["--pods", str(pods), "--processes", "1", "--restarts", "3"]
+        self.arguments += ["--task", task]
         self.arguments += ["--worker", worker] if worker else []
         self.endpoint = f"127.0.0.1:{free_port()}"
         self.started: list[Pod] = []
@@ -82,7 +83,6 @@ class Job:
             "HOSTNAME": f"127.0.0.{index + 1}",
             "PET_NNODES": f"{self.pods}:{self.pods}",
             "PET_RDZV_ENDPOINT": self.endpoint,
-            "PET_MAX_RESTARTS": "3",
             "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
             "SRCCORE_CACHE": str(own / "cache"),
             "OMP_NUM_THREADS": "1",

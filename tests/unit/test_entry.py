@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
-from srccore.cluster.entry import RESTARTS, World
+from srccore.cluster.entry import World
 from srccore.cluster.worker import is_lost_peer
 from srccore.errors import UserError
 
@@ -48,9 +49,13 @@ def test_the_first_pod_is_where_the_others_meet_and_has_the_least_address(told: 
     assert min(world.address for world in worlds) == worlds[0].address
 
 
-def test_what_the_operator_says_of_restarts_holds() -> None:
-    assert World.of(2, 1, pytorchjob(0)).restarts == 3
-    assert World.of(2, 1, trainjob(0)).restarts == RESTARTS
+@pytest.mark.parametrize("told", [pytorchjob, trainjob])
+def test_patience_and_restarts_are_those_of_the_job_whatever_the_operator_says(
+    told: Callable[[int], dict[str, str]],
+) -> None:
+    world = World.of(2, 1, told(0), restarts=30, patience=86400)
+    assert world.restarts == 30
+    assert "join_timeout=86400" in " ".join(world.torchrun("worker", [], 3))
 
 
 def test_torchrun_is_told_all_on_its_command_line() -> None:

@@ -42,6 +42,7 @@ def pod(
     phase: str = "Pending",
     uid: str = "",
     going: bool = False,
+    made: float = 0,
     restarts: int = 0,
     **status: Any,
 ) -> Object:
@@ -49,6 +50,7 @@ def pod(
         "name": f"job-worker-{index}",
         "uid": uid or f"uid-{index}",
         "labels": {PYTORCHJOB.index_label: str(index)},
+        "creationTimestamp": stamp(made),
     }
     if going:
         metadata["deletionTimestamp"] = stamp(0)
@@ -59,8 +61,9 @@ def pod(
     return {"metadata": metadata, "status": {"phase": phase, **status}}
 
 
-def runs(index: int = 0, **more: Any) -> Object:
-    return pod(index, {"running": {}}, phase="Running", **more)
+def runs(index: int = 0, since: float | None = None, **more: Any) -> Object:
+    running = {} if since is None else {"startedAt": stamp(since)}
+    return pod(index, {"running": running}, phase="Running", **more)
 
 
 def waits(reason: str, message: str = "", index: int = 0, **more: Any) -> Object:
@@ -72,8 +75,15 @@ def ended(code: int, index: int = 0, when: float = 0, reason: str = "Error", **m
     return pod(index, state, phase="Failed" if code else "Succeeded", **more)
 
 
-def warning(message: str, reason: str = "FailedCreatePod", uid: str = "job") -> Object:
-    return {"reason": reason, "message": message, "involvedObject": {"uid": uid}}
+def warning(
+    message: str, reason: str = "FailedCreatePod", uid: str = "job", when: float = 0
+) -> Object:
+    return {
+        "metadata": {"creationTimestamp": stamp(when)},
+        "reason": reason,
+        "message": message,
+        "involvedObject": {"uid": uid},
+    }
 
 
 def observer(pods: int = 1, **limits: float) -> Observer:
@@ -470,19 +480,68 @@ def test_running_is_counted_from_when_all_run() -> None:
 def test_running_counts_what_ran_before_we_came() -> None:
     by = observer()
     running = job(CREATED, holds("Running", 10))
-    assert looks(by, 36000, [runs()], of=running).outcome is None
-    assert "ran for more than 10 h." in given_up(looks(by, 36011, [runs()], of=running))
+    assert looks(by, 36000, [runs(since=10)], of=running).outcome is None
+    assert "ran for more than 10 h." in given_up(looks(by, 36011, [runs(since=10)], of=running))
+
+
+def test_running_is_counted_from_the_last_pod_though_the_operator_counts_from_the_first() -> None:
+    by = observer(2, running=3600)
+    running = job(CREATED, holds("Running", 1))
+    late = [runs(0, since=1), runs(1, since=3500)]
+    assert looks(by, 3600, late, of=running).outcome is None
+    assert looks(by, 7099, late, of=running).outcome is None
+    assert "ran for more than 1 h." in given_up(looks(by, 7101, late, of=running))
 
 
 def test_a_clock_of_the_cluster_that_is_ahead_of_ours_shortens_nothing() -> None:
     by = observer()
     running = job(CREATED, holds("Running", 500))
-    assert looks(by, 10, [runs()], of=running).outcome is None
-    assert looks(by, 36009, [runs()], of=running).outcome is None
-    assert looks(by, 36011, [runs()], of=running).outcome is not None
+    assert looks(by, 10, [runs(since=500)], of=running).outcome is None
+    assert looks(by, 36009, [runs(since=500)], of=running).outcome is None
+    assert looks(by, 36011, [runs(since=500)], of=running).outcome is not None
+
+
+def test_what_was_waited_for_quota_before_there_was_a_job_counts() -> None:
+    by = Observer(PYTORCHJOB, 1, LIMITS, waited=7000)
+    assert looks(by, 199, []).outcome is None
+    assert "waited for more than 2 h" in given_up(looks(by, 201, []))
 
 
 # The rest
+
+
+def test_a_trainjob_that_has_jobs_was_taken_up_though_it_has_no_conditions() -> None:
+    by = Observer(TRAINJOB, 1, LIMITS)
+    taken = {**job(), "status": {"jobsStatus": [{"name": "node", "active": 1}]}}
+    assert looks(by, 1, [], of=taken).outcome is None
+    assert looks(by, 500, [], of=taken).outcome is None
+
+
+def test_a_trainjob_whose_only_pod_is_drained_was_taken_up() -> None:
+    by = Observer(TRAINJOB, 1, LIMITS)
+    assert looks(by, 1, [runs()], of=job()).outcome is None
+    assert looks(by, 500, [runs(going=True)], of=job()).outcome is None
+    assert looks(by, 501, [], of=job()).outcome is None
+
+
+def test_a_quota_that_is_not_counted_yet_refuses_nothing_for_good() -> None:
+    by = observer()
+    message = 'pods "job-worker-0" is forbidden: status unknown for quota: srccore'
+    for seconds in (0, 30, 300):
+        seen = looks(by, seconds, [], warning(message))
+        assert seen == Assessment(f"The job has no pods yet. {message}")
+
+
+def test_why_a_pod_was_refused_counts_no_more_once_it_has_come() -> None:
+    by = observer()
+    refused = 'pods "job-worker-0" is forbidden: violates PodSecurity "restricted:v1.34"'
+    assert looks(by, 1, [], warning(refused)).outcome is None
+    assert looks(by, 10, [runs(made=9)], warning(refused)).outcome is None
+    for seconds in (1000, 1050):
+        assert looks(by, seconds, [], warning(refused)).outcome is None
+    again = (warning(refused), warning(refused, when=1051))
+    assert looks(by, 1051, [], *again).outcome is None
+    assert "PodSecurity" in given_up(looks(by, 1080, [], *again))
 
 
 def test_limits_are_those_of_the_settings() -> None:
