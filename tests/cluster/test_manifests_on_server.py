@@ -270,9 +270,11 @@ def test_the_commands_of_a_page_run(own_cluster: Cluster, tmp_path: Path, page: 
     (tmp_path / "auth.json").write_text('{"auths": {}}')
     text = "".join(blocks(MANIFESTS / page / "README.md", "console"))
     lines = [line for line in text.splitlines() if not NOT_HERE.search(line)]
-    if page == "overlays/eks":
+    named = [at for at, line in enumerate(lines) if "serviceaccount pipeline-runner" in line]
+    if named:
         # It is Kubeflow Pipelines that brings this account.
-        lines.insert(-1, "kubectl create serviceaccount pipeline-runner --namespace srccore")
+        account = "kubectl create serviceaccount pipeline-runner --namespace srccore"
+        lines.insert(named[0], account)
     environment = {
         **os.environ,
         "PATH": f"{Path(kubectl()).parent}:{os.environ['PATH']}",
