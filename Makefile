@@ -8,7 +8,8 @@ STAMP := .venv/.stamp
 RESOLVE := $(UV) pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 RESOLVE_IMAGE = $(RESOLVE) --no-annotate --python-platform linux -c requirements.lock
 # Tests that need no root, no GPU and no cluster.
-TESTS := $(wildcard tests/unit tests/compile tests/local)
+# tests/compile first: what kfp does takes several times as long once torch and the like are loaded.
+TESTS := $(wildcard tests/compile tests/unit tests/local)
 # Tests that need root and containers, and those that find more servers once their programs are
 # built. tests/kubeflow needs a Kubeflow: KFP_HOST=... python -m pytest tests/kubeflow.
 CLUSTER_TESTS := tests/cluster tests/container tests/unit/test_storage.py
