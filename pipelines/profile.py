@@ -8,7 +8,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from srccore.cluster.request import QUANTITY, CaBundle, SecretKeys, Toleration
+from srccore.cluster.request import (
+    QUANTITY,
+    CaBundle,
+    SecretKeys,
+    Toleration,
+    refuse_in_trainjob,
+)
 from srccore.config import RunConfig, Section, explain
 from srccore.errors import UserError
 from srccore.images import STAGES, USER_ID
@@ -169,13 +175,9 @@ def load_profile(path: Path | None, config: RunConfig, **changes: Any) -> Profil
         wrong = explain(source, error)
         name = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise UserError(wrong.what, f"Mend {name} in the profile or on the command line.") from None
-    is_own_user = profile.run_as_user not in (None, USER_ID)
-    if profile.launcher == "trainjob" and (profile.training_job.priority_class or is_own_user):
-        raise UserError(
-            f"{source} has launcher: trainjob, and a TrainJob of Trainer 2.1 can set neither "
-            "priority_class nor run_as_user.",
-            "Leave them out, and set them in the TrainingRuntime srccore-training.",
-        )
+    if profile.launcher == "trainjob":
+        asking = f"{source} has launcher: trainjob, which"
+        refuse_in_trainjob(asking, profile.training_job.priority_class, profile.run_as_user)
     return profile
 
 

@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from srccore import storage
 from srccore.config import OptimizerSettings, explain
 from srccore.errors import UserError
-from srccore.images import USER_ID
 from srccore.step import Finished, finished_stage, run_stage
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ def _settings(
     memory: str,
     gpus: str,
 ) -> JobSettings:
-    from srccore.cluster.request import JobSettings
+    from srccore.cluster.request import JobSettings, refuse_in_trainjob
 
     given = {
         "node_selector": node_selector,
@@ -134,11 +133,8 @@ def _settings(
         settings = JobSettings.model_validate(values)
     except ValidationError as error:
         raise explain("The parameter job of train-dpo", error) from None
-    if launcher == "trainjob" and (settings.priority_class or settings.run_as_user != USER_ID):
-        raise UserError(
-            "A TrainJob of Trainer 2.1 can set neither priority_class nor run_as_user.",
-            "Set them in the TrainingRuntime srccore-training, and leave them out here.",
-        )
+    if launcher == "trainjob":
+        refuse_in_trainjob("A TrainJob", settings.priority_class, settings.run_as_user)
     return settings
 
 

@@ -62,8 +62,8 @@ class World:
     endpoint: str
     address: str
     is_host: bool
-    restarts: int = RESTARTS
-    patience: int = PATIENCE
+    restarts: int
+    patience: int
 
     @classmethod
     def of(

@@ -75,7 +75,7 @@ class JobFailed(Exception):  # noqa: N818  # said to people as it stands
         self.exit_code = exit_code
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):  # noqa: N818  # no error: somebody wanted it
     """This process was told to end."""
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from srccore.config import Section
+from srccore.errors import UserError
 from srccore.images import CACHE, USER_ID
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "SecretKeys",
     "Toleration",
     "TrainingJobRequest",
+    "refuse_in_trainjob",
 ]
 
 QUANTITY = r"^\d+(\.\d+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
@@ -420,6 +422,25 @@ class TrainingJobRequest(Section):
             ({"name": name, **source}, {"name": name, "mountPath": path})
             for name, source, path in volumes
         ]
+
+
+def refuse_in_trainjob(who: str, priority_class: str | None, run_as_user: int | None) -> None:
+    """Refuses settings that a TrainJob has no place for.
+
+    Args:
+        who: What has them, as a sentence about it begins.
+        priority_class: Of the job's pods.
+        run_as_user: Of the job's pods; None is the images' user.
+
+    Raises:
+        UserError: One of them is set.
+    """
+    if priority_class or run_as_user not in (None, USER_ID):
+        raise UserError(
+            f"{who} can set neither priority_class nor run_as_user: a TrainJob of Trainer 2.1 has "
+            "no place for them.",
+            f"Leave them out, and set them in the TrainingRuntime {TRAINING_RUNTIME}.",
+        )
 
 
 def _digest(value: object) -> str:

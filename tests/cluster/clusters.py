@@ -12,6 +12,7 @@ the cluster lives: whatever a killed one left running or mounted is removed by t
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import fcntl
 import functools
@@ -53,16 +54,16 @@ class KubectlError(ClusterError):
         self.stderr = stderr
 
 
-class Reachable:
+class Reachable(abc.ABC):
     """A cluster that a kubeconfig leads to."""
 
     def __init__(self, kubeconfig: Path) -> None:
         self.kubeconfig = kubeconfig
 
     @property
+    @abc.abstractmethod
     def registry(self) -> str:
         """Host and port of the registry that this machine pushes to and pods pull from."""
-        raise NotImplementedError
 
     @functools.cached_property
     def probe(self) -> str:

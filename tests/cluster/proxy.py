@@ -279,7 +279,7 @@ class Proxy:
             def _handle(self) -> None:
                 proxy._handle(self)
 
-            do_GET = do_POST = do_DELETE = do_PATCH = do_PUT = _handle  # noqa: N815
+            do_GET = do_POST = do_DELETE = do_PATCH = do_PUT = _handle  # noqa: N815 - http.server's names
 
             def log_message(self, *_: Any) -> None:
                 pass
