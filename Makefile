@@ -42,10 +42,13 @@ test-cluster: $(STAMP) ## Run the tests that need root, Go and containers, and t
 	$(BIN)/python -m pytest $(CLUSTER_TESTS)
 	$(BIN)/python -m pytest -m long $(TESTS)
 
+# Types are checked as installed: in the checkout, `srccore.components` is a folder elsewhere.
 check: $(STAMP) ## Check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	rm -rf build
+	$(UV) pip install --quiet --target build/installed --no-deps .
+	cd build/installed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
 
 lock: $(UV) ## Resolve pyproject.toml into requirements.lock and the images' locks anew
 	$(RESOLVE) pyproject.toml --all-extras --universal -o requirements.lock
@@ -56,7 +59,7 @@ lock: $(UV) ## Resolve pyproject.toml into requirements.lock and the images' loc
 	printf 'uv==$(UV_VERSION)\n' | $(RESOLVE_IMAGE) --no-deps - -o images/installer.lock
 
 compiled: $(STAMP) ## Write the compiled pipelines, component.yaml files and their pages anew
-	$(BIN)/python -m srccore_pipelines.regenerate
+	$(BIN)/python -m srccore.pipelines.regenerate
 
 clean: ## Remove the environment and all caches; runs/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
@@ -68,7 +71,7 @@ $(UV):
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
-# The wheel's build takes hatchling from the default registry, in isolation: it is no dependency.
+# The build takes setuptools from the default registry, in isolation: it is no dependency.
 $(STAMP): requirements.lock pyproject.toml | $(UV)
 	$(UV) pip sync --quiet --python $(BIN)/python requirements.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .

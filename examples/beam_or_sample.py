@@ -7,7 +7,7 @@ import sys
 
 from kfp import compiler, dsl
 
-from srccore_components import import_output, prepare_data, score_candidates, search_candidates
+from srccore.components import import_output, prepare_data, score_candidates, search_candidates
 
 SEARCH = {"samples": 12, "candidates": 3, "width": 2, "branch": 2, "max_sentence_tokens": 24}
 

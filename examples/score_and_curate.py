@@ -11,7 +11,7 @@ import sys
 from kfp import compiler, dsl
 from kfp.dsl import Dataset
 
-from srccore_components import curate_preference, import_output, score_candidates
+from srccore.components import curate_preference, import_output, score_candidates
 
 
 @dsl.pipeline(name="score-and-curate")

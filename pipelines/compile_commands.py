@@ -42,8 +42,8 @@ def compile_command(
     import srccore
     from srccore.config import load_config
     from srccore.images import Images, read_digests
-    from srccore_pipelines.compiling import compile_pipeline, size_warning
-    from srccore_pipelines.profile import load_profile
+    from srccore.pipelines.compiling import compile_pipeline, size_warning
+    from srccore.pipelines.profile import load_profile
 
     config = load_config(preset, overrides)
     images = Images(
@@ -81,9 +81,9 @@ def pipeline_local_command(
     It is the pipeline that is tried here, not the machine: srccore run does the same work sooner.
     """
     from srccore.config import preset_names
-    from srccore_pipelines.compiling import COMPILED
-    from srccore_pipelines.local import run_locally
-    from srccore_pipelines.package import read_package
+    from srccore.pipelines.compiling import COMPILED
+    from srccore.pipelines.local import run_locally
+    from srccore.pipelines.package import read_package
 
     if pipeline is None and preset not in preset_names():
         raise UserError(

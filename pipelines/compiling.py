@@ -13,7 +13,7 @@ import srccore
 from srccore.config import RunConfig, Section
 from srccore.errors import UserError
 from srccore.images import Images
-from srccore_pipelines.profile import Profile
+from srccore.pipelines.profile import Profile
 
 __all__ = ["COMPILED", "arguments_of", "compile_pipeline", "description_of", "size_warning"]
 
@@ -137,8 +137,8 @@ def compile_pipeline(config: RunConfig, profile: Profile, images: Images) -> str
         )
     from kfp import compiler
 
-    from srccore_pipelines.pods import Pods
-    from srccore_pipelines.src_pipeline import make_pipeline
+    from srccore.pipelines.pods import Pods
+    from srccore.pipelines.src_pipeline import make_pipeline
 
     slug = re.sub(r"[^a-z0-9]+", "-", config.name.lower()).strip("-")
     pipeline = make_pipeline(

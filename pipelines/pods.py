@@ -15,7 +15,7 @@ from kfp import kubernetes
 
 from srccore.cluster.request import CA_FOLDER, CA_VARIABLES, JobSettings, SecretKeys
 from srccore.images import CACHE, LAUNCH_TRAINING, STAGES, USER_ID, Images
-from srccore_pipelines.profile import Profile, Resources
+from srccore.pipelines.profile import Profile, Resources
 
 __all__ = ["Placement", "Pods"]
 

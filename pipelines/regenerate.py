@@ -14,8 +14,8 @@ from typing import Any
 
 from srccore.config import load_config, preset_names
 from srccore.images import STAGES, Images
-from srccore_pipelines.compiling import compile_pipeline
-from srccore_pipelines.profile import Profile, Resources, load_profile
+from srccore.pipelines.compiling import compile_pipeline
+from srccore.pipelines.profile import Profile, Resources, load_profile
 
 __all__ = ["ROOT", "generated"]
 
@@ -104,7 +104,7 @@ def generated() -> Iterator[tuple[Path, str]]:
 
 def _component(stage: str) -> Any:
     name = stage.replace("-", "_")
-    module = importlib.import_module(f"srccore_components.{name}.component")
+    module = importlib.import_module(f"srccore.components.{name}.component")
     return getattr(module, name)
 
 
@@ -184,7 +184,7 @@ def _example(stage: str, inputs: Mapping[str, Any]) -> str:
             value = _LISTS[key] if spec.is_artifact_list else _SOURCES[key]
         lines.append(f"    {key}={value},")
     call = "\n".join([f"task = {name}(", *lines, ")"])
-    return f"from srccore_components import {name}\n\n{call}"
+    return f"from srccore.components import {name}\n\n{call}"
 
 
 def _section(stage: str, key: str) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from srccore.errors import UserError
-from srccore_pipelines.client import Backend, MissingError
-from srccore_pipelines.package import Package
-from srccore_pipelines.tasks import moment
+from srccore.pipelines.client import Backend, MissingError
+from srccore.pipelines.package import Package
+from srccore.pipelines.tasks import moment
 
 __all__ = ["FINISHED", "RunRow", "get_run", "list_runs", "pipeline_source", "stop", "submit"]
 

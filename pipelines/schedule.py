@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from srccore.errors import UserError
-from srccore_pipelines.client import Backend, named
-from srccore_pipelines.package import Package
-from srccore_pipelines.runs import pipeline_source
+from srccore.pipelines.client import Backend, named
+from srccore.pipelines.package import Package
+from srccore.pipelines.runs import pipeline_source
 
 __all__ = ["Schedule", "next_times", "read_cron", "schedule"]
 

@@ -9,17 +9,17 @@ from typing import Any
 
 from kfp import dsl
 
-from srccore_components.annotate_ratings.component import annotate_ratings
-from srccore_components.augment_rationales.component import augment_rationales
-from srccore_components.evaluate.component import evaluate
-from srccore_components.import_output.component import import_output
-from srccore_components.prepare_data.component import prepare_data
-from srccore_components.report.component import report
-from srccore_components.sample_responses.component import sample_responses
-from srccore_components.train_scorer.component import train_scorer
-from srccore_components.tune_rationale.component import tune_rationale
-from srccore_pipelines.pods import Placement, Pods
-from srccore_pipelines.src_round import make_round
+from srccore.components.annotate_ratings.component import annotate_ratings
+from srccore.components.augment_rationales.component import augment_rationales
+from srccore.components.evaluate.component import evaluate
+from srccore.components.import_output.component import import_output
+from srccore.components.prepare_data.component import prepare_data
+from srccore.components.report.component import report
+from srccore.components.sample_responses.component import sample_responses
+from srccore.components.train_scorer.component import train_scorer
+from srccore.components.tune_rationale.component import tune_rationale
+from srccore.pipelines.pods import Placement, Pods
+from srccore.pipelines.src_round import make_round
 
 __all__ = ["make_pipeline"]
 

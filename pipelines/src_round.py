@@ -10,11 +10,11 @@ from typing import Any
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Model
 
-from srccore_components.curate_preference.component import curate_preference
-from srccore_components.score_candidates.component import score_candidates
-from srccore_components.search_candidates.component import search_candidates
-from srccore_components.train_dpo.component import train_dpo
-from srccore_pipelines.pods import Placement, Pods
+from srccore.components.curate_preference.component import curate_preference
+from srccore.components.score_candidates.component import score_candidates
+from srccore.components.search_candidates.component import search_candidates
+from srccore.components.train_dpo.component import train_dpo
+from srccore.pipelines.pods import Placement, Pods
 
 __all__ = ["make_round"]
 

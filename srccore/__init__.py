@@ -1,3 +1,6 @@
 """Self-Rationale Calibration (SRC): the method as plain functions over files."""
 
-__version__ = "0.1.0"
+import importlib.metadata
+
+__version__ = importlib.metadata.version("srccore")
+"""Of the installed package; pyproject.toml is its only source."""

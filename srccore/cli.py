@@ -14,7 +14,7 @@ import typer
 from srccore import image_commands, stage_commands
 from srccore.errors import UserError
 from srccore.options import Overrides, Preset
-from srccore_pipelines import commands, compile_commands
+from srccore.pipelines import commands, compile_commands
 
 __all__ = ["app", "main"]
 

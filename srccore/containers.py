@@ -45,6 +45,11 @@ DEFAULT_BASE_IMAGE = "docker.io/library/python:3.11-slim-bookworm"
 """Any Debian with Python 3.11 and its venv module serves."""
 BASE_TIME = 315532800
 """1980-01-01, the first time that a zip file can tell."""
+SOURCES = (
+    *("srccore", "components", "pipelines"),
+    *("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"),
+)
+"""What the wheel is built from."""
 LOCAL = Images()
 LAST_LINES = 8
 LINE_LENGTH = 240
@@ -313,11 +318,17 @@ def _push_with_docker(tool: Tool, image: str, target: str, _tls_verify: bool) ->
 
 def _build_wheel(checkout: Checkout, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
-    _run(
-        [*command, str(folder), str(checkout.root)],
-        "The wheel is built by pip with hatchling, which pip must be able to fetch.",
-        {"SOURCE_DATE_EPOCH": str(checkout.committed)},
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        # In the checkout, setuptools would pack what an earlier build left behind.
+        for name in SOURCES:
+            source, target = checkout.root / name, Path(scratch) / name
+            copy = shutil.copytree if source.is_dir() else shutil.copy2
+            copy(source, target)
+        _run(
+            [*command, str(folder), scratch],
+            "The wheel is built by pip with setuptools, which pip must be able to download.",
+            {"SOURCE_DATE_EPOCH": str(checkout.committed)},
+        )
 
 
 def _known(names: Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ from typing import List
 
 from kfp.dsl import Dataset, Input, Metrics, Output
 
-from srccore_components.interface import stage_component
+from srccore.components.interface import stage_component
 
 __all__ = ["curate_preference"]
 

@@ -2,7 +2,7 @@
 
 from kfp.dsl import HTML, Artifact, Input, Output
 
-from srccore_components.interface import stage_component
+from srccore.components.interface import stage_component
 
 __all__ = ["report"]
 

@@ -35,7 +35,7 @@ from kustomize import (
 
 from srccore.cluster.request import CaBundle, JobSettings, SecretKeys, TrainingJobRequest
 from srccore.config import load_config
-from srccore_pipelines.profile import load_profile
+from srccore.pipelines.profile import load_profile
 
 UNKNOWN = {"ClusterQueue", "LocalQueue", "ResourceFlavor"}
 """Kinds of Kueue."""

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-import srccore_components
+import srccore.components
 from srccore.cluster.request import JobSettings
 from srccore.images import STAGES, Images
-from srccore_pipelines.regenerate import ROOT, generated
+from srccore.pipelines.regenerate import ROOT, generated
 
 FOLDERS = [stage.replace("-", "_") for stage in STAGES]
 
@@ -54,7 +54,7 @@ def test_a_component_file_loads_and_names_its_image(stage: str) -> None:
 def test_a_component_reads_artifacts_as_a_backend_names_them(stage: str, tmp_path: Path) -> None:
     from kfp.dsl import executor
 
-    component = getattr(srccore_components, stage.replace("-", "_"))
+    component = getattr(srccore.components, stage.replace("-", "_"))
     # A real backend gives no schemaTitle, as kfp's local runner does: the annotation has to do.
     artifact = {"name": "3", "uri": str(tmp_path), "type": {"instanceSchema": ""}, "metadata": {}}
     inputs = [k for k, v in component.component_spec.inputs.items() if "@" in v.type]
@@ -73,7 +73,7 @@ def test_a_component_reads_artifacts_as_a_backend_names_them(stage: str, tmp_pat
 
 def test_importing_the_components_needs_kfp_and_no_heavy_package() -> None:
     code = (
-        "import sys, srccore_components\n"
+        "import sys, srccore.components\n"
         "heavy = {'torch', 'transformers', 'pydantic', 'numpy', 'boto3'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -17,8 +17,8 @@ from srccore.cluster.request import JobSettings
 from srccore.config import load_config, preset_names
 from srccore.errors import UserError
 from srccore.images import CACHE, IMAGES, LAUNCH_TRAINING, STAGES, USER_ID, Images, read_digests
-from srccore_pipelines.compiling import COMPILED, compile_pipeline
-from srccore_pipelines.profile import Profile, load_profile
+from srccore.pipelines.compiling import COMPILED, compile_pipeline
+from srccore.pipelines.profile import Profile, load_profile
 
 Ir = dict[str, Any]
 # All that a job's pods need from a profile, beside resources.

@@ -21,8 +21,8 @@ from kfp_server import KfpServer, serving
 from small_pipeline import CONFIG
 
 import srccore
-from srccore_pipelines import client
-from srccore_pipelines.compiling import COMPILED
+from srccore.pipelines import client
+from srccore.pipelines.compiling import COMPILED
 
 SECRET = "eyJhbGciOi.the-secret.of-ann"
 
@@ -573,7 +573,7 @@ def test_nothing_is_written_to_the_home_of_the_user(
 
 def test_the_commands_are_imported_without_a_heavy_package() -> None:
     code = (
-        "import sys, srccore_pipelines.commands\n"
+        "import sys, srccore.pipelines.commands\n"
         "heavy = {'kfp', 'kfp_server_api', 'kubernetes', 'pydantic', 'croniter'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from srccore.config import load_config
-from srccore_pipelines.profile import load_profile
+from srccore.pipelines.profile import load_profile
 
 ROOT = Path(__file__).parents[2]
 GROUPS = ("data", "images", "runs", "stage")

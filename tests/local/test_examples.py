@@ -13,8 +13,8 @@ import yaml
 from kfp import components, local
 
 from srccore.images import Images
+from srccore.pipelines.regenerate import ROOT
 from srccore.records import CandidateSet, Preference, read_records
-from srccore_pipelines.regenerate import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 COMPUTE = {"device": "cpu", "threads": 1}

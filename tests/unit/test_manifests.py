@@ -30,7 +30,7 @@ from kustomize import (
 
 from srccore.cluster.request import TRAINING_RUNTIME, JobSettings, TrainingJobRequest
 from srccore.config import load_config
-from srccore_pipelines.profile import Profile, load_profile
+from srccore.pipelines.profile import Profile, load_profile
 
 GOLDENS = Path(__file__).parent / "goldens" / "manifests"
 STEPS = "srccore-pipeline-steps"
@@ -73,7 +73,7 @@ def worker(job: Manifest) -> Manifest:
 
 TRAINING_POD = worker(request().to_pytorchjob(1))["metadata"]["labels"]
 STEP_POD = {**PART_OF, "app.kubernetes.io/component": "train-dpo"}
-"""As `srccore_pipelines.pods` labels it."""
+"""As `srccore.pipelines.pods` labels it."""
 
 
 # Scopes and names
@@ -241,7 +241,7 @@ def selects(selector: Manifest, labels: dict[str, str]) -> bool:
             worker(request().to_pytorchjob(1))["metadata"]["labels"],
             {"default", "https", "training"},
         ),
-        # As srccore_pipelines.pods labels the pod of a step.
+        # As srccore.pipelines.pods labels the pod of a step.
         ({**PART_OF, "app.kubernetes.io/component": "train-dpo"}, {"default", "https", "steps"}),
         ({"app": "ml-pipeline"}, set()),
     ],
