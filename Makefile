@@ -21,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env run test test-cluster check lock compiled clean
+.PHONY: help env run test test-cluster check types lock compiled clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -42,13 +42,16 @@ test-cluster: $(STAMP) ## Run the tests that need root, Go and containers, and t
 	$(BIN)/python -m pytest $(CLUSTER_TESTS)
 	$(BIN)/python -m pytest -m long $(TESTS)
 
-# Types are checked as installed: in the checkout, `srccore.components` is a folder elsewhere.
-check: $(STAMP) ## Check format, lint and types
+check: $(STAMP) types ## Check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+# As installed: in the checkout, `srccore.components` is a folder elsewhere.
+types: $(STAMP)
 	rm -rf build
 	$(UV) pip install --quiet --target build/installed --no-deps .
-	cd build/installed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+	cd build/installed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache
 
 lock: $(UV) ## Resolve pyproject.toml into requirements.lock and the images' locks anew
 	$(RESOLVE) pyproject.toml --all-extras --universal -o requirements.lock
