@@ -24,15 +24,12 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from srccore import dataset, evaluation, stages
+from srccore import evaluation, stages
 from srccore.collect import overall_change
 from srccore.config import RunConfig, load_config
 from srccore.console import ConsoleObserver
-from srccore.engines.base import Draw, Prompt
-from srccore.hashing import stable_hash
-from srccore.loop import run
-from srccore.manifest import StageFolder
-from srccore.records import (
+from srccore.data import dataset
+from srccore.data.records import (
     Candidate,
     CandidateSet,
     Preference,
@@ -41,6 +38,10 @@ from srccore.records import (
     read_records,
     write_records,
 )
+from srccore.engines.base import Draw, Prompt
+from srccore.hashing import stable_hash
+from srccore.loop import run
+from srccore.manifest import StageFolder
 from srccore.response import gives_answer
 from srccore.search import candidate_id
 

@@ -30,7 +30,7 @@ search_candidates = components.load_component_from_file(
 )
 def count_candidates(candidates: Input[Dataset]) -> int:
     """Counts candidates; shows how a component of your own reads an output of the suite."""
-    from srccore.records import CandidateSet, read_records
+    from srccore.data.records import CandidateSet, read_records
     from srccore.step import fetch_output
 
     folder = fetch_output(candidates.path)

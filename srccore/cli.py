@@ -131,7 +131,7 @@ def validate_command(
     path: Annotated[Path, typer.Argument(help="A Parquet file or a folder with samples.jsonl.")],
 ) -> None:
     """Check every row of a data set and list the bad ones."""
-    from srccore.dataset import validate
+    from srccore.data.dataset import validate
 
     report = validate(path)
     for problem in report.problems:

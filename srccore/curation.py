@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict
 
 from srccore import scoring
 from srccore.config import CurationConfig
+from srccore.data.records import CandidateSet, Category, Preference, Rating, Sample
 from srccore.errors import UserError
-from srccore.records import CandidateSet, Category, Preference, Rating, Sample
 from srccore.response import gives_answer
 from srccore.scoring import FoldedPair
 

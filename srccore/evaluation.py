@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from srccore.data.records import Category, Judgement, Response, Sample
 from srccore.errors import UserError
 from srccore.facts import check_rationale
-from srccore.records import Category, Judgement, Response, Sample
 from srccore.response import ParsedResponse, parse, same_answer
 
 __all__ = [

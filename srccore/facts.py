@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from srccore import sentences
-from srccore.records import Fact, Sample
+from srccore.data.records import Fact, Sample
 from srccore.response import parse, same_answer
 
 __all__ = ["Claim", "RationaleCheck", "Verdict", "check_rationale", "gold_rationale", "quality"]

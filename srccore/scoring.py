@@ -14,10 +14,17 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from srccore.config import MAX_CANDIDATES
+from srccore.data.records import (
+    RATING_LEVELS,
+    Candidate,
+    CandidateSet,
+    LabelledPair,
+    Rating,
+    Sample,
+)
 from srccore.engines.base import RatingEngine
 from srccore.errors import UserError
 from srccore.facts import gold_rationale
-from srccore.records import RATING_LEVELS, Candidate, CandidateSet, LabelledPair, Rating, Sample
 from srccore.response import gives_answer
 
 __all__ = [

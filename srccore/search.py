@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from srccore.config import SearchConfig
+from srccore.data.records import Candidate, CandidateSet
 from srccore.engines.base import Continuation, Draw, Node, Prompt, SamplingEngine
 from srccore.hashing import stable_hash
-from srccore.records import Candidate, CandidateSet
 
 __all__ = ["Beam", "candidate_id", "search_candidates", "select", "similarity"]
 

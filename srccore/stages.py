@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from srccore import curation, dataset, evaluation, response, scoring, search, storage
+from srccore import curation, evaluation, response, scoring, search, storage
 from srccore.config import (
     AnnotationConfig,
     AugmentationConfig,
@@ -32,11 +32,8 @@ from srccore.config import (
     SearchConfig,
     TextModelConfig,
 )
-from srccore.engines.base import Draw, Prompt
-from srccore.errors import UserError
-from srccore.hashing import stable_hash
-from srccore.manifest import JOURNAL, STARTED, StageFolder, write_json
-from srccore.records import (
+from srccore.data import dataset
+from srccore.data.records import (
     Candidate,
     CandidateSet,
     Judgement,
@@ -50,6 +47,10 @@ from srccore.records import (
     read_records,
     write_records,
 )
+from srccore.engines.base import Draw, Prompt
+from srccore.errors import UserError
+from srccore.hashing import stable_hash
+from srccore.manifest import JOURNAL, STARTED, StageFolder, write_json
 from srccore.training.ranks import is_first
 from srccore.training.resume import Checkpoints
 

@@ -29,8 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from srccore import facts
 from srccore.config import EndpointConfig, TeacherName
+from srccore.data.records import Judgement, Sample
 from srccore.errors import UserError
-from srccore.records import Judgement, Sample
 from srccore.response import ParsedResponse, parse, same_answer
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import random
 
 from srccore import response
+from srccore.data.records import Fact
 from srccore.embedded.world import KIND_NAMES, Item, Reasoning, reason, world_facts
 from srccore.hashing import stable_hash
-from srccore.records import Fact
 
 __all__ = ["MISCONCEPTIONS", "brief_turn", "flawed_response", "perception_turns"]
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from srccore.data.records import Category
 from srccore.embedded import flaws
 from srccore.embedded.model import (
     BOS,
@@ -34,7 +35,6 @@ from srccore.embedded.model import (
     build_vision_language_model,
 )
 from srccore.embedded.world import COLOURS, IMAGE_SIZE, Item, make_item, world_facts
-from srccore.records import Category
 from srccore.training.checkpoints import save_in_public_names
 
 __all__ = ["pretrain"]

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from srccore.data.records import Category, Fact, Sample
 from srccore.embedded.vendor import ASSETS
 from srccore.facts import gold_rationale
 from srccore.hashing import stable_hash
-from srccore.records import Category, Fact, Sample
 
 __all__ = [
     "COLOURS",

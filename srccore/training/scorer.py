@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from srccore.config import LoraSettings, ScorerConfig, TextModelConfig
+from srccore.data.records import RATING_LEVELS
 from srccore.errors import UserError
 from srccore.policy import resolve_model_path
-from srccore.records import RATING_LEVELS
 from srccore.training import (
     Progress,
     TrainingOutcome,

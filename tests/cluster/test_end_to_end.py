@@ -19,8 +19,8 @@ from cluster.installation import EXACT, METHOD, Site
 from cluster.pipeline_pods import Pods
 from local.shrunken import Recorder, shrunken
 
+from srccore.data.records import Preference, read_records
 from srccore.loop import run
-from srccore.records import Preference, read_records
 
 
 def srccore(*words: str | Path, **environment: str) -> str:

@@ -11,10 +11,10 @@ import yaml
 from backend_commands import call
 from kfp_server import KfpServer, Step
 
+from srccore.data.records import CandidateSet, read_records
 from srccore.pipelines.profile import Profile, Resources, StageSecretKeys, TrainingJob
 from srccore.pipelines.regenerate import ROOT
 from srccore.policy import parse_policy
-from srccore.records import CandidateSet, read_records
 
 HOST = "https://kubeflow.example.com/pipeline"
 

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from kfp import components, local
 
+from srccore.data.records import CandidateSet, Preference, read_records
 from srccore.images import Images
 from srccore.pipelines.regenerate import ROOT
-from srccore.records import CandidateSet, Preference, read_records
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 COMPUTE = {"device": "cpu", "threads": 1}

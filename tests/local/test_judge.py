@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from endpoint import fails, says, serving, text_of
 
-from srccore import dataset, stages
+from srccore import stages
 from srccore.config import EndpointConfig, EvaluationConfig, ModelConfig
+from srccore.data import dataset
+from srccore.data.records import Judgement, read_records
 from srccore.embedded.world import make_item
 from srccore.errors import UserError
 from srccore.policy import Policy, write_policy
-from srccore.records import Judgement, read_records
 
 COUNT = 12
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from shrunken import SETTINGS, Recorder, shrunken
 
-from srccore import dataset, stages
+from srccore import stages
+from srccore.data import dataset
+from srccore.data.records import CandidateSet, Preference, read_records
 from srccore.engines.base import Prompt
 from srccore.loop import run
-from srccore.records import CandidateSet, Preference, read_records
 
 
 def _preferences(out: Path, number: int = 1) -> list[Preference]:

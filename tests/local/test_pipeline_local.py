@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from shrunken import SETTINGS, Recorder, shrunken
 
-from srccore import dataset
+from srccore.data import dataset
+from srccore.data.records import Preference, Rationale, read_records
 from srccore.loop import load_run, policy_of_round, run
 from srccore.policy import read_policy
-from srccore.records import Preference, Rationale, read_records
 
 METHOD = [f"--set={each}" for each in SETTINGS if not each.startswith("rounds=")]
 

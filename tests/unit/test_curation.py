@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from srccore.config import CurationConfig
 from srccore.curation import CurationResult, Reason, curate, values
+from srccore.data.records import Candidate, CandidateSet, Category, Rating, Sample
 from srccore.errors import UserError
-from srccore.records import Candidate, CandidateSet, Category, Rating, Sample
 from srccore.scoring import FoldedPair, fold_ratings
 
 Five = tuple[float, float, float, float, float]

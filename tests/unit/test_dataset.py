@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from srccore.dataset import (
+from srccore.data.dataset import (
     DataSet,
     RowProblem,
     draw,
@@ -27,8 +27,8 @@ from srccore.dataset import (
     validate,
     write_data,
 )
+from srccore.data.records import Category, Fact, Sample
 from srccore.errors import UserError
-from srccore.records import Category, Fact, Sample
 
 
 def png(color: str = "red", size: tuple[int, int] = (4, 3)) -> bytes:
@@ -391,7 +391,7 @@ def test_a_folder_that_is_no_data_set_is_refused(
 
 
 def test_importing_the_module_loads_neither_pyarrow_nor_pillow() -> None:
-    code = "import sys, srccore.dataset; print({'pyarrow', 'PIL', 'torch'} & set(sys.modules))"
+    code = "import sys, srccore.data.dataset; print({'pyarrow', 'PIL', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

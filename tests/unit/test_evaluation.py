@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from srccore.data.records import Category, Fact, Judgement, Response, Sample
 from srccore.errors import UserError
 from srccore.evaluation import (
     FIGURE_NAMES,
@@ -13,7 +14,6 @@ from srccore.evaluation import (
     judge_responses,
     paired_change,
 )
-from srccore.records import Category, Fact, Judgement, Response, Sample
 
 FACTS = (
     Fact(subject="the left digit", relation="is", value="3"),

@@ -1,7 +1,7 @@
 import pytest
 
+from srccore.data.records import Category, Fact, Sample
 from srccore.facts import Verdict, check_rationale, gold_rationale, quality
-from srccore.records import Category, Fact, Sample
 from srccore.response import write
 
 LEFT = Fact(subject="the left digit", relation="is", value="3")

@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from srccore.errors import UserError
-from srccore.records import (
+from srccore.data.records import (
     Candidate,
     CandidateSet,
     Fact,
@@ -15,6 +14,7 @@ from srccore.records import (
     read_records,
     write_records,
 )
+from srccore.errors import UserError
 
 RESPONSES = [
     Response(sample_id="a", text="one\ntwo\u2028three \u00e9", token_count=3, finished=True),

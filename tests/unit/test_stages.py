@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from srccore import dataset
+from srccore.data import dataset
+from srccore.data.records import Category, Rationale, Sample, write_records
 from srccore.errors import UserError
-from srccore.records import Category, Rationale, Sample, write_records
 from srccore.stages import _Journal, _judged_samples
 
 # Separators that end a line for some readers, and a letter of two bytes.

@@ -17,8 +17,8 @@ from s3_server import S3Server
 
 from srccore import stages, storage
 from srccore.cluster import train
+from srccore.data.records import Rationale, read_records
 from srccore.errors import UserError
-from srccore.records import Rationale, read_records
 from srccore.step import (
     Finished,
     Reference,
@@ -86,7 +86,7 @@ def test_work_that_was_done_is_not_done_again(
     def fail(*_: object) -> None:
         raise AssertionError("it was done again")
 
-    monkeypatch.setattr("srccore.dataset.write_data", fail)
+    monkeypatch.setattr("srccore.data.dataset.write_data", fail)
     assert prepare(root) == first
 
 

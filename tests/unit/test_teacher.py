@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from srccore.config import EndpointConfig
+from srccore.data.records import Category, Fact, Judgement, Sample
 from srccore.errors import UserError
-from srccore.records import Category, Fact, Judgement, Sample
 from srccore.response import parse
 from srccore.teacher import (
     FAULTS_IN_A_ROW,
@@ -335,7 +335,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(server: Server) -> None
 ABANDONS = """
 import sys
 from srccore.config import EndpointConfig
-from srccore.records import Sample
+from srccore.data.records import Sample
 from srccore.teacher import EndpointTeacher, PairRequest
 sample = Sample(id="s", category="chart", question="? [s0]", answer="8")
 teacher = EndpointTeacher(EndpointConfig(url=sys.argv[1], model="m", concurrency=4))

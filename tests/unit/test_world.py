@@ -8,10 +8,10 @@ from collections import Counter
 
 import pytest
 
+from srccore.data.records import Category
 from srccore.embedded import flaws
 from srccore.embedded.world import SPLITS, TASKS, Item, make_item
 from srccore.facts import check_rationale, quality
-from srccore.records import Category
 from srccore.response import parse, same_answer, write
 
 COUNT = 300

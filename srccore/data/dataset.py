@@ -32,9 +32,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pydantic import ValidationError
 
+from srccore.data.records import Category, Sample
 from srccore.errors import UserError
 from srccore.hashing import stable_hash
-from srccore.records import Category, Sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,0 +1,1 @@
+"""Samples and records: what the stages read and write."""
