@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from srccore import evaluation, stages
+from srccore import stages
 from srccore.collect import overall_change
 from srccore.config import RunConfig, load_config
 from srccore.console import ConsoleObserver
@@ -38,12 +38,13 @@ from srccore.data.records import (
     read_records,
     write_records,
 )
-from srccore.engines.base import Draw, Prompt
 from srccore.hashing import stable_hash
 from srccore.loop import run
 from srccore.manifest import StageFolder
-from srccore.response import gives_answer
-from srccore.search import candidate_id
+from srccore.method import evaluation
+from srccore.method.engine import Draw, Prompt
+from srccore.method.response import gives_answer
+from srccore.method.search import candidate_id
 
 ARMS = ("random", "answer", "sft")
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from srccore import evaluation, report
+from srccore import report
 from srccore.config import RunConfig
 from srccore.data import dataset
 from srccore.data.records import Preference, Rating, Sample, read_records
 from srccore.images import STAGES
 from srccore.loop import load_run
 from srccore.manifest import MANIFEST, Manifest, read_manifest
+from srccore.method import evaluation
 from srccore.stages import read_outcomes
 
 __all__ = ["collect", "overall_change", "write_report"]

@@ -25,7 +25,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from srccore import response, sentences
+from srccore.method import response, sentences
 
 __all__ = [
     "CategoryFigures",

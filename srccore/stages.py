@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from srccore import curation, evaluation, response, scoring, search, storage
+from srccore import storage
 from srccore.config import (
     AnnotationConfig,
     AugmentationConfig,
@@ -47,10 +47,11 @@ from srccore.data.records import (
     read_records,
     write_records,
 )
-from srccore.engines.base import Draw, Prompt
 from srccore.errors import UserError
 from srccore.hashing import stable_hash
 from srccore.manifest import JOURNAL, STARTED, StageFolder, write_json
+from srccore.method import curation, evaluation, response, scoring, search
+from srccore.method.engine import Draw, Prompt
 from srccore.training.ranks import is_first
 from srccore.training.resume import Checkpoints
 
@@ -805,7 +806,7 @@ def evaluate(
         progress: Told of samples answered.
 
     Returns:
-        The figures of `srccore.evaluation.Figures`.
+        The figures of `srccore.method.evaluation.Figures`.
     """
     folder = StageFolder(
         "evaluate",

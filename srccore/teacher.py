@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from srccore import facts
 from srccore.config import EndpointConfig, TeacherName
 from srccore.data.records import Judgement, Sample
 from srccore.errors import UserError
-from srccore.response import ParsedResponse, parse, same_answer
+from srccore.method import facts
+from srccore.method.response import ParsedResponse, parse, same_answer
 
 if TYPE_CHECKING:
     from openai import APIConnectionError, APIStatusError, AsyncOpenAI

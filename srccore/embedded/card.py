@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 
-from srccore import evaluation, scoring
 from srccore.data.records import LabelledPair, Response
 from srccore.embedded import flaws
 from srccore.embedded.model import MODELS
 from srccore.embedded.world import Item, make_item
-from srccore.engines.base import Draw, Prompt
+from srccore.method import evaluation, scoring
+from srccore.method.engine import Draw, Prompt
 from srccore.teacher import FactsTeacher, PairRequest
 
 __all__ = ["write_cards"]

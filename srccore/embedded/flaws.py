@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import random
 
-from srccore import response
 from srccore.data.records import Fact
 from srccore.embedded.world import KIND_NAMES, Item, Reasoning, reason, world_facts
 from srccore.hashing import stable_hash
+from srccore.method import response
 
 __all__ = ["MISCONCEPTIONS", "brief_turn", "flawed_response", "perception_turns"]
 
@@ -78,7 +78,7 @@ def flawed_response(item: Item, rng: random.Random) -> str:
         rng: Draws the flaws.
 
     Returns:
-        The response's text, in the format of `srccore.response`.
+        The response's text, in the format of `srccore.method.response`.
     """
     beliefs = {key: value for key, value in MISCONCEPTIONS.items() if rng.random() < MISCONCEPTION}
     reasoning = reason(item.task, _misread(item, rng), item.asked, beliefs)

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from srccore import response, scoring, sentences
 from srccore.embedded import flaws
 from srccore.embedded.model import (
     LAYERS,
@@ -33,7 +32,8 @@ from srccore.embedded.model import (
     build_rating_model,
 )
 from srccore.embedded.world import Item, make_item, world_facts
-from srccore.facts import Verdict, check_rationale
+from srccore.method import response, scoring, sentences
+from srccore.method.facts import Verdict, check_rationale
 from srccore.teacher import FactsTeacher, PairRequest
 
 __all__ = ["pretrain_rating"]

@@ -23,8 +23,8 @@ from PIL import Image, ImageDraw
 
 from srccore.data.records import Category, Fact, Sample
 from srccore.embedded.vendor import ASSETS
-from srccore.facts import gold_rationale
 from srccore.hashing import stable_hash
+from srccore.method.facts import gold_rationale
 
 __all__ = [
     "COLOURS",

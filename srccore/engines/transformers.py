@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from srccore import sentences
-from srccore.engines.base import Continuation, Draw, Prompt, TokenDistribution
 from srccore.errors import UserError
+from srccore.method import sentences
+from srccore.method.engine import Continuation, Draw, Prompt, TokenDistribution
 from srccore.policy import prompt_text
 
 __all__ = ["TransformersRatingEngine", "TransformersSamplingEngine"]

@@ -16,7 +16,7 @@ __all__ = ["RationaleExample", "tune_rationale"]
 
 @dataclass(frozen=True)
 class RationaleExample:
-    """A question about an image and the response to learn, as `srccore.response.write` makes it."""
+    """A question about an image and the response to learn, as `srccore.method.response.write` makes it."""
 
     question: str
     response: str

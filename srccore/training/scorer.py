@@ -35,7 +35,7 @@ TEXT_MODEL_TARGETS = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_p
 
 @dataclass(frozen=True)
 class RatingExample:
-    """A user message of `srccore.scoring.rating_prompt`, and the rating that follows it."""
+    """A user message of `srccore.method.scoring.rating_prompt`, and the rating that follows it."""
 
     prompt: str
     rating: int

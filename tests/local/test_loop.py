@@ -16,8 +16,8 @@ from shrunken import SETTINGS, Recorder, shrunken
 from srccore import stages
 from srccore.data import dataset
 from srccore.data.records import CandidateSet, Preference, read_records
-from srccore.engines.base import Prompt
 from srccore.loop import run
+from srccore.method.engine import Prompt
 
 
 def _preferences(out: Path, number: int = 1) -> list[Preference]:
@@ -127,8 +127,8 @@ def test_resharding_gives_the_same_candidates(finished: Path, tmp_path: Path) ->
 
 
 def test_the_engine_decodes_greedily_as_generate_does(finished: Path) -> None:
-    from srccore.engines.base import Draw
     from srccore.engines.transformers import encode_prompts
+    from srccore.method.engine import Draw
     from srccore.policy import load_policy, read_policy
 
     loaded = load_policy(read_policy(finished / "tune-rationale"), "cpu")

@@ -7,10 +7,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from srccore.config import CurationConfig
-from srccore.curation import CurationResult, Reason, curate, values
 from srccore.data.records import Candidate, CandidateSet, Category, Rating, Sample
 from srccore.errors import UserError
-from srccore.scoring import FoldedPair, fold_ratings
+from srccore.method.curation import CurationResult, Reason, curate, values
+from srccore.method.scoring import FoldedPair, fold_ratings
 
 Five = tuple[float, float, float, float, float]
 LEVELS: dict[int, Five] = {

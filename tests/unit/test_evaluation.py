@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from srccore.data.records import Category, Fact, Judgement, Response, Sample
 from srccore.errors import UserError
-from srccore.evaluation import (
+from srccore.method.evaluation import (
     FIGURE_NAMES,
     Figures,
     Outcome,

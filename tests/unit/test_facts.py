@@ -1,8 +1,8 @@
 import pytest
 
 from srccore.data.records import Category, Fact, Sample
-from srccore.facts import Verdict, check_rationale, gold_rationale, quality
-from srccore.response import write
+from srccore.method.facts import Verdict, check_rationale, gold_rationale, quality
+from srccore.method.response import write
 
 LEFT = Fact(subject="the left digit", relation="is", value="3")
 RIGHT = Fact(subject="the right digit", relation="is", value="4")

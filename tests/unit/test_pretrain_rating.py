@@ -7,10 +7,10 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from srccore import response, sentences
 from srccore.embedded import pretrain_rating
 from srccore.embedded.model import MODELS, RATING_TEMPLATE
 from srccore.embedded.world import make_item
+from srccore.method import response, sentences
 
 
 @pytest.mark.parametrize("number", range(12))

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from srccore.response import ParsedResponse, normalise_answer, parse, same_answer, write
+from srccore.method.response import ParsedResponse, normalise_answer, parse, same_answer, write
 
 ANSWERS = st.one_of(
     st.text(),

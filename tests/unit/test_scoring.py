@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srccore import scoring
 from srccore.data.records import Candidate, CandidateSet, Category, Fact, Rating, Sample
-from srccore.engines.base import TokenDistribution
 from srccore.errors import UserError
+from srccore.method import scoring
+from srccore.method.engine import TokenDistribution
 
 SURE_BETTER = (0.0, 0.0, 0.0, 0.0, 1.0)
 SURE_WORSE = (1.0, 0.0, 0.0, 0.0, 0.0)

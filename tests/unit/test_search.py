@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srccore.config import SearchConfig
-from srccore.engines.base import Continuation, Draw, Prompt
 from srccore.hashing import stable_hash
-from srccore.search import Beam, search_candidates, select, similarity
+from srccore.method.engine import Continuation, Draw, Prompt
+from srccore.method.search import Beam, search_candidates, select, similarity
 
 # A toy policy: behind each prefix stand sentences with their probabilities. A sentence in
 # capitals ends the response. Every sentence is one token.

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srccore import sentences
+from srccore.method import sentences
 
 PIECES = st.sampled_from(
     [

@@ -23,7 +23,7 @@ from PIL import Image
 from srccore.config import EndpointConfig
 from srccore.data.records import Category, Fact, Judgement, Sample
 from srccore.errors import UserError
-from srccore.response import parse
+from srccore.method.response import parse
 from srccore.teacher import (
     FAULTS_IN_A_ROW,
     EndpointTeacher,

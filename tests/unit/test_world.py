@@ -11,8 +11,8 @@ import pytest
 from srccore.data.records import Category
 from srccore.embedded import flaws
 from srccore.embedded.world import SPLITS, TASKS, Item, make_item
-from srccore.facts import check_rationale, quality
-from srccore.response import parse, same_answer, write
+from srccore.method.facts import check_rationale, quality
+from srccore.method.response import parse, same_answer, write
 
 COUNT = 300
 

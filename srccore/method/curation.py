@@ -17,12 +17,12 @@ from itertools import permutations
 
 from pydantic import BaseModel, ConfigDict
 
-from srccore import scoring
 from srccore.config import CurationConfig
 from srccore.data.records import CandidateSet, Category, Preference, Rating, Sample
 from srccore.errors import UserError
-from srccore.response import gives_answer
-from srccore.scoring import FoldedPair
+from srccore.method import scoring
+from srccore.method.response import gives_answer
+from srccore.method.scoring import FoldedPair
 
 __all__ = ["CurationFigures", "CurationResult", "Reason", "curate", "values"]
 

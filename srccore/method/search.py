@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from srccore.config import SearchConfig
 from srccore.data.records import Candidate, CandidateSet
-from srccore.engines.base import Continuation, Draw, Node, Prompt, SamplingEngine
 from srccore.hashing import stable_hash
+from srccore.method.engine import Continuation, Draw, Node, Prompt, SamplingEngine
 
 __all__ = ["Beam", "candidate_id", "search_candidates", "select", "similarity"]
 

@@ -22,10 +22,10 @@ from srccore.data.records import (
     Rating,
     Sample,
 )
-from srccore.engines.base import RatingEngine
 from srccore.errors import UserError
-from srccore.facts import gold_rationale
-from srccore.response import gives_answer
+from srccore.method.engine import RatingEngine
+from srccore.method.facts import gold_rationale
+from srccore.method.response import gives_answer
 
 __all__ = [
     "FoldedPair",

@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict
 
 from srccore.data.records import Category, Judgement, Response, Sample
 from srccore.errors import UserError
-from srccore.facts import check_rationale
-from srccore.response import ParsedResponse, parse, same_answer
+from srccore.method.facts import check_rationale
+from srccore.method.response import ParsedResponse, parse, same_answer
 
 __all__ = [
     "FIGURE_NAMES",

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from srccore import sentences
 from srccore.data.records import Fact, Sample
-from srccore.response import parse, same_answer
+from srccore.method import sentences
+from srccore.method.response import parse, same_answer
 
 __all__ = ["Claim", "RationaleCheck", "Verdict", "check_rationale", "gold_rationale", "quality"]
 
