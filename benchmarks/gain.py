@@ -153,7 +153,7 @@ def supervised(
 ) -> Path:
     """SFT on the chosen responses, with the optimiser settings and the adapter of DPO."""
     from srccore.config import RationaleTuningConfig
-    from srccore.policy import read_policy, write_policy
+    from srccore.models.policy import read_policy, write_policy
     from srccore.training.rationale import RationaleExample, tune_rationale
 
     step = StageFolder("sft", out, config=config.dpo, inputs={"preferences": preferences})

@@ -62,7 +62,7 @@ def export_policy(run: Path, number: int, out: Path, *, adapter: bool = False) -
     Raises:
         UserError: The run has not finished the round, or the folder holds something.
     """
-    from srccore.policy import read_policy
+    from srccore.models.policy import read_policy
     from srccore.training.checkpoints import export_adapter, export_merged
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -19,7 +19,7 @@ from srccore import stages
 from srccore.config import RunConfig, identity
 from srccore.errors import UserError
 from srccore.manifest import write_json
-from srccore.policy import resolve_model_path
+from srccore.models.policy import resolve_model_path
 from srccore.stages import Figures, Progress
 
 __all__ = ["Observer", "load_run", "policy_of_round", "run", "set_threads"]

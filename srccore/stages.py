@@ -164,7 +164,7 @@ def augment_rationales(
     Returns:
         How many rationales were there, were made, and failed, by reason.
     """
-    from srccore.teacher import RationaleRequest, make_teacher
+    from srccore.models.teacher import RationaleRequest, make_teacher
 
     folder = StageFolder("augment-rationales", out, config=config, inputs={"data": data})
     if folder.figures is not None:
@@ -228,7 +228,7 @@ def tune_rationale(
     Returns:
         Steps, losses and how many samples were used.
     """
-    from srccore.policy import Policy, write_policy
+    from srccore.models.policy import Policy, write_policy
     from srccore.training.rationale import RationaleExample
     from srccore.training.rationale import tune_rationale as train
 
@@ -424,7 +424,7 @@ def annotate_ratings(
     Returns:
         How many pairs got each rating, and problems by reason.
     """
-    from srccore.teacher import PairRequest, make_teacher
+    from srccore.models.teacher import PairRequest, make_teacher
 
     folder = StageFolder(
         "annotate-ratings",
@@ -734,7 +734,7 @@ def train_dpo(
     Returns:
         Steps, losses, rewards.
     """
-    from srccore.policy import read_policy, write_policy
+    from srccore.models.policy import read_policy, write_policy
     from srccore.training.dpo import PreferenceExample
     from srccore.training.dpo import train_dpo as train
 
@@ -862,7 +862,7 @@ def _ask_judge(
     progress: Progress,
 ) -> None:
     """Asks of every response whose sample has no facts; what fails stays unjudged."""
-    from srccore.teacher import EndpointTeacher, JudgeRequest
+    from srccore.models.teacher import EndpointTeacher, JudgeRequest
 
     known = {record.sample_id for record in journal.records()}
     asked = []
@@ -934,7 +934,7 @@ def _rationale_texts(samples: Sequence[Sample], rationales: Path | None) -> dict
 
 def _policy_inputs(policy: Path) -> dict[str, Path | str]:
     """A stage's policy counts by the stage's manifest, any other by its base and its adapters."""
-    from srccore.policy import POLICY_FILE, read_policy
+    from srccore.models.policy import POLICY_FILE, read_policy
 
     file = policy / POLICY_FILE if policy.is_dir() else policy
     if (file.parent / STARTED).is_file():
@@ -959,7 +959,7 @@ def model_input(path: str) -> Path | str:
         The folder, to count by its content; for one in a bucket a hash of its listing; a hub id
         as it is.
     """
-    from srccore.policy import resolve_model_path
+    from srccore.models.policy import resolve_model_path
 
     if storage.is_remote(path):
         return storage.fingerprint(path)
@@ -977,15 +977,15 @@ def _device(name: str) -> str:
 
 def sampling_engine(policy: Path, device: str) -> Any:
     """Loads a policy into the engine that samples from it."""
-    from srccore.engines.transformers import TransformersSamplingEngine
-    from srccore.policy import load_policy, read_policy
+    from srccore.models.policy import load_policy, read_policy
+    from srccore.models.transformers import TransformersSamplingEngine
 
     loaded = load_policy(read_policy(policy), _device(device))
     return TransformersSamplingEngine(loaded.model, loaded.processor)
 
 
 def _rating_engine(folder: Path, device: str, batch_size: int) -> Any:
-    from srccore.engines.transformers import TransformersRatingEngine
+    from srccore.models.transformers import TransformersRatingEngine
 
     return TransformersRatingEngine.load(folder, _device(device), batch_size)
 

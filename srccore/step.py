@@ -42,7 +42,7 @@ from srccore.config import (
 )
 from srccore.errors import UserError
 from srccore.manifest import MANIFEST, hash_input, write_json
-from srccore.policy import POLICY_FILE, Policy, parse_policy, policy_document, write_policy
+from srccore.models.policy import POLICY_FILE, Policy, parse_policy, policy_document, write_policy
 from srccore.training.ranks import Processes, is_launched, joined
 from srccore.training.resume import CHECKPOINTS, Checkpoints, PublishedCheckpoints, discard
 

@@ -164,7 +164,7 @@ def adapter(base: ModelConfig, out: Path, rank: int, seed: int, targets: str = T
     """Writes a random adapter that changes the base model (B is not zero)."""
     from peft import LoraConfig, get_peft_model
 
-    from srccore.policy import Policy, load_policy
+    from srccore.models.policy import Policy, load_policy
 
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -176,7 +176,7 @@ def adapter(base: ModelConfig, out: Path, rank: int, seed: int, targets: str = T
 
 
 def logits(model: Any, processor: Any) -> torch.Tensor:
-    from srccore.policy import prompt_text
+    from srccore.models.policy import prompt_text
 
     batch = processor(
         images=[[image()]],

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from srccore import storage
 from srccore.config import Section, explain
 from srccore.errors import UserError
-from srccore.policy import parse_policy
+from srccore.models.policy import parse_policy
 from srccore.step import Finished, Reference, locate_stage, run_stage
 
 __all__ = ["StageTask"]

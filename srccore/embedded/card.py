@@ -10,7 +10,7 @@ from srccore.embedded.model import MODELS
 from srccore.embedded.world import Item, make_item
 from srccore.method import evaluation, scoring
 from srccore.method.engine import Draw, Prompt
-from srccore.teacher import FactsTeacher, PairRequest
+from srccore.models.teacher import FactsTeacher, PairRequest
 
 __all__ = ["write_cards"]
 
@@ -87,8 +87,8 @@ def _write(name: str, *, what: str, **fields: object) -> None:
 
 def _lvlm_figures(items: list[Item]) -> str:
     from srccore.config import ModelConfig
-    from srccore.engines.transformers import TransformersSamplingEngine
-    from srccore.policy import Policy, load_policy
+    from srccore.models.policy import Policy, load_policy
+    from srccore.models.transformers import TransformersSamplingEngine
 
     loaded = load_policy(Policy(base=ModelConfig(path="embedded:lvlm")))
     engine = TransformersSamplingEngine(loaded.model, loaded.processor)
@@ -121,7 +121,7 @@ def _lvlm_figures(items: list[Item]) -> str:
 
 
 def _rating_figures(items: list[Item]) -> str:
-    from srccore.engines.transformers import TransformersRatingEngine
+    from srccore.models.transformers import TransformersRatingEngine
 
     rng = random.Random(0)
     engine = TransformersRatingEngine.load(MODELS / "rating", "cpu", 64, dtype="float32")

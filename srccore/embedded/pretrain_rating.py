@@ -34,7 +34,7 @@ from srccore.embedded.model import (
 from srccore.embedded.world import Item, make_item, world_facts
 from srccore.method import response, scoring, sentences
 from srccore.method.facts import Verdict, check_rationale
-from srccore.teacher import FactsTeacher, PairRequest
+from srccore.models.teacher import FactsTeacher, PairRequest
 
 __all__ = ["pretrain_rating"]
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from srccore.config import LoraSettings, ModelConfig, OptimizerSettings
 from srccore.errors import UserError
-from srccore.policy import Policy, load_policy
+from srccore.models.policy import Policy, load_policy
 from srccore.training.ranks import Processes, joined, local_share
 from srccore.training.resume import CHECKPOINTS, Checkpoints, step_callback
 

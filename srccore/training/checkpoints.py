@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from srccore.errors import UserError
-from srccore.policy import Policy, load_policy, load_processor, read_adapter
+from srccore.models.policy import Policy, load_policy, load_processor, read_adapter
 
 __all__ = ["export_adapter", "export_merged", "public_name", "save_in_public_names"]
 

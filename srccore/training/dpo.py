@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from srccore.config import DpoConfig
-from srccore.policy import Policy, prompt_text, response_text
+from srccore.models.policy import Policy, prompt_text, response_text
 from srccore.training import (
     ImageLoader,
     Progress,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srccore.config import RationaleTuningConfig
-from srccore.policy import Policy, prompt_text, response_text
+from srccore.models.policy import Policy, prompt_text, response_text
 from srccore.training import ImageLoader, Progress, Row, TrainingOutcome, train_adapter
 from srccore.training.resume import Checkpoints, resumable
 

@@ -11,7 +11,7 @@ from typing import Any
 from srccore.config import LoraSettings, ScorerConfig, TextModelConfig
 from srccore.data.records import RATING_LEVELS
 from srccore.errors import UserError
-from srccore.policy import resolve_model_path
+from srccore.models.policy import resolve_model_path
 from srccore.training import (
     Progress,
     TrainingOutcome,
@@ -89,7 +89,7 @@ def train_scorer(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from srccore.engines.transformers import single_token
+    from srccore.models.transformers import single_token
 
     path = resolve_model_path(base.path)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=base.revision, trust_remote_code=False)
@@ -156,7 +156,7 @@ def _rows(
     examples: Sequence[RatingExample], tokenizer: Any, ratings: dict[int, int], limit: int
 ) -> dict[str, list[list[int]]]:
     """Token ids and labels of the examples that fit; only the rating token has a label."""
-    from srccore.engines.transformers import encode_rating_prompt
+    from srccore.models.transformers import encode_rating_prompt
 
     ids, labels = [], []
     for example in examples:

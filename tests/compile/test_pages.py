@@ -12,9 +12,9 @@ from backend_commands import call
 from kfp_server import KfpServer, Step
 
 from srccore.data.records import CandidateSet, read_records
+from srccore.models.policy import parse_policy
 from srccore.pipelines.profile import Profile, Resources, StageSecretKeys, TrainingJob
 from srccore.pipelines.regenerate import ROOT
-from srccore.policy import parse_policy
 
 HOST = "https://kubeflow.example.com/pipeline"
 

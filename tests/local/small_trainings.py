@@ -23,7 +23,7 @@ from srccore.config import (
     ScorerConfig,
     TextModelConfig,
 )
-from srccore.policy import Policy
+from srccore.models.policy import Policy
 from srccore.training.dpo import PreferenceExample, train_dpo
 from srccore.training.ranks import is_first, joined
 from srccore.training.rationale import RationaleExample, tune_rationale

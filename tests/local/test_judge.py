@@ -14,7 +14,7 @@ from srccore.data import dataset
 from srccore.data.records import Judgement, read_records
 from srccore.embedded.world import make_item
 from srccore.errors import UserError
-from srccore.policy import Policy, write_policy
+from srccore.models.policy import Policy, write_policy
 
 COUNT = 12
 

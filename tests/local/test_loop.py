@@ -127,9 +127,9 @@ def test_resharding_gives_the_same_candidates(finished: Path, tmp_path: Path) ->
 
 
 def test_the_engine_decodes_greedily_as_generate_does(finished: Path) -> None:
-    from srccore.engines.transformers import encode_prompts
     from srccore.method.engine import Draw
-    from srccore.policy import load_policy, read_policy
+    from srccore.models.policy import load_policy, read_policy
+    from srccore.models.transformers import encode_prompts
 
     loaded = load_policy(read_policy(finished / "tune-rationale"), "cpu")
     data = dataset.open_data(finished / "data" / "calibration.parquet")

@@ -16,9 +16,8 @@ from srccore.config import (
     ScorerConfig,
 )
 from srccore.embedded.model import RATING_TEMPLATE
-from srccore.engines.transformers import encode_rating_prompt, single_token
 from srccore.errors import UserError
-from srccore.policy import (
+from srccore.models.policy import (
     Policy,
     load_policy,
     load_processor,
@@ -26,6 +25,7 @@ from srccore.policy import (
     read_adapter,
     response_text,
 )
+from srccore.models.transformers import encode_rating_prompt, single_token
 from srccore.training import sample_order
 from srccore.training.dpo import PreferenceExample, train_dpo
 from srccore.training.rationale import RationaleExample, tune_rationale

@@ -13,7 +13,7 @@ from srccore.errors import UserError
 from srccore.lineage import collect_report, collect_run
 from srccore.loop import load_run
 from srccore.manifest import Manifest
-from srccore.policy import read_policy
+from srccore.models.policy import read_policy
 
 CONFIG = load_config("tiny")
 

@@ -10,7 +10,7 @@ import torch
 
 from srccore.config import ModelConfig
 from srccore.errors import UserError
-from srccore.policy import (
+from srccore.models.policy import (
     Policy,
     load_policy,
     load_processor,
@@ -92,7 +92,7 @@ def test_two_adapters_are_both_folded(base: ModelConfig, tmp_path: Path) -> None
 def test_small_deltas_add_up_before_the_cast() -> None:
     # One bfloat16 step above 1 is 2^-7. Four deltas of 2^-9 make 2^-7 together, but each alone
     # rounds back to 1.
-    from srccore.policy import Adapter, fold_adapters
+    from srccore.models.policy import Adapter, fold_adapters
 
     linear = torch.nn.Linear(1, 1, bias=False)
     model = torch.nn.ModuleDict({"layer": linear}).to(torch.bfloat16)
@@ -102,7 +102,7 @@ def test_small_deltas_add_up_before_the_cast() -> None:
         scale=2.0**-9, pairs={"layer": (torch.ones(1, 1), torch.ones(1, 1))}, target_modules="x"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("srccore.policy.read_adapter", lambda path: small)
+        patch.setattr("srccore.models.policy.read_adapter", lambda path: small)
         fold_adapters(model, ["a", "b", "c", "d"])
     assert linear.weight.item() == 1 + 2.0**-7
 

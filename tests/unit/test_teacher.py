@@ -24,7 +24,7 @@ from srccore.config import EndpointConfig
 from srccore.data.records import Category, Fact, Judgement, Sample
 from srccore.errors import UserError
 from srccore.method.response import parse
-from srccore.teacher import (
+from srccore.models.teacher import (
     FAULTS_IN_A_ROW,
     EndpointTeacher,
     FactsTeacher,
@@ -336,7 +336,7 @@ ABANDONS = """
 import sys
 from srccore.config import EndpointConfig
 from srccore.data.records import Sample
-from srccore.teacher import EndpointTeacher, PairRequest
+from srccore.models.teacher import EndpointTeacher, PairRequest
 sample = Sample(id="s", category="chart", question="? [s0]", answer="8")
 teacher = EndpointTeacher(EndpointConfig(url=sys.argv[1], model="m", concurrency=4))
 kept_to_the_end = teacher.ratings([PairRequest(sample, "a", "b")] * 200)

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from srccore.errors import UserError
 from srccore.method import sentences
 from srccore.method.engine import Continuation, Draw, Prompt, TokenDistribution
-from srccore.policy import prompt_text
+from srccore.models.policy import prompt_text
 
 __all__ = ["TransformersRatingEngine", "TransformersSamplingEngine"]
 

@@ -1,1 +1,0 @@
-"""Engines run the models: they sample sentences and read next-token distributions."""
