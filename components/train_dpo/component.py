@@ -51,7 +51,7 @@ def train_dpo(
         aligned: Output. A ``policy.json`` with one adapter more.
         metrics: Output. Steps, losses and rewards.
     """
-    from srccore.cluster import train
+    from srccore.cluster.train import train
 
     done = train(
         "train-dpo",

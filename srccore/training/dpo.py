@@ -9,7 +9,8 @@ from typing import Any
 
 from srccore.config import DpoConfig
 from srccore.models.policy import Policy, prompt_text, response_text
-from srccore.training import (
+from srccore.training.resume import Checkpoints, resumable
+from srccore.training.trainer import (
     ImageLoader,
     Progress,
     Row,
@@ -18,7 +19,6 @@ from srccore.training import (
     step_figures,
     train_adapter,
 )
-from srccore.training.resume import Checkpoints, resumable
 
 __all__ = ["DpoOutcome", "PreferenceExample", "train_dpo"]
 

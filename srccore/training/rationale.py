@@ -8,15 +8,15 @@ from pathlib import Path
 
 from srccore.config import RationaleTuningConfig
 from srccore.models.policy import Policy, prompt_text, response_text
-from srccore.training import ImageLoader, Progress, Row, TrainingOutcome, train_adapter
 from srccore.training.resume import Checkpoints, resumable
+from srccore.training.trainer import ImageLoader, Progress, Row, TrainingOutcome, train_adapter
 
 __all__ = ["RationaleExample", "tune_rationale"]
 
 
 @dataclass(frozen=True)
 class RationaleExample:
-    """A question about an image and the response to learn, as `srccore.method.response.write` makes it."""
+    """A question about an image and the response to learn (`srccore.method.response.write`)."""
 
     question: str
     response: str

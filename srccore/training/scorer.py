@@ -12,7 +12,9 @@ from srccore.config import LoraSettings, ScorerConfig, TextModelConfig
 from srccore.data.records import RATING_LEVELS
 from srccore.errors import UserError
 from srccore.models.policy import resolve_model_path
-from srccore.training import (
+from srccore.training.ranks import joined
+from srccore.training.resume import CHECKPOINTS, Checkpoints, resumable
+from srccore.training.trainer import (
     Progress,
     TrainingOutcome,
     final_mean,
@@ -25,8 +27,6 @@ from srccore.training import (
     training_arguments,
     training_device,
 )
-from srccore.training.ranks import joined
-from srccore.training.resume import CHECKPOINTS, Checkpoints, resumable
 
 __all__ = ["RatingExample", "ScorerOutcome", "train_scorer"]
 

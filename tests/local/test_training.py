@@ -26,10 +26,10 @@ from srccore.models.policy import (
     response_text,
 )
 from srccore.models.transformers import encode_rating_prompt, single_token
-from srccore.training import sample_order
 from srccore.training.dpo import PreferenceExample, train_dpo
 from srccore.training.rationale import RationaleExample, tune_rationale
 from srccore.training.scorer import RatingExample, train_scorer
+from srccore.training.trainer import sample_order
 
 base = tiny_models.base
 LORA = LoraSettings(rank=2, alpha=4)

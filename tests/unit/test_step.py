@@ -16,7 +16,7 @@ import s3_server
 from s3_server import S3Server
 
 from srccore import stages, storage
-from srccore.cluster import train
+from srccore.cluster.train import train
 from srccore.data.records import Rationale, read_records
 from srccore.errors import UserError
 from srccore.step import (

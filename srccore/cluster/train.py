@@ -1,0 +1,228 @@
+"""Where a training stage runs: in the pod of its step, or as a job that the step watches."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+
+from srccore import storage
+from srccore.config import OptimizerSettings, explain
+from srccore.errors import UserError
+from srccore.step import Finished, finished_stage, run_stage
+
+if TYPE_CHECKING:
+    from srccore.cluster.api import Api
+    from srccore.cluster.request import JobSettings, Owner
+    from srccore.cluster.task import StageTask
+
+__all__ = ["LAUNCHERS", "SPEC_FILE", "train"]
+
+LAUNCHERS = ("inprocess", "pytorchjob", "trainjob")
+SPEC_FILE = "job.yaml"
+"""In the folder of a stage that a job trained: the job as it was asked for."""
+
+WORKFLOW_LABEL = "workflows.argoproj.io/workflow"
+RUN_LABEL = "pipeline/runid"
+ARGO = "argoproj.io/v1alpha1"
+ASKING_SECONDS = 120.0
+"""How long the API server may be away before there is a job."""
+
+
+def train(
+    stage: str,
+    artifact_root: str,
+    *,
+    launcher: str,
+    inputs: Mapping[str, str | Sequence[str] | None],
+    settings: Mapping[str, Any],
+    device: str = "auto",
+    threads: int = 0,
+    round_number: int = 1,
+    job: Mapping[str, Any] | None = None,
+    node_selector: Mapping[str, str] | None = None,
+    tolerations: Sequence[Mapping[str, Any]] | None = None,
+    memory: str = "",
+    gpus: str = "",
+) -> Finished:
+    """Runs a training stage by a launcher; for the rest see `srccore.step.run_stage`.
+
+    Args:
+        stage: Its name.
+        artifact_root: The folder or ``s3://...`` below which it writes. A job needs the latter.
+        launcher: ``inprocess`` trains here; ``pytorchjob`` and ``trainjob`` create a job of that
+            kind, watch it and show its log. A second attempt goes on with the job of the first.
+        inputs: Paths of Kubeflow's artifacts.
+        settings: The stage function's other arguments.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        threads: CPU threads of torch; 0 leaves it alone.
+        round_number: Part of the job's name.
+        job: The fields of `srccore.cluster.request.JobSettings`; none where nothing is a job.
+        node_selector: Where given, instead of the job's.
+        tolerations: Where given, instead of the job's.
+        memory: Where given, instead of the job's.
+        gpus: Where given, instead of the job's.
+
+    Returns:
+        Where its folder lies, and its figures.
+
+    Raises:
+        SystemExit: With 2, where the user can mend what is wrong; with 1, where the job failed;
+            with 143, where this process was told to end.
+    """
+    if launcher == "inprocess":
+        return run_stage(
+            stage, artifact_root, inputs=inputs, settings=settings, device=device, threads=threads
+        )
+    from srccore.cluster.launch import JobFailed, Stopped
+    from srccore.cluster.task import StageTask
+
+    try:
+        _check(launcher, artifact_root)
+        wanted = _settings(launcher, job, node_selector, tolerations, memory, gpus)
+        _check_share(settings.get("config") or {}, wanted)
+        task = StageTask.of(
+            stage, artifact_root, inputs=inputs, settings=settings, device=device, threads=threads
+        )
+        return _train_as_job(launcher, task, wanted, round_number)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except JobFailed as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(2 if error.exit_code == 2 else 1) from None
+    except Stopped:
+        raise SystemExit(143) from None
+
+
+def _check(launcher: str, artifact_root: str) -> None:
+    if launcher not in LAUNCHERS:
+        raise UserError(f"{launcher!r} is no launcher.", f"Name one of {', '.join(LAUNCHERS)}.")
+    if not storage.is_remote(artifact_root):
+        raise UserError(
+            f"A job's pods cannot write to {artifact_root}: they share no disk with this one.",
+            "Give an artifact root in a bucket: s3://bucket/path.",
+        )
+
+
+def _settings(
+    launcher: str,
+    job: Mapping[str, Any] | None,
+    node_selector: Mapping[str, str] | None,
+    tolerations: Sequence[Mapping[str, Any]] | None,
+    memory: str,
+    gpus: str,
+) -> JobSettings:
+    from srccore.cluster.request import JobSettings, refuse_in_trainjob
+
+    given = {
+        "node_selector": node_selector,
+        "tolerations": tolerations,
+        "memory": memory,
+        "gpus": gpus,
+    }
+    values = {**(job or {}), **{name: value for name, value in given.items() if value}}
+    try:
+        settings = JobSettings.model_validate(values)
+    except ValidationError as error:
+        raise explain("The parameter job of train-dpo", error) from None
+    if launcher == "trainjob":
+        refuse_in_trainjob("A TrainJob", settings.priority_class, settings.run_as_user)
+    return settings
+
+
+def _check_share(config: Mapping[str, Any], settings: JobSettings) -> None:
+    """Refuses at once what the processes would, once they had a place and their image."""
+    from srccore.training.ranks import local_share
+
+    known = {name: config[name] for name in OptimizerSettings.model_fields if name in config}
+    try:
+        optimizer = OptimizerSettings.model_validate(known)
+    except ValidationError:
+        return  # The stage itself says better what is wrong with its settings.
+    local_share(optimizer, settings.pods * settings.processes)
+
+
+def _train_as_job(
+    launcher: str, task: StageTask, settings: JobSettings, round_number: int
+) -> Finished:
+    from srccore.cluster.api import connect
+    from srccore.cluster.launch import Launch, signals
+    from srccore.cluster.request import PYTORCHJOB, TRAINJOB, TrainingJobRequest
+
+    kind = {"pytorchjob": PYTORCHJOB, "trainjob": TRAINJOB}[launcher]
+    uri = task.uri()
+    if done := finished_stage(task.stage, uri):
+        return done
+    api = connect()
+    run, owner = _belongs_to(api, uri)
+    try:
+        request = TrainingJobRequest(
+            stage=task.stage,
+            run=run,
+            round_number=round_number,
+            namespace=api.namespace,
+            task=task.to_json(),
+            settings=settings,
+            owner=owner,
+        )
+    except ValidationError as error:
+        raise explain(f"The step {task.stage}", error) from None
+    _save_spec(request.to_object(kind, 1), uri)
+    found: list[Finished] = []
+
+    def published() -> bool:
+        found.extend(filter(None, [finished_stage(task.stage, uri)]))
+        return bool(found)
+
+    launch = Launch(api, kind, request, published)
+    with signals(launch.stop):
+        launch.run()
+    return found[-1]
+
+
+def _belongs_to(api: Api, uri: str) -> tuple[str, Owner | None]:
+    """A short name of the run, and the Workflow that this pod is a step of.
+
+    Outside a workflow the run is named after what is trained, so that the same command goes on
+    with the same job.
+    """
+    from srccore.cluster.api import ApiError, retried
+    from srccore.cluster.request import Owner
+
+    def ask(path: str) -> dict[str, Any]:
+        return retried(lambda: api.get(path), ASKING_SECONDS, lambda _, pause: time.sleep(pause))
+
+    alone = (uri.rpartition("/")[2][:8], None)
+    pod = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
+    if not os.environ.get("KUBERNETES_SERVICE_HOST") or not pod:
+        return alone
+    pods = f"/api/v1/namespaces/{api.namespace}/pods"
+    try:
+        labels = ask(f"{pods}/{pod}")["metadata"].get("labels", {})
+        name = labels.get(WORKFLOW_LABEL)
+        if not name:
+            return alone
+        workflow = ask(f"/apis/{ARGO}/namespaces/{api.namespace}/workflows/{name}")
+    except ApiError as error:
+        raise UserError(
+            f"This pod cannot find out which workflow it belongs to ({error}).",
+            "Bind the Role srccore-launcher of manifests/base to the account that runs the step.",
+        ) from None
+    owner = Owner(api_version=ARGO, kind="Workflow", name=name, uid=workflow["metadata"]["uid"])
+    run = labels.get(RUN_LABEL) or owner.uid
+    return run.replace("-", "")[:8].lower(), owner
+
+
+def _save_spec(spec: Mapping[str, Any], uri: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        text = yaml.safe_dump(dict(spec), sort_keys=False)
+        (Path(scratch) / SPEC_FILE).write_text(text, encoding="utf-8")
+        storage.publish(Path(scratch), uri)

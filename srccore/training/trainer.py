@@ -1,0 +1,456 @@
+"""Fine-tuning over TRL: rationale tuning, R-Scorer, DPO. What the three have in common is here.
+
+Several processes train data-parallel where torchrun started them (`ranks`), and an interrupted
+training goes on from its newest checkpoint (`resume`); neither changes what comes out. Nothing is
+truncated: a sample longer than the model's context is skipped and counted. Images are read when
+their batch comes, so memory does not grow with the data set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from srccore.config import LoraSettings, ModelConfig, OptimizerSettings
+from srccore.errors import UserError
+from srccore.models.policy import Policy, load_policy
+from srccore.training.ranks import Processes, joined, local_share
+from srccore.training.resume import CHECKPOINTS, Checkpoints, step_callback
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "ImageLoader",
+    "Progress",
+    "Row",
+    "TrainingOutcome",
+    "final_mean",
+    "lora_config",
+    "progress_callbacks",
+    "quiet",
+    "sample_order",
+    "step_figures",
+    "train",
+    "train_adapter",
+    "training_arguments",
+    "training_device",
+]
+
+Progress = Callable[[int, int], None]
+"""Takes the steps done and the steps there will be."""
+ImageLoader = Callable[[], "Image"]
+"""Reads one image (RGB); called once per epoch and once to learn its size."""
+
+FINAL_STEPS = 10
+"""A figure "at the end" is the mean over this many last steps, or the last quarter if fewer."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a policy is trained on: a prompt with its image, and one response or two."""
+
+    prompt: str
+    responses: dict[str, str]
+    """By TRL's names of their columns."""
+    image: ImageLoader
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """What a training run did."""
+
+    steps: int
+    """Optimiser steps."""
+    samples: int
+    """Samples trained on."""
+    skipped: int
+    """Samples longer than the model's context."""
+    first_loss: float
+    """Mean over the first steps, as many as make up `last_loss`."""
+    last_loss: float
+    seconds: float
+    """Of training alone, without loading; where it was interrupted, of the last attempt."""
+
+
+def train_adapter(
+    policy: Policy,
+    rows: Callable[[Any], list[Row]],
+    config: OptimizerSettings,
+    out: Path,
+    *,
+    lora: LoraSettings,
+    seed: int,
+    device: str,
+    progress: Progress | None,
+    checkpoints: Checkpoints | None,
+    trainer: Callable[..., Any],
+) -> tuple[TrainingOutcome, Any]:
+    """Trains a new LoRA adapter on a policy; the first process writes it to ``out/adapter``.
+
+    Args:
+        policy: The policy to start from; on a CPU it is trained in float32.
+        rows: Makes the rows, given the policy's processor.
+        config: The stage's section of the preset.
+        out: An existing folder.
+        lora: The adapter's settings.
+        seed: Seeds adapter, order and dropout.
+        device: ``cpu`` or ``cuda``.
+        progress: Told of every optimiser step.
+        checkpoints: Where it goes on from and saves its state; None is ``out/checkpoint``.
+        trainer: Makes a trainer of `resumable` from TRL's arguments as a dict and from keyword
+            arguments.
+
+    Returns:
+        What it did, and the trainer with its log.
+
+    Raises:
+        UserError: No row fits into the context, or the policy cannot be loaded.
+    """
+    dtype = policy.base.dtype if device.startswith("cuda") else "float32"
+    base = policy.base.model_copy(update={"dtype": dtype})
+    kept = checkpoints or Checkpoints(out / CHECKPOINTS)
+    with (
+        joined(device) as processes,
+        quiet(),
+        tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch,
+    ):
+        arguments = training_arguments(
+            config,
+            out=Path(scratch),
+            seed=seed,
+            device=device,
+            dtype=policy.base.dtype,
+            bar=progress is None,
+            processes=processes,
+        )
+        loaded = load_policy(policy.model_copy(update={"base": base}), training_device(device))
+        made = rows(loaded.processor)
+        fitting = _within_context(loaded.model, loaded.processor, made)
+
+        def read(number: int) -> dict[str, Any]:
+            row = fitting[number]
+            return {"prompt": row.prompt, **row.responses, "images": [row.image()]}
+
+        order = sample_order(len(fitting), config, seed)
+        processes.agree((f"{row.prompt} {row.responses}" for row in fitting), "samples")
+        ready = trainer(
+            arguments,
+            model=loaded.model,
+            train_dataset=_image_dataset(order, read),
+            processing_class=loaded.processor,
+            peft_config=lora_config(lora),
+            callbacks=progress_callbacks(progress),
+        )
+        outcome = train(
+            ready,
+            config,
+            samples=len(fitting),
+            skipped=len(made) - len(fitting),
+            seed=seed,
+            processes=processes,
+            checkpoints=kept,
+        )
+        if processes.is_first:
+            _save_adapter(ready, policy.base, out / "adapter")
+            kept.remove()
+    return outcome, ready
+
+
+def sample_order(count: int, config: OptimizerSettings, seed: int) -> list[int]:
+    """Lists which sample comes when, over all epochs.
+
+    Each epoch is another permutation. Its last batch is filled up from its beginning: all batches
+    are whole, so no sample weighs more because of how a batch is shared and accumulated.
+
+    Args:
+        count: How many samples there are.
+        config: The stage's section of the preset.
+        seed: The run's seed.
+
+    Returns:
+        Numbers of samples, as many as all optimiser steps take.
+    """
+    import torch
+
+    batch = config.batch_size * config.gradient_accumulation_steps
+    steps = math.ceil(count / batch)
+    order: list[int] = []
+    for epoch in range(math.ceil(config.epochs)):
+        generator = torch.Generator().manual_seed(seed + epoch)
+        shuffled = torch.randperm(count, generator=generator).tolist()
+        order += itertools.islice(itertools.cycle(shuffled), steps * batch)
+    return order[: math.ceil(config.epochs * steps) * batch]
+
+
+def training_device(device: str) -> str:
+    """Returns the device of this process: its own GPU where a launcher started several.
+
+    Raises:
+        UserError: One process sees several GPUs, which TRL refuses.
+    """
+    if device != "cuda":
+        return device
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None and torch.cuda.device_count() > 1:
+        raise UserError(
+            f"This process sees {torch.cuda.device_count()} GPUs but trains on one.",
+            "Set CUDA_VISIBLE_DEVICES to one of them, for example 0.",
+        )
+    return f"cuda:{rank or 0}"
+
+
+def training_arguments(
+    config: OptimizerSettings,
+    *,
+    out: Path,
+    seed: int,
+    device: str,
+    dtype: str,
+    bar: bool,
+    processes: Processes,
+) -> dict[str, Any]:
+    """Makes the arguments that ``SFTConfig`` and ``DPOConfig`` share.
+
+    They go with a data set in `sample_order`, which is read once from its beginning to its end.
+
+    Args:
+        config: The stage's section of the preset.
+        out: A folder for what the trainer may write; nothing of it is kept.
+        seed: Seeds adapters, order and dropout.
+        device: ``cpu`` or ``cuda``.
+        dtype: The checkpoint's; counts on a GPU only.
+        bar: Show tqdm's bar where standard error is a terminal.
+        processes: Those that share each batch.
+
+    Returns:
+        Keyword arguments.
+
+    Raises:
+        UserError: They cannot share it.
+    """
+    samples, passes = local_share(config, processes.count)
+    if "tensorboard" in config.report_to:
+        # The trainer's own folder is removed at the end; the curves shall stay.
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out.parent / "tensorboard"))
+    on_gpu = device.startswith("cuda")
+    return {
+        "output_dir": str(out),
+        "learning_rate": config.learning_rate,
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": samples,
+        "gradient_accumulation_steps": passes,
+        # Every weight that is trained takes part in every forward pass.
+        "ddp_find_unused_parameters": False,
+        # A float below 1 is a share of all steps.
+        "warmup_steps": min(config.warmup_ratio, 1 - 1e-9),
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "report_to": config.report_to,
+        "seed": seed,
+        "bf16": on_gpu and dtype == "bfloat16",
+        "fp16": on_gpu and dtype == "float16",
+        "use_cpu": not on_gpu,
+        # TRL's default of 1024 would cut image tokens.
+        "max_length": None,
+        "logging_steps": 1,
+        # `step_callback` says when to save.
+        "save_strategy": "no",
+        "disable_tqdm": not (bar and sys.stderr.isatty()),
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": on_gpu,
+    }
+
+
+def lora_config(lora: LoraSettings, target_modules: str | None = None) -> Any:
+    """Makes PEFT's form of the LoRA settings (the paper's adapters: plain LoRA, no bias)."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=target_modules or lora.target_modules,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _image_dataset(numbers: list[int], row: Callable[[int], dict[str, Any]]) -> Any:
+    """Makes a ``datasets.Dataset`` whose rows are made when they are read.
+
+    Args:
+        numbers: The rows' numbers, in order.
+        row: Makes the row of a number; it reads the image.
+    """
+    from datasets import Dataset
+
+    return Dataset.from_dict({"row": numbers}).with_transform(_Rows(row))
+
+
+class _Rows:
+    """The transform behind `_image_dataset`.
+
+    The datasets library pickles a transform to name its cache, and copies it; the images behind
+    this one shall be neither pickled nor copied.
+    """
+
+    def __init__(self, row: Callable[[int], dict[str, Any]]) -> None:
+        self.row = row
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        rows = [self.row(number) for number in batch["row"]]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Rows, ())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Rows:
+        return self
+
+
+def _within_context(model: Any, processor: Any, rows: Sequence[Row]) -> list[Row]:
+    """Keeps the rows whose prompt, image and longest response fit into the model's context.
+
+    Raises:
+        UserError: None fits.
+    """
+    limit = model.config.get_text_config().max_position_embeddings
+    encode = processor.tokenizer.encode
+    kept = []
+    for row in rows:
+        width, height = row.image().size
+        # The prompt's own placeholder counts as one token already.
+        length = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
+        tokens = length.num_image_tokens[0] - 1 + len(encode(row.prompt, add_special_tokens=False))
+        tokens += max(len(encode(t, add_special_tokens=False)) for t in row.responses.values())
+        if tokens <= limit:
+            kept.append(row)
+    if not kept:
+        raise UserError(
+            f"None of {len(rows)} training samples fits into the model's {limit} tokens.",
+            "Give at least one sample, or a model with a longer context.",
+        )
+    return kept
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Lets transformers, TRL and datasets speak of errors only, and draw no bars of their own."""
+    import datasets
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            # TRL 1.16 sets arguments that transformers 5.23 calls deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def progress_callbacks(progress: Progress | None) -> list[Any]:
+    """Makes the trainer's callbacks: one that tells ``progress`` of every optimiser step."""
+    from transformers import TrainerCallback
+
+    if progress is None:
+        return []
+    tell = progress
+
+    class Tell(TrainerCallback):  # type: ignore[misc]  # transformers is read without types
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            tell(state.global_step, state.max_steps)
+
+    return [Tell()]
+
+
+def train(
+    trainer: Any,
+    config: OptimizerSettings,
+    *,
+    samples: int,
+    skipped: int,
+    seed: int,
+    processes: Processes,
+    checkpoints: Checkpoints,
+) -> TrainingOutcome:
+    """Runs a trainer to its end, from its newest checkpoint, without the lines it would print.
+
+    Args:
+        trainer: The trainer, of a class of `resumable`.
+        config: The stage's section of the preset.
+        samples: Samples it trains on.
+        skipped: Samples left out before.
+        seed: Seeds dropout.
+        processes: Those that train together.
+        checkpoints: Where its states are kept.
+
+    Returns:
+        What it did.
+    """
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(step_callback(config.checkpoint_steps, seed, processes))
+    trainer.checkpoints, trainer.processes = checkpoints, processes
+    newest = checkpoints.newest() if processes.is_first else None
+    step = processes.from_first(newest or 0)
+    if step and processes.is_first:
+        print(f"Training goes on from step {step}.", file=sys.stderr)
+    began = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(checkpoints.bring(step)) if step else None)
+    seconds = time.monotonic() - began
+    loss = step_figures(trainer, "loss")
+    return TrainingOutcome(
+        steps=trainer.state.global_step,
+        samples=samples,
+        skipped=skipped,
+        first_loss=final_mean(loss[::-1]),
+        last_loss=final_mean(loss),
+        seconds=seconds,
+    )
+
+
+def step_figures(trainer: Any, name: str) -> list[float]:
+    """Lists a logged figure of every optimiser step, in order."""
+    return [float(entry[name]) for entry in trainer.state.log_history if name in entry]
+
+
+def final_mean(values: Sequence[float]) -> float:
+    """Means the last `FINAL_STEPS` values, but no more than a quarter of them."""
+    last = values[-max(1, min(FINAL_STEPS, len(values) // 4)) :]
+    return sum(last) / len(last)
+
+
+def _save_adapter(trainer: Any, base: ModelConfig, folder: Path) -> None:
+    """Writes the trained adapter (safetensors) and names its base model.
+
+    Args:
+        trainer: The trainer, with a ``PeftModel``.
+        base: The policy's base.
+        folder: The folder to write.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.peft_config["default"].base_model_name_or_path = base.path
+    # "auto" would ask the hub about the base model's vocabulary.
+    model.save_pretrained(folder, save_embedding_layers=False)
+    # PEFT's card is a form to be filled in.
+    (folder / "README.md").unlink(missing_ok=True)
