@@ -13,7 +13,7 @@ from typing import Any
 
 from kfp import dsl
 
-from srccore.images import Images
+from srccore.containers.names import Images
 
 __all__ = ["stage_component"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import srccore
 from srccore.config import RunConfig, Section
+from srccore.containers.names import Images
 from srccore.errors import UserError
-from srccore.images import Images
 from srccore.pipelines.profile import Profile
 
 __all__ = ["COMPILED", "arguments_of", "compile_pipeline", "description_of", "size_warning"]

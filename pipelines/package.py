@@ -20,8 +20,8 @@ import yaml
 
 import srccore
 from srccore.config import RunConfig, apply_overrides, validate_config
+from srccore.containers.names import CACHE
 from srccore.errors import UserError
-from srccore.images import CACHE
 
 __all__ = ["Package", "Parameter", "read_package", "shared_root"]
 

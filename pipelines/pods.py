@@ -14,7 +14,7 @@ from typing import Any
 from kfp import kubernetes
 
 from srccore.cluster.request import CA_FOLDER, CA_VARIABLES, JobSettings, SecretKeys
-from srccore.images import CACHE, LAUNCH_TRAINING, STAGES, USER_ID, Images
+from srccore.containers.names import CACHE, LAUNCH_TRAINING, STAGES, USER_ID, Images
 from srccore.pipelines.profile import Profile, Resources
 
 __all__ = ["Placement", "Pods"]

@@ -16,8 +16,8 @@ from srccore.cluster.request import (
     refuse_in_trainjob,
 )
 from srccore.config import RunConfig, Section, explain
+from srccore.containers.names import STAGES, USER_ID
 from srccore.errors import UserError
-from srccore.images import STAGES, USER_ID
 
 __all__ = ["Profile", "Resources", "StageSecretKeys", "TrainingJob", "load_profile"]
 

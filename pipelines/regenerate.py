@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from srccore.config import load_config, preset_names
-from srccore.images import STAGES, Images
+from srccore.containers.names import STAGES, Images
 from srccore.pipelines.compiling import compile_pipeline
 from srccore.pipelines.profile import Profile, Resources, load_profile
 

@@ -1,5 +1,5 @@
 """``python -m srccore`` is ``srccore``."""
 
-from srccore.cli import main
+from srccore.cli.main import main
 
 main()

@@ -13,9 +13,9 @@ from PIL import Image
 
 from srccore import report
 from srccore.config import RunConfig
+from srccore.containers.names import STAGES
 from srccore.data import dataset
 from srccore.data.records import Preference, Rating, Sample, read_records
-from srccore.images import STAGES
 from srccore.loop import load_run
 from srccore.manifest import MANIFEST, Manifest, read_manifest
 from srccore.method import evaluation

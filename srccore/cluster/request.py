@@ -20,8 +20,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from srccore.config import Section
+from srccore.containers.names import CACHE, USER_ID
 from srccore.errors import UserError
-from srccore.images import CACHE, USER_ID
 
 __all__ = [
     "PYTORCHJOB",

@@ -3,7 +3,7 @@
 A checkpoint holds the weights that are trained (safetensors), the states of optimiser and
 schedule (read without unpickling anything but tensors), and the trainer's log. It needs no state
 of a random number generator: the order of the samples is known before training
-(`srccore.training.trainer.sample_order`), and every optimiser step seeds dropout from its own number.
+(`srccore.training.trainer.sample_order`), and every optimiser step seeds dropout from its number.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from srccore.cli import app
+from srccore.cli.main import app
 from srccore.errors import UserError
 
 NO_BACKEND = dict.fromkeys(
@@ -33,7 +33,7 @@ class Outcome:
 
 
 def call(*arguments: object, **environment: str | Path) -> Outcome:
-    """Calls a command; what a user can mend has exit code 2, as in `srccore.cli.main`."""
+    """Calls a command; what a user can mend has exit code 2, as in `srccore.cli.main.main`."""
     given = {name: str(value) for name, value in environment.items()}
     result = CliRunner().invoke(app, [str(each) for each in arguments], env=NO_BACKEND | given)
     if isinstance(result.exception, UserError):

@@ -13,7 +13,7 @@ import yaml
 
 import srccore.components
 from srccore.cluster.request import JobSettings
-from srccore.images import STAGES, Images
+from srccore.containers.names import STAGES, Images
 from srccore.pipelines.regenerate import ROOT, generated
 
 FOLDERS = [stage.replace("-", "_") for stage in STAGES]

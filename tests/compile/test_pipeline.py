@@ -15,8 +15,16 @@ from ir import dags, unsafe
 
 from srccore.cluster.request import JobSettings
 from srccore.config import load_config, preset_names
+from srccore.containers.names import (
+    CACHE,
+    IMAGES,
+    LAUNCH_TRAINING,
+    STAGES,
+    USER_ID,
+    Images,
+    read_digests,
+)
 from srccore.errors import UserError
-from srccore.images import CACHE, IMAGES, LAUNCH_TRAINING, STAGES, USER_ID, Images, read_digests
 from srccore.pipelines.compiling import COMPILED, compile_pipeline
 from srccore.pipelines.profile import Profile, load_profile
 

@@ -573,7 +573,7 @@ def test_nothing_is_written_to_the_home_of_the_user(
 
 def test_the_commands_are_imported_without_a_heavy_package() -> None:
     code = (
-        "import sys, srccore.pipelines.commands\n"
+        "import sys, srccore.cli.runs\n"
         "heavy = {'kfp', 'kfp_server_api', 'kubernetes', 'pydantic', 'croniter'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )

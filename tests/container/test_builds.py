@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from container.podman import Podman, base_image
 
-from srccore.images import BASES, IMAGES, LAUNCH_TRAINING, Images
+from srccore.containers.names import BASES, IMAGES, LAUNCH_TRAINING, Images
 
 # Over the image that the bases stand on, in bytes.
 LIMITS = {"report": 240_000_000, LAUNCH_TRAINING: 150_000_000}

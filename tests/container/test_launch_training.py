@@ -9,7 +9,7 @@ import pytest
 from container.podman import LOCKED_DOWN, Podman, give
 from container.test_components import start
 
-from srccore.images import LAUNCH_TRAINING, Images
+from srccore.containers.names import LAUNCH_TRAINING, Images
 from srccore.step import Reference
 
 IMPORTS = """

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from container.podman import Podman
 
-from srccore.images import IMAGES, STAGES, Images, read_digests
+from srccore.containers.names import IMAGES, STAGES, Images, read_digests
 
 ACCEPT = (
     "application/vnd.oci.image.manifest.v1+json, "

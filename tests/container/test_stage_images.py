@@ -15,7 +15,7 @@ import pytest
 from container.podman import LOCKED_DOWN, USER, Podman, give
 from local.shrunken import SETTINGS
 
-from srccore.images import IMAGES, LAUNCH_TRAINING, Images
+from srccore.containers.names import IMAGES, LAUNCH_TRAINING, Images
 from srccore.manifest import read_manifest
 
 DATA = {name: f"--data=data/{name}.parquet" for name in ("train", "calibration", "heldout")}

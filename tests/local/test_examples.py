@@ -12,8 +12,8 @@ import pytest
 import yaml
 from kfp import components, local
 
+from srccore.containers.names import Images
 from srccore.data.records import CandidateSet, Preference, read_records
-from srccore.images import Images
 from srccore.pipelines.regenerate import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

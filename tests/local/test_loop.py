@@ -259,7 +259,7 @@ def test_wrong_input_is_one_paragraph_and_exit_code_two(
 def test_help_needs_no_heavy_package() -> None:
     code = (
         "import sys; sys.argv = ['srccore', '--help']\n"
-        "from srccore.cli import app\n"
+        "from srccore.cli.main import app\n"
         "try: app()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'trl', 'numpy', 'pyarrow'} & set(sys.modules)\n"

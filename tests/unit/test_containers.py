@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from srccore.containers import Build, build_images, find_tool, open_checkout, push_images
+from srccore.containers.build import Build, build_images, find_tool, open_checkout, push_images
+from srccore.containers.names import IMAGES
 from srccore.errors import UserError
-from srccore.images import IMAGES
 
 DIGEST = "sha256:" + "7" * 64
 

@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 import srccore
+from srccore.cli.images import app
+from srccore.containers.names import BASES, IMAGES, Images, read_digests
 from srccore.errors import UserError
-from srccore.image_commands import app
-from srccore.images import BASES, IMAGES, Images, read_digests
 
 ROOT = Path(__file__).parents[2]
 CONTAINERFILES = sorted((ROOT / "images").glob("*/Containerfile"))

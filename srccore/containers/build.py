@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from srccore.containers.names import BASES, IMAGES, Base, Images
 from srccore.errors import UserError
-from srccore.images import BASES, IMAGES, Base, Images
 
 __all__ = [
     "DEFAULT_BASE_IMAGE",
@@ -153,7 +153,7 @@ def open_checkout(root: Path | None = None) -> Checkout:
     Raises:
         UserError: The package does not run from a checkout, or git cannot read it.
     """
-    root = root or Path(__file__).parents[1]
+    root = root or Path(__file__).parents[2]
     if not all((root / name).exists() for name in ("pyproject.toml", "images/stage/Containerfile")):
         raise UserError(
             f"{root} is no checkout of the project, and images are built from one.",

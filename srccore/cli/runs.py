@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from srccore.cli.options import Overrides, Parameters
 from srccore.errors import UserError
-from srccore.options import Overrides, Parameters
 
 if TYPE_CHECKING:
     from srccore.pipelines.client import Backend, Connection

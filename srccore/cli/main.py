@@ -11,10 +11,9 @@ from typing import Annotated
 
 import typer
 
-from srccore import image_commands, stage_commands
+from srccore.cli import images, pipeline, runs, stage
+from srccore.cli.options import Overrides, Preset
 from srccore.errors import UserError
-from srccore.options import Overrides, Preset
-from srccore.pipelines import commands, compile_commands
 
 __all__ = ["app", "main"]
 
@@ -30,9 +29,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
-app.add_typer(stage_commands.app, name="stage")
-app.add_typer(commands.runs_app, name="runs")
-app.add_typer(image_commands.app, name="images")
+app.add_typer(stage.app, name="stage")
+app.add_typer(runs.runs_app, name="runs")
+app.add_typer(images.app, name="images")
 
 EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "trl", "peft", "accelerate", "datasets"), "train"),
@@ -73,7 +72,7 @@ def run_command(
     observer.note(f"Figures: {out / 'figures.json'}\nReport:  {page}")
 
 
-app.command("report", epilog="Example: srccore report runs/tiny")(stage_commands.report)
+app.command("report", epilog="Example: srccore report runs/tiny")(stage.report)
 
 
 @app.command("export", epilog="Example: srccore export runs/tiny --round 3 -o exported")
@@ -98,23 +97,23 @@ app.command(
     "compile",
     epilog="Example: srccore compile --preset llava-1.5-7b --shards 16 "
     "--registry registry.example.com/team -o src.yaml",
-)(compile_commands.compile_command)
+)(pipeline.compile_command)
 app.command(
     "pipeline-local",
     epilog="Example: srccore pipeline-local --out runs/pipeline --set search.samples=50",
-)(compile_commands.pipeline_local_command)
+)(pipeline.pipeline_local_command)
 app.command(
     "submit",
     epilog="Example: srccore submit src.yaml --artifact-root s3://bucket/src "
     "--host https://kubeflow.example.com/pipeline --wait",
-)(commands.submit_command)
+)(runs.submit_command)
 app.command(
     "schedule",
     epilog="Example: srccore schedule src.yaml --artifact-root s3://bucket/src --name weekly "
     '--cron "0 2 * * 0"',
-)(commands.schedule_command)
+)(runs.schedule_command)
 app.command("collect", epilog="Example: srccore collect s3://bucket/src/report/3f9c -o runs/src")(
-    compile_commands.collect_command
+    pipeline.collect_command
 )
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from srccore.cli.options import Overrides, Preset
 from srccore.errors import UserError
-from srccore.options import Overrides, Preset
 
 if TYPE_CHECKING:
     from srccore.config import RunConfig

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from srccore.cli.options import Overrides, Parameters, Preset
+from srccore.containers.names import DEFAULT_REGISTRY
 from srccore.errors import UserError
-from srccore.images import DEFAULT_REGISTRY
-from srccore.options import Overrides, Parameters, Preset
 
 __all__ = ["collect_command", "compile_command", "pipeline_local_command"]
 
@@ -41,7 +41,7 @@ def compile_command(
     """
     import srccore
     from srccore.config import load_config
-    from srccore.images import Images, read_digests
+    from srccore.containers.names import Images, read_digests
     from srccore.pipelines.compiling import compile_pipeline, size_warning
     from srccore.pipelines.profile import load_profile
 

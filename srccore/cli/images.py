@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
+from srccore.containers.names import DEFAULT_REGISTRY, IMAGES, Images, read_digests
 from srccore.errors import UserError
-from srccore.images import DEFAULT_REGISTRY, IMAGES, Images, read_digests
 
 __all__ = ["app"]
 
@@ -58,13 +58,13 @@ def build(
     tool: ToolName = None,
 ) -> None:
     """Build the images of this checkout under localhost/srccore/, on shared bases."""
-    from srccore import containers
+    from srccore.containers import build
 
-    built = containers.build_images(
-        containers.find_tool(tool),
-        containers.open_checkout(),
+    built = build.build_images(
+        build.find_tool(tool),
+        build.open_checkout(),
         names,
-        base_image=base_image or containers.DEFAULT_BASE_IMAGE,
+        base_image=base_image or build.DEFAULT_BASE_IMAGE,
         source=source,
         extra=extra,
         starting=lambda image: _say(f"building {image}"),
@@ -87,13 +87,13 @@ def push(
     tool: ToolName = None,
 ) -> None:
     """Push the images that were built and print each with its digest."""
-    from srccore import containers
+    from srccore.containers import build
 
     if out is not None and not out.parent.is_dir():
         raise UserError(f"There is no folder {out.parent}.", "Make it, or give another --out.")
     lines = []
-    pushed = containers.push_images(
-        containers.find_tool(tool),
+    pushed = build.push_images(
+        build.find_tool(tool),
         registry,
         tls_verify=tls_verify,
         starting=lambda image: _say(f"pushing {image}"),

@@ -1,0 +1,1 @@
+"""The command line, ``srccore``: one module for each group of commands."""

@@ -1,0 +1,1 @@
+"""The container images: what they are called, and how they are built and pushed."""
