@@ -1,1 +1,1 @@
-"""The three-round pipeline, and the commands that submit it."""
+"""The three-round pipeline: its definition, and how it is compiled and run locally."""

@@ -81,9 +81,9 @@ def pipeline_local_command(
     It is the pipeline that is tried here, not the machine: srccore run does the same work sooner.
     """
     from srccore.config import preset_names
+    from srccore.kubeflow.package import read_package
     from srccore.pipelines.compiling import COMPILED
     from srccore.pipelines.local import run_locally
-    from srccore.pipelines.package import read_package
 
     if pipeline is None and preset not in preset_names():
         raise UserError(

@@ -15,7 +15,7 @@ from srccore.cli.options import Overrides, Parameters
 from srccore.errors import UserError
 
 if TYPE_CHECKING:
-    from srccore.pipelines.client import Backend, Connection
+    from srccore.kubeflow.client import Backend, Connection
 
 __all__ = ["runs_app", "schedule_command", "submit_command"]
 
@@ -133,9 +133,9 @@ def submit_command(
     ui_url: UiUrl = None,
 ) -> None:
     """Start a run of a compiled pipeline on Kubeflow Pipelines."""
-    from srccore.pipelines.client import Connection, connect
-    from srccore.pipelines.package import read_package, shared_root
-    from srccore.pipelines.runs import submit
+    from srccore.kubeflow.client import Connection, connect
+    from srccore.kubeflow.package import read_package, shared_root
+    from srccore.kubeflow.runs import submit
 
     package = read_package(pipeline)
     arguments = package.arguments(shared_root(artifact_root), overrides, parameters)
@@ -191,9 +191,9 @@ def schedule_command(
     ui_url: UiUrl = None,
 ) -> None:
     """Start runs of a compiled pipeline by the clock, one at a time, without catching up."""
-    from srccore.pipelines.client import Connection, connect
-    from srccore.pipelines.package import read_package, shared_root
-    from srccore.pipelines.schedule import next_times, read_cron, schedule
+    from srccore.kubeflow.client import Connection, connect
+    from srccore.kubeflow.package import read_package, shared_root
+    from srccore.kubeflow.schedule import next_times, read_cron, schedule
 
     line = read_cron(cron)
     package = read_package(pipeline)
@@ -237,9 +237,9 @@ def list_command(
     ui_url: UiUrl = None,
 ) -> None:
     """List the newest runs."""
-    from srccore.pipelines.client import Connection, connect
-    from srccore.pipelines.follow import duration
-    from srccore.pipelines.runs import list_runs
+    from srccore.kubeflow.client import Connection, connect
+    from srccore.kubeflow.follow import duration
+    from srccore.kubeflow.runs import list_runs
 
     backend = connect(
         Connection(host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url)
@@ -272,9 +272,9 @@ def status_command(
     """Show how far a run has come, or follow it."""
     from rich.console import Console
 
-    from srccore.pipelines.client import Connection, connect
-    from srccore.pipelines.follow import tree
-    from srccore.pipelines.runs import get_run
+    from srccore.kubeflow.client import Connection, connect
+    from srccore.kubeflow.follow import tree
+    from srccore.kubeflow.runs import get_run
 
     connection = Connection(
         host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url
@@ -299,8 +299,8 @@ def stop_command(
     ui_url: UiUrl = None,
 ) -> None:
     """Stop a run; what it has finished stays."""
-    from srccore.pipelines.client import Connection, connect
-    from srccore.pipelines.runs import FINISHED, stop
+    from srccore.kubeflow.client import Connection, connect
+    from srccore.kubeflow.runs import FINISHED, stop
 
     backend = connect(
         Connection(host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url),
@@ -317,7 +317,7 @@ def _follow(
     """Follows a run, and exits with what became of it."""
     from rich.console import Console
 
-    from srccore.pipelines.follow import ending, follow, screen
+    from srccore.kubeflow.follow import ending, follow, screen
 
     goes_on = (
         f"The run goes on. Follow it: {_follow_it(connection, run_id)}\n"

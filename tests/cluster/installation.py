@@ -14,7 +14,7 @@ from container.podman import Podman
 from local.shrunken import SETTINGS
 from s3_server import S3Server
 
-from srccore.pipelines.package import read_package
+from srccore.kubeflow.package import read_package
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "manifests"

@@ -17,9 +17,9 @@ from backend_commands import NO_BACKEND, ROOT, call
 from kfp_server import NEVER, KfpServer, Step, Workflow, clock
 from rich.console import Console
 
-from srccore.pipelines.client import Connection, UnavailableError, connect
-from srccore.pipelines.follow import PATIENCE, ending, follow, screen, tree
-from srccore.pipelines.tasks import node_id, task_tree, walk
+from srccore.kubeflow.client import Connection, UnavailableError, connect
+from srccore.kubeflow.follow import PATIENCE, ending, follow, screen, tree
+from srccore.kubeflow.tasks import node_id, task_tree, walk
 
 PREPARED = {"prepare": "SUCCEEDED"}
 SEARCHING = PREPARED | {

@@ -11,7 +11,7 @@ from kfp_server import KfpServer
 from small_pipeline import CONFIG
 
 from srccore.errors import UserError
-from srccore.pipelines.schedule import next_times, read_cron
+from srccore.kubeflow.schedule import next_times, read_cron
 
 
 def schedule(

@@ -21,7 +21,7 @@ from kfp_server import KfpServer, serving
 from small_pipeline import CONFIG
 
 import srccore
-from srccore.pipelines import client
+from srccore.kubeflow import client
 from srccore.pipelines.compiling import COMPILED
 
 SECRET = "eyJhbGciOi.the-secret.of-ann"

@@ -101,7 +101,7 @@ def test_a_run_is_stopped(pipeline: Path) -> None:
 
 
 def test_a_schedule_is_replaced_by_one_of_its_name(pipeline: Path) -> None:
-    from srccore.pipelines.client import Connection, connect
+    from srccore.kubeflow.client import Connection, connect
 
     # On 1 January, so that none starts a run before it is disabled.
     options = ("--artifact-root=s3://none/none", "--name", NAME, "--cron", "0 0 1 1 *")

@@ -15,7 +15,7 @@ LOAD = """
 from importlib.resources import files
 from kfp.components import load_component_from_file
 from srccore.components import search_candidates
-from srccore.pipelines.package import read_package
+from srccore.kubeflow.package import read_package
 
 folder = files("srccore.components.search_candidates")
 loaded = load_component_from_file(str(folder / "component.yaml"))

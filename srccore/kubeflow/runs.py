@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from srccore.errors import UserError
-from srccore.pipelines.client import Backend, MissingError
-from srccore.pipelines.package import Package
-from srccore.pipelines.tasks import moment
+from srccore.kubeflow.client import Backend, MissingError
+from srccore.kubeflow.package import Package
+from srccore.kubeflow.tasks import moment
 
 __all__ = ["FINISHED", "RunRow", "get_run", "list_runs", "pipeline_source", "stop", "submit"]
 

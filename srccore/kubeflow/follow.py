@@ -13,9 +13,9 @@ from rich.live import Live
 from rich.text import Text
 from rich.tree import Tree
 
-from srccore.pipelines.client import Backend, UnavailableError
-from srccore.pipelines.runs import FINISHED, get_run
-from srccore.pipelines.tasks import DONE, Task, failures, last_told, task_tree, walk
+from srccore.kubeflow.client import Backend, UnavailableError
+from srccore.kubeflow.runs import FINISHED, get_run
+from srccore.kubeflow.tasks import DONE, Task, failures, last_told, task_tree, walk
 
 __all__ = ["Screen", "duration", "ending", "follow", "screen", "tree"]
 

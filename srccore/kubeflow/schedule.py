@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from srccore.errors import UserError
-from srccore.pipelines.client import Backend, named
-from srccore.pipelines.package import Package
-from srccore.pipelines.runs import pipeline_source
+from srccore.kubeflow.client import Backend, named
+from srccore.kubeflow.package import Package
+from srccore.kubeflow.runs import pipeline_source
 
 __all__ = ["Schedule", "next_times", "read_cron", "schedule"]
 

@@ -1,0 +1,1 @@
+"""Kubeflow Pipelines as seen from outside: connecting, submitting, scheduling and following."""
