@@ -25,9 +25,7 @@ import numpy as np
 from rich.console import Console
 
 from srccore import stages
-from srccore.collect import overall_change
 from srccore.config import RunConfig, load_config
-from srccore.console import ConsoleObserver
 from srccore.data import dataset
 from srccore.data.records import (
     Candidate,
@@ -39,12 +37,14 @@ from srccore.data.records import (
     write_records,
 )
 from srccore.hashing import stable_hash
-from srccore.loop import run
 from srccore.manifest import StageFolder
 from srccore.method import evaluation
 from srccore.method.engine import Draw, Prompt
 from srccore.method.response import gives_answer
 from srccore.method.search import candidate_id
+from srccore.run.console import ConsoleObserver
+from srccore.run.loop import run
+from srccore.run.report.gather import overall_change
 
 ARMS = ("random", "answer", "sft")
 

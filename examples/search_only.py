@@ -31,7 +31,7 @@ search_candidates = components.load_component_from_file(
 def count_candidates(candidates: Input[Dataset]) -> int:
     """Counts candidates; shows how a component of your own reads an output of the suite."""
     from srccore.data.records import CandidateSet, read_records
-    from srccore.step import fetch_output
+    from srccore.steps.step import fetch_output
 
     folder = fetch_output(candidates.path)
     found = read_records(folder / "candidates.jsonl", CandidateSet)

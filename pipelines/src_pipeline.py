@@ -1,7 +1,7 @@
 """The whole of SRC as a pipeline: stage 1, R-Scorer, and the rounds in a Python loop.
 
-The same stages are wired for one machine in `srccore.loop`. Evaluation stands beside the rounds,
-so that no round waits for the figures of the one before.
+The same stages are wired for one machine in `srccore.run.loop`. Evaluation stands beside the
+rounds, so that no round waits for the figures of the one before.
 """
 
 from collections.abc import Callable

@@ -28,7 +28,7 @@ def annotate_ratings(
         rationales: From augment-rationales on the same data.
         labelled_pairs: Output. Pairs of responses with their ratings.
     """
-    from srccore.step import run_stage
+    from srccore.steps.step import run_stage
 
     done = run_stage(
         "annotate-ratings",

@@ -19,7 +19,7 @@ def augment_rationales(
         config: The section ``augmentation`` of a preset.
         rationales: Output. One rationale for every sample that has one now.
     """
-    from srccore.step import run_stage
+    from srccore.steps.step import run_stage
 
     done = run_stage(
         "augment-rationales",

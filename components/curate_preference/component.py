@@ -30,7 +30,7 @@ def curate_preference(
         preferences: Output. The round's preferences.
         metrics: Output. How many there are, and why samples gave none.
     """
-    from srccore.step import run_stage
+    from srccore.steps.step import run_stage
 
     done = run_stage(
         "curate-preference",

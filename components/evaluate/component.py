@@ -36,7 +36,7 @@ def evaluate(
         evaluation: Output. Responses, judgements and figures.
         metrics: Output. The figures.
     """
-    from srccore.step import run_stage
+    from srccore.steps.step import run_stage
 
     done = run_stage(
         "evaluate",

@@ -19,6 +19,6 @@ def import_output(uri: str, output: Output[Artifact]):
         uri: The file or folder, ``s3://...`` or a path that every pod mounts.
         output: Output. A reference; give it to any component of the suite.
     """
-    from srccore.step import import_output
+    from srccore.steps.step import import_output
 
     import_output(uri, output.path)

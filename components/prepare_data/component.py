@@ -26,7 +26,7 @@ def prepare_data(
         calibration: Output. The split from which the rounds draw.
         heldout: Output. The split that only evaluate may read.
     """
-    from srccore.step import run_stage
+    from srccore.steps.step import run_stage
 
     done = run_stage("prepare-data", artifact_root, inputs={}, settings={"config": config})
     done.refer(train.path, "train.parquet")

@@ -32,7 +32,7 @@ def sample_responses(
         threads: CPU threads of torch; 0 leaves it alone.
         candidates: Output. The responses of every sample.
     """
-    from srccore.step import run_stage
+    from srccore.steps.step import run_stage
 
     done = run_stage(
         "sample-responses",

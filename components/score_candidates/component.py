@@ -32,7 +32,7 @@ def score_candidates(
         threads: CPU threads of torch; 0 leaves it alone.
         ratings: Output. A rating for every ordered pair.
     """
-    from srccore.step import run_stage
+    from srccore.steps.step import run_stage
 
     done = run_stage(
         "score-candidates",

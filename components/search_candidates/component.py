@@ -36,7 +36,7 @@ def search_candidates(
         threads: CPU threads of torch; 0 leaves it alone.
         candidates: Output. The candidates of every sample of the shard.
     """
-    from srccore.step import run_stage
+    from srccore.steps.step import run_stage
 
     done = run_stage(
         "search-candidates",

@@ -38,7 +38,7 @@ def train_scorer(
         scorer: Output. R-Scorer, for score-candidates.
         metrics: Output. Losses, and agreement with the teacher on the samples held back.
     """
-    from srccore.step import run_stage
+    from srccore.steps.step import run_stage
 
     done = run_stage(
         "train-scorer",

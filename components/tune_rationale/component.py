@@ -35,7 +35,7 @@ def tune_rationale(
         policy: Output. A ``policy.json``: the base model and the adapter that was trained.
         metrics: Output. Steps and losses.
     """
-    from srccore.step import run_stage
+    from srccore.steps.step import run_stage
 
     done = run_stage(
         "tune-rationale",

@@ -51,10 +51,10 @@ def run_command(
     seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
 ) -> None:
     """Carry a run through all stages and rounds, or go on with an interrupted one."""
-    from srccore.collect import write_report
     from srccore.config import load_config
-    from srccore.console import ConsoleObserver, quiet_libraries
-    from srccore.loop import run
+    from srccore.run.console import ConsoleObserver, quiet_libraries
+    from srccore.run.loop import run
+    from srccore.run.report.gather import write_report
 
     quiet_libraries()
     config = load_config(preset, [*overrides, *([f"seed={seed}"] if seed is not None else [])])
@@ -85,8 +85,8 @@ def export_command(
     ] = False,
 ) -> None:
     """Write a round's policy as a checkpoint that transformers loads by itself."""
-    from srccore.console import quiet_libraries
-    from srccore.export import export_policy
+    from srccore.run.console import quiet_libraries
+    from srccore.run.export import export_policy
 
     quiet_libraries()
     export_policy(run, round_number, out, adapter=adapter)

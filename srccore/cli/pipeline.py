@@ -112,7 +112,7 @@ def collect_command(
     out: Annotated[Path, typer.Option("-o", "--out", help="The run folder to make.")],
 ) -> None:
     """Bring a pipeline's run here, as a run folder for srccore report and export."""
-    from srccore.lineage import collect_report
+    from srccore.steps.home import collect_report
 
     collect_report(report, out)
     typer.echo(out)

@@ -45,7 +45,7 @@ Shard = Annotated[str, typer.Option("--shard", help="INDEX/COUNT of the samples,
 def _progress(name: str) -> Iterator[Progress]:
     from rich.console import Console
 
-    from srccore.console import ConsoleObserver
+    from srccore.run.console import ConsoleObserver
 
     with ConsoleObserver(Console(stderr=True, highlight=False)).stage(name, None) as progress:
         yield progress
@@ -53,8 +53,8 @@ def _progress(name: str) -> Iterator[Progress]:
 
 def _config(preset: str, overrides: list[str]) -> RunConfig:
     from srccore.config import load_config
-    from srccore.console import quiet_libraries
-    from srccore.loop import set_threads
+    from srccore.run.console import quiet_libraries
+    from srccore.run.loop import set_threads
 
     quiet_libraries()
     config = load_config(preset, overrides)
@@ -348,7 +348,7 @@ def evaluate(
 @app.command("report")
 def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")]) -> None:
     """Write the report of a run anew."""
-    from srccore.collect import write_report
+    from srccore.run.report.gather import write_report
 
     typer.echo(write_report(run))
 

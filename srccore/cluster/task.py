@@ -20,7 +20,7 @@ from srccore import storage
 from srccore.config import Section, explain
 from srccore.errors import UserError
 from srccore.models.policy import parse_policy
-from srccore.step import Finished, Reference, locate_stage, run_stage
+from srccore.steps.step import Finished, Reference, locate_stage, run_stage
 
 __all__ = ["StageTask"]
 
@@ -30,7 +30,7 @@ Given = str | Sequence[str] | None
 
 
 class StageTask(Section):
-    """A stage that a job's pods run, as `srccore.step.run_stage` is asked for it."""
+    """A stage that a job's pods run, as `srccore.steps.step.run_stage` is asked for it."""
 
     stage: str
     artifact_root: str

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from srccore import storage
 from srccore.config import OptimizerSettings, explain
 from srccore.errors import UserError
-from srccore.step import Finished, finished_stage, run_stage
+from srccore.steps.step import Finished, finished_stage, run_stage
 
 if TYPE_CHECKING:
     from srccore.cluster.api import Api
@@ -52,7 +52,7 @@ def train(
     memory: str = "",
     gpus: str = "",
 ) -> Finished:
-    """Runs a training stage by a launcher; for the rest see `srccore.step.run_stage`.
+    """Runs a training stage by a launcher; for the rest see `srccore.steps.step.run_stage`.
 
     Args:
         stage: Its name.

@@ -20,7 +20,7 @@ from cluster.pipeline_pods import Pods
 from local.shrunken import Recorder, shrunken
 
 from srccore.data.records import Preference, read_records
-from srccore.loop import run
+from srccore.run.loop import run
 
 
 def srccore(*words: str | Path, **environment: str) -> str:

@@ -10,7 +10,7 @@ from container.podman import LOCKED_DOWN, Podman, give
 from container.test_components import start
 
 from srccore.containers.names import LAUNCH_TRAINING, Images
-from srccore.step import Reference
+from srccore.steps.step import Reference
 
 IMPORTS = """
 import importlib, importlib.util, os, pkgutil

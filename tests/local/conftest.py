@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from shrunken import Recorder, shrunken
 
-from srccore.loop import run
+from srccore.run.loop import run
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from s3_server import S3Server
 from shrunken import shrunken
 
 from srccore import storage
-from srccore.step import import_output, run_stage
+from srccore.steps.step import import_output, run_stage
 
 moto, no_aws = s3_server.moto, s3_server.no_aws
 

@@ -16,8 +16,8 @@ from shrunken import SETTINGS, Recorder, shrunken
 from srccore import stages
 from srccore.data import dataset
 from srccore.data.records import CandidateSet, Preference, read_records
-from srccore.loop import run
 from srccore.method.engine import Prompt
+from srccore.run.loop import run
 
 
 def _preferences(out: Path, number: int = 1) -> list[Preference]:

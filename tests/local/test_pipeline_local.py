@@ -13,8 +13,8 @@ from shrunken import SETTINGS, Recorder, shrunken
 
 from srccore.data import dataset
 from srccore.data.records import Preference, Rationale, read_records
-from srccore.loop import load_run, policy_of_round, run
 from srccore.models.policy import read_policy
+from srccore.run.loop import load_run, policy_of_round, run
 
 METHOD = [f"--set={each}" for each in SETTINGS if not each.startswith("rounds=")]
 

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from srccore import storage
 from srccore.cluster.task import StageTask
-from srccore.step import finished_stage, import_output
+from srccore.steps.step import finished_stage, import_output
 
 jobs = pods.jobs
 moto, no_aws = s3_server.moto, s3_server.no_aws

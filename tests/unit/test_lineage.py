@@ -10,10 +10,10 @@ import pytest
 
 from srccore.config import load_config
 from srccore.errors import UserError
-from srccore.lineage import collect_report, collect_run
-from srccore.loop import load_run
 from srccore.manifest import Manifest
 from srccore.models.policy import read_policy
+from srccore.run.loop import load_run
+from srccore.steps.home import collect_report, collect_run
 
 CONFIG = load_config("tiny")
 

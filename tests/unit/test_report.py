@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from srccore import report
-from srccore.report import Change, ReportData, RoundFigures, SampleCard, render
+from srccore.run.report import page as report
+from srccore.run.report.page import Change, ReportData, RoundFigures, SampleCard, render
 
 SECTIONS = [
     "summary",

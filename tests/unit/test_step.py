@@ -19,7 +19,7 @@ from srccore import stages, storage
 from srccore.cluster.train import train
 from srccore.data.records import Rationale, read_records
 from srccore.errors import UserError
-from srccore.step import (
+from srccore.steps.step import (
     Finished,
     Reference,
     _policy_input,
@@ -211,7 +211,7 @@ def test_adapters_under_the_root_count_by_their_names(s3: S3Server, tmp_path: Pa
 
 def test_two_processes_on_one_folder_wait_for_each_other(tmp_path: Path) -> None:
     code = (
-        "import sys; from srccore.step import run_stage\n"
+        "import sys; from srccore.steps.step import run_stage\n"
         "run_stage('prepare-data', sys.argv[1], inputs={}, settings={'config':"
         " {'train': 400, 'calibration': 400, 'heldout': 400}})"
     )

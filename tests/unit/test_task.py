@@ -13,7 +13,7 @@ from s3_server import S3Server
 
 from srccore.cluster.task import StageTask
 from srccore.errors import UserError
-from srccore.step import Reference, finished_stage, import_output, locate_stage, run_stage
+from srccore.steps.step import Reference, finished_stage, import_output, locate_stage, run_stage
 
 moto, no_aws = s3_server.moto, s3_server.no_aws
 
@@ -140,7 +140,7 @@ import sys
 for name in ("torch", "pyarrow", "transformers", "datasets", "PIL"):
     sys.modules[name] = None
 from srccore.cluster.task import StageTask
-from srccore.step import finished_stage
+from srccore.steps.step import finished_stage
 task = StageTask.of(
     "train-dpo",
     "{root}",

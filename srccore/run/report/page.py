@@ -1,7 +1,7 @@
 """The report of a run: one self-contained HTML page, also while the run is going on.
 
 `render` is pure: it takes what the stages measured and gives the page. Python decides the numbers
-(where a curve runs, which sentences differ); the template `templates/report.html.j2` decides the
+(where a curve runs, which sentences differ); the template `report.html.j2` decides the
 looks. The page loads nothing: no script, no font, no address; images are ``data:`` URIs.
 
 All text of models and data sets is hostile. Jinja escapes every value, and characters that could
@@ -272,7 +272,7 @@ def render(data: ReportData) -> str:
         A whole HTML page that loads nothing from anywhere.
     """
     environment = Environment(
-        loader=PackageLoader("srccore"),
+        loader=PackageLoader("srccore.run.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -11,14 +11,14 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from srccore import report
 from srccore.config import RunConfig
 from srccore.containers.names import STAGES
 from srccore.data import dataset
 from srccore.data.records import Preference, Rating, Sample, read_records
-from srccore.loop import load_run
 from srccore.manifest import MANIFEST, Manifest, read_manifest
 from srccore.method import evaluation
+from srccore.run.loop import load_run
+from srccore.run.report import page
 from srccore.stages import read_outcomes
 
 __all__ = ["collect", "overall_change", "write_report"]
@@ -45,12 +45,12 @@ def write_report(run: Path) -> Path:
     Raises:
         UserError: It is no run folder.
     """
-    page = run / "report.html"
-    page.write_text(report.render(collect(run)), encoding="utf-8")
-    return page
+    path = run / "report.html"
+    path.write_text(page.render(collect(run)), encoding="utf-8")
+    return path
 
 
-def collect(run: Path) -> report.ReportData:
+def collect(run: Path) -> page.ReportData:
     """Reads what the stages of a run have finished.
 
     Args:
@@ -63,24 +63,24 @@ def collect(run: Path) -> report.ReportData:
     manifests = dict(_manifests(run))
     rounds = _figures(run)
     scorer = manifests.get(run / "train-scorer")
-    return report.ReportData(
+    return page.ReportData(
         title=config.name,
         created=datetime.now(UTC),
         finished=len(rounds) == config.rounds + 1,
         rounds_planned=config.rounds,
-        rounds=tuple(report.RoundFigures.model_validate(figures) for figures in rounds),
+        rounds=tuple(page.RoundFigures.model_validate(figures) for figures in rounds),
         overall_change={
-            name: report.Change.model_validate(change.model_dump())
+            name: page.Change.model_validate(change.model_dump())
             for name, change in overall_change(run, config, len(rounds) - 1).items()
         }
         if len(rounds) > 1
         else None,
         curation=tuple(_curation(manifests)),
-        scorer=report.ScorerHealth.model_validate(scorer.figures["validation"]) if scorer else None,
+        scorer=page.ScorerHealth.model_validate(scorer.figures["validation"]) if scorer else None,
         scoring=tuple(_scoring(manifests)),
         samples=tuple(_cards(run, config, manifests)),
         stages=tuple(
-            report.StageTime(
+            page.StageTime(
                 name=folder.name,
                 round=_round_of(folder),
                 seconds=manifest.seconds,
@@ -144,14 +144,14 @@ def overall_change(run: Path, config: RunConfig, last: int) -> dict[str, evaluat
     return evaluation.paired_change(before, after, config.evaluation.resamples, config.seed)
 
 
-def _curation(manifests: dict[Path, Manifest]) -> Iterator[report.RoundCuration]:
+def _curation(manifests: dict[Path, Manifest]) -> Iterator[page.RoundCuration]:
     for folder, manifest in manifests.items():
         number = _round_of(folder)
         if manifest.stage == "curate-preference" and number is not None:
-            yield report.RoundCuration.model_validate({"round": number, **manifest.figures})
+            yield page.RoundCuration.model_validate({"round": number, **manifest.figures})
 
 
-def _scoring(manifests: dict[Path, Manifest]) -> Iterator[report.RoundScoring]:
+def _scoring(manifests: dict[Path, Manifest]) -> Iterator[page.RoundScoring]:
     """One row a round: the mean over its shards, by their ratings."""
     by_round: dict[int, list[Manifest]] = {}
     for folder, manifest in manifests.items():
@@ -165,12 +165,12 @@ def _scoring(manifests: dict[Path, Manifest]) -> Iterator[report.RoundScoring]:
             for name in ("swap_consistency", "rating_mass")
             if total and all(shard.figures[name] is not None for shard in shards)
         }
-        yield report.RoundScoring.model_validate({"round": number, **means})
+        yield page.RoundScoring.model_validate({"round": number, **means})
 
 
 def _cards(
     run: Path, config: RunConfig, manifests: dict[Path, Manifest]
-) -> Iterator[report.SampleCard]:
+) -> Iterator[page.SampleCard]:
     folders = [
         folder for folder, manifest in manifests.items() if manifest.stage == "curate-preference"
     ]
@@ -192,7 +192,7 @@ def _cards(
                 ("chosen", "rejected", ratings.get((chosen.id, rejected.id))),
                 ("rejected", "chosen", ratings.get((rejected.id, chosen.id))),
             )
-            yield report.SampleCard(
+            yield page.SampleCard(
                 sample_id=sample.id,
                 category=sample.category,
                 round=_round_of(folder) or 0,
@@ -204,7 +204,7 @@ def _cards(
                 margin=preference.margin,
                 confidence=preference.confidence,
                 ratings=tuple(
-                    report.RatingRow(first=first, second=second, probabilities=rating.probabilities)
+                    page.RatingRow(first=first, second=second, probabilities=rating.probabilities)
                     for first, second, rating in orders
                     if rating
                 ),

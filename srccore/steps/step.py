@@ -172,8 +172,8 @@ def run_stage(
         SystemExit: With 2, after one paragraph on stderr, where the user can mend what is wrong.
             Its cause is the `UserError`.
     """
-    from srccore.console import quiet_libraries
-    from srccore.loop import set_threads
+    from srccore.run.console import quiet_libraries
+    from srccore.run.loop import set_threads
 
     with _explained():
         quiet_libraries()
@@ -289,9 +289,9 @@ def report_run(
     Raises:
         SystemExit: With 2, where something is missing.
     """
-    from srccore.collect import write_report
     from srccore.config import validate_config
-    from srccore.lineage import collect_run
+    from srccore.run.report.gather import write_report
+    from srccore.steps.home import collect_run
 
     with _explained(), tempfile.TemporaryDirectory() as scratch:
         root = _root(artifact_root)
@@ -424,7 +424,7 @@ def _run_together(work: _Work, processes: Processes) -> Finished:
 
 def _lead(work: _Work, processes: Processes) -> Finished:
     """Works on the stage's folder, and publishes it."""
-    from srccore.console import ConsoleObserver
+    from srccore.run.console import ConsoleObserver
 
     folder = storage.local_path(work.uri)
     round_number = work.arguments.get("round_number")

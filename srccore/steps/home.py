@@ -19,7 +19,7 @@ from srccore.config import RunConfig, validate_config
 from srccore.errors import UserError
 from srccore.manifest import read_manifest, write_json
 from srccore.models.policy import POLICY_FILE, parse_policy, write_policy
-from srccore.step import RUN, STEP, Lineage
+from srccore.steps.step import RUN, STEP, Lineage
 
 __all__ = ["collect_report", "collect_run"]
 

@@ -1,0 +1,1 @@
+"""A run on one machine: the loop, its console, its exports and its report."""

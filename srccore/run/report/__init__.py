@@ -1,0 +1,1 @@
+"""The report of a run: gathering its data and writing its page."""

@@ -1,0 +1,1 @@
+"""A stage as one pod of a pipeline runs it."""
