@@ -37,7 +37,6 @@ from srccore.data.records import (
     write_records,
 )
 from srccore.hashing import stable_hash
-from srccore.manifest import StageFolder
 from srccore.method import evaluation
 from srccore.method.engine import Draw, Prompt
 from srccore.method.response import gives_answer
@@ -45,6 +44,7 @@ from srccore.method.search import candidate_id
 from srccore.run.console import ConsoleObserver
 from srccore.run.loop import run
 from srccore.run.report.gather import overall_change
+from srccore.stages.folder import StageFolder
 
 ARMS = ("random", "answer", "sft")
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from srccore.errors import UserError
-from srccore.manifest import JOURNAL, MANIFEST
+from srccore.files import JOURNAL, MANIFEST, atomically
 
 if TYPE_CHECKING:
     from botocore.exceptions import BotoCoreError, ClientError
@@ -588,12 +588,8 @@ def remove(uri: str) -> None:
 
 def _copy(source: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomically(path) as temporary:
         shutil.copyfile(source, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # The client

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from srccore.config import Section
 from srccore.errors import UserError
-from srccore.manifest import write_json
+from srccore.files import write_json
 
 __all__ = ["NOTES", "STARTED", "Note", "die_with_parent", "is_lost_peer", "supervised"]
 

@@ -20,7 +20,6 @@ import io
 import itertools
 import json
 import math
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from pydantic import ValidationError
 
 from srccore.data.records import Category, Sample
 from srccore.errors import UserError
+from srccore.files import atomically
 from srccore.hashing import stable_hash
 
 if TYPE_CHECKING:
@@ -232,22 +232,20 @@ def write_data(path: Path, rows: Iterable[tuple[Sample, bytes]]) -> int:
     import pyarrow.parquet as pq
 
     schema = _schema()
-    temporary = path.with_name(path.name + ".tmp")
     count = 0
     remaining = iter(rows)
-    try:
-        # Dictionaries would only make a detour for texts and images that hardly repeat.
-        with pq.ParquetWriter(temporary, schema, use_dictionary=["category"]) as writer:
-            while group := list(itertools.islice(remaining, _GROUP_ROWS)):
-                values = [
-                    sample.model_dump(mode="json") | {"image": {"bytes": encoded, "path": None}}
-                    for sample, encoded in group
-                ]
-                writer.write_table(pa.Table.from_pylist(values, schema=schema))
-                count += len(group)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Dictionaries would only make a detour for texts and images that hardly repeat.
+    with (
+        atomically(path) as temporary,
+        pq.ParquetWriter(temporary, schema, use_dictionary=["category"]) as writer,
+    ):
+        while group := list(itertools.islice(remaining, _GROUP_ROWS)):
+            values = [
+                sample.model_dump(mode="json") | {"image": {"bytes": encoded, "path": None}}
+                for sample, encoded in group
+            ]
+            writer.write_table(pa.Table.from_pylist(values, schema=schema))
+            count += len(group)
     return count
 
 

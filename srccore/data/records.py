@@ -8,7 +8,6 @@ with its line. Images never travel in record files: records name samples by id.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Annotated, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from srccore.errors import UserError
+from srccore.files import atomically
 
 __all__ = [
     "RATING_LEVELS",
@@ -209,14 +209,12 @@ def write_records(path: Path, kind: type[R], records: Iterable[R]) -> int:
     Returns:
         How many records were written.
     """
-    temporary = path.with_name(path.name + ".tmp")
     count = 0
-    with temporary.open("w", encoding="utf-8") as file:
+    with atomically(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"record": kind.record, "version": kind.version}) + "\n")
         for record in records:
             file.write(record.model_dump_json() + "\n")
             count += 1
-    os.replace(temporary, path)
     return count
 
 

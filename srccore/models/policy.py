@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from srccore import storage
 from srccore.config import ModelConfig
 from srccore.errors import UserError
-from srccore.manifest import write_json
+from srccore.files import write_json
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ import yaml
 
 from srccore.config import RunConfig
 from srccore.errors import UserError
-from srccore.manifest import read_manifest
 from srccore.run.loop import load_run, policy_of_round
+from srccore.stages.folder import read_manifest
 
 __all__ = ["export_policy"]
 

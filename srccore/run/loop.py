@@ -18,7 +18,7 @@ from typing import Protocol
 from srccore import stages
 from srccore.config import RunConfig, identity
 from srccore.errors import UserError
-from srccore.manifest import write_json
+from srccore.files import write_json
 from srccore.models.policy import resolve_model_path
 from srccore.stages import Figures, Progress
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from srccore import storage
 from srccore.config import RunConfig, validate_config
 from srccore.errors import UserError
-from srccore.manifest import read_manifest, write_json
+from srccore.files import write_json
 from srccore.models.policy import POLICY_FILE, parse_policy, write_policy
+from srccore.stages.folder import read_manifest
 from srccore.steps.step import RUN, STEP, Lineage
 
 __all__ = ["collect_report", "collect_run"]

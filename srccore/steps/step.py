@@ -41,8 +41,9 @@ from srccore.config import (
     identity,
 )
 from srccore.errors import UserError
-from srccore.manifest import MANIFEST, hash_input, write_json
+from srccore.files import MANIFEST, write_json
 from srccore.models.policy import POLICY_FILE, Policy, parse_policy, policy_document, write_policy
+from srccore.stages.folder import hash_input
 from srccore.training.ranks import Processes, is_launched, joined
 from srccore.training.resume import CHECKPOINTS, Checkpoints, PublishedCheckpoints, discard
 

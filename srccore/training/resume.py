@@ -16,8 +16,8 @@ from typing import Any
 
 from srccore import storage
 from srccore.errors import UserError
+from srccore.files import MANIFEST, write_json
 from srccore.hashing import stable_hash
-from srccore.manifest import MANIFEST, write_json
 from srccore.training.ranks import Processes
 
 __all__ = [

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from srccore.config import LoraSettings
-from srccore.manifest import MANIFEST
+from srccore.files import MANIFEST
 
 pytestmark = pytest.mark.long
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from srccore.errors import UserError
-from srccore.manifest import StageFolder, read_manifest
+from srccore.stages.folder import StageFolder, read_manifest
 
 
 def _folder(out: Path, **settings: object) -> StageFolder:
@@ -80,14 +80,14 @@ def test_a_missing_input_is_told(tmp_path: Path) -> None:
 
 def test_a_path_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="Cannot write"):
         _folder(tmp_path / "file" / "out")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission_is_told(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="Cannot write"):
         _folder(tmp_path / "out")
 
 

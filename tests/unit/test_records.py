@@ -56,6 +56,7 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         write_records(path, Response, (RESPONSES[1 // number] for number in (1, 0)))
     assert list(read_records(path, Response)) == RESPONSES
+    assert [each.name for each in tmp_path.iterdir()] == ["responses.jsonl"]
 
 
 @pytest.mark.parametrize(

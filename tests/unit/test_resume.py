@@ -10,7 +10,7 @@ from s3_server import S3Server
 
 from srccore import storage
 from srccore.errors import UserError
-from srccore.manifest import MANIFEST
+from srccore.files import MANIFEST
 from srccore.training.resume import Checkpoints, PublishedCheckpoints
 
 moto, versitygw = s3_server.moto, s3_server.versitygw

@@ -25,7 +25,7 @@ from s3_server import S3Server, free_port
 
 from srccore import storage
 from srccore.errors import UserError
-from srccore.manifest import JOURNAL, MANIFEST
+from srccore.files import JOURNAL, MANIFEST
 
 moto, versitygw = s3_server.moto, s3_server.versitygw
 s3, no_aws = s3_server.s3, s3_server.no_aws

@@ -15,11 +15,12 @@ from srccore.config import RunConfig
 from srccore.containers.names import STAGES
 from srccore.data import dataset
 from srccore.data.records import Preference, Rating, Sample, read_records
-from srccore.manifest import MANIFEST, Manifest, read_manifest
+from srccore.files import MANIFEST
 from srccore.method import evaluation
 from srccore.run.loop import load_run
 from srccore.run.report import page
 from srccore.stages import read_outcomes
+from srccore.stages.folder import Manifest, read_manifest
 
 __all__ = ["collect", "overall_change", "write_report"]
 

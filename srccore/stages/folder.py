@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 import resource
 import sys
 import time
@@ -24,21 +23,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import srccore
 from srccore.config import identity
 from srccore.errors import UserError
+from srccore.files import JOURNAL, MANIFEST, STARTED, writable, write_json
 
 __all__ = [
-    "JOURNAL",
-    "STARTED",
     "Manifest",
     "StageFolder",
     "hash_input",
     "read_manifest",
-    "write_json",
 ]
 
-MANIFEST = "manifest.json"
-STARTED = "stage.json"
-JOURNAL = "journal.jsonl"
-"""What an unfinished stage has done so far."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "numpy")
 
 
@@ -111,7 +104,7 @@ class StageFolder:
 
     def _open(self) -> Manifest | None:
         started = self.path / STARTED
-        try:
+        with writable(self.path):
             if started.exists():
                 found = json.loads(started.read_text(encoding="utf-8")).get("key")
             elif self.path.exists() and any(self.path.iterdir()):
@@ -120,11 +113,6 @@ class StageFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 write_json(started, {"stage": self.stage, "key": self._key})
                 return None
-        except OSError as error:
-            raise UserError(
-                f"The folder {self.path} cannot be written ({error.strerror}).",
-                "Give another folder, or make room and see to its permissions.",
-            ) from None
         if found != self._key:
             raise UserError(
                 f"The folder {self.path} holds something else than {self.stage} of these inputs "
@@ -146,7 +134,9 @@ class StageFolder:
         outputs = {
             str(path.relative_to(self.path)): _hash_file(path)
             for path in sorted(self.path.rglob("*"))
-            if path.is_file() and path.name not in (MANIFEST, STARTED, JOURNAL)
+            if path.is_file()
+            and path.name not in (MANIFEST, STARTED, JOURNAL)
+            and path.suffix != ".tmp"
         }
         self.manifest = Manifest(
             stage=self.stage,
@@ -177,17 +167,6 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is no finished stage: its {MANIFEST} is missing or not readable.",
             "Run the stage that makes it to its end first.",
         ) from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def hash_input(name: str, value: Path | str) -> str:

@@ -1,9 +1,9 @@
 """One function per stage: all that a container runs.
 
 A stage reads what it is given, writes one output folder and returns its figures; the folder's
-manifest comes last. A finished stage of the same inputs is skipped, an unfinished one goes on
-from its durable parts (`srccore.manifest`). Stages know nothing of each other, of rounds that came
-before or of Kubernetes. Only `evaluate` is ever given the held-out split. Where several processes
+manifest comes last. A finished stage of the same inputs is skipped, an unfinished one resumes
+from its durable parts (`srccore.stages.folder`). Stages know nothing of each other, of earlier
+rounds or of Kubernetes. Only `evaluate` is ever given the held-out split. Where several processes
 train together, each has an output folder of its own, and that of the first is the stage's.
 """
 
@@ -48,10 +48,11 @@ from srccore.data.records import (
     write_records,
 )
 from srccore.errors import UserError
+from srccore.files import JOURNAL, STARTED, write_json
 from srccore.hashing import stable_hash
-from srccore.manifest import JOURNAL, STARTED, StageFolder, write_json
 from srccore.method import curation, evaluation, response, scoring, search
 from srccore.method.engine import Draw, Prompt
+from srccore.stages.folder import StageFolder
 from srccore.training.ranks import is_first
 from srccore.training.resume import Checkpoints
 
