@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from srccore import stages
 from srccore.config import RunConfig, load_config
 from srccore.data import dataset
 from srccore.data.records import (
@@ -41,12 +40,21 @@ from srccore.method import evaluation
 from srccore.method.engine import Draw, Prompt
 from srccore.method.response import gives_answer
 from srccore.method.search import candidate_id
+from srccore.models.engines import sampling_engine
 from srccore.run.console import ConsoleObserver
 from srccore.run.loop import run
 from srccore.run.report.gather import overall_change
+from srccore.stages.candidates import score_candidates, search_candidates
+from srccore.stages.evaluation import evaluate, read_outcomes
 from srccore.stages.folder import StageFolder
+from srccore.stages.machine import Machine
+from srccore.stages.preferences import curate_preference, train_dpo
+from srccore.stages.table import Input, Stage
 
 ARMS = ("random", "answer", "sft")
+SFT = Stage("sft", "", "models", inputs=(Input("preferences", "curate-preference"),))
+RANDOM = Stage("random", "", "models", inputs=(Input("policy", "train-dpo"),))
+ANSWER = Stage("answer", "", "light", inputs=(Input("candidates", "search-candidates"),))
 
 
 def main() -> None:
@@ -89,28 +97,28 @@ def control(arm: str, config: RunConfig, folder: Path) -> list[dict]:
         if arm == "random":
             random_preferences(config, calibration, policy, preferences, number)
         else:
-            stages.search_candidates(
+            search_candidates(
                 config.search,
                 data=calibration,
                 policy=policy,
                 out=place / "search",
                 seed=config.seed,
                 round_number=number,
-                device=config.device,
+                machine=Machine(config.device),
             )
             if arm == "answer":
                 answer_preferences(config, calibration, place / "search", preferences, number)
             else:
-                stages.score_candidates(
+                score_candidates(
                     config.scoring,
                     data=calibration,
                     candidates=place / "search",
                     scorer=source / "train-scorer",
                     rationales=source / "augment-rationales" / "calibration",
                     out=place / "score",
-                    device=config.device,
+                    machine=Machine(config.device),
                 )
-                stages.curate_preference(
+                curate_preference(
                     config.curation,
                     data=calibration,
                     candidates=[place / "search"],
@@ -119,7 +127,7 @@ def control(arm: str, config: RunConfig, folder: Path) -> list[dict]:
                 )
         train = supervised if arm == "sft" else preference_trained
         policy = train(config, calibration, preferences, policy, place / "train", number)
-        stages.evaluate(
+        evaluate(
             config.evaluation,
             data=heldout,
             policy=policy,
@@ -127,7 +135,7 @@ def control(arm: str, config: RunConfig, folder: Path) -> list[dict]:
             seed=config.seed,
             round_number=number,
             previous=evaluations[-1],
-            device=config.device,
+            machine=Machine(config.device),
         )
         evaluations.append(place / "evaluate")
     return [json.loads((path / "figures.json").read_text()) for path in evaluations]
@@ -136,14 +144,14 @@ def control(arm: str, config: RunConfig, folder: Path) -> list[dict]:
 def preference_trained(
     config: RunConfig, data: Path, preferences: Path, policy: Path, out: Path, number: int
 ) -> Path:
-    stages.train_dpo(
+    train_dpo(
         config.dpo,
         data=data,
         preferences=preferences,
         policy=policy,
         out=out,
         seed=config.seed,
-        device=config.device,
+        machine=Machine(config.device),
     )
     return out / "policy.json"
 
@@ -156,7 +164,7 @@ def supervised(
     from srccore.models.policy import read_policy, write_policy
     from srccore.training.rationale import RationaleExample, tune_rationale
 
-    step = StageFolder("sft", out, config=config.dpo, inputs={"preferences": preferences})
+    step = StageFolder(SFT, out, config=config.dpo, inputs={"preferences": preferences})
     if step.figures is None:
         opened = dataset.open_data(data)
         settings = config.dpo.model_dump(exclude={"beta", "sft_weight"})
@@ -175,7 +183,7 @@ def supervised(
             RationaleTuningConfig(**settings, samples=len(examples)),
             out,
             seed=config.seed,
-            device=config.device,
+            machine=Machine(config.device),
         )
         write_policy(out, start.with_adapter(out / "adapter"))
         step.finish({"samples": len(examples)})
@@ -183,7 +191,7 @@ def supervised(
 
 
 def random_preferences(config: RunConfig, data: Path, policy: Path, out: Path, number: int) -> None:
-    step = StageFolder("random", out, config=config.search, inputs={"policy": policy.parent})
+    step = StageFolder(RANDOM, out, config=config.search, inputs={"policy": policy})
     if step.figures is not None:
         return
     opened = dataset.open_data(data)
@@ -204,7 +212,7 @@ def random_preferences(config: RunConfig, data: Path, policy: Path, out: Path, n
 def answer_preferences(
     config: RunConfig, data: Path, candidates: Path, out: Path, number: int
 ) -> None:
-    step = StageFolder("answer", out, inputs={"candidates": candidates})
+    step = StageFolder(ANSWER, out, inputs={"candidates": candidates})
     if step.figures is not None:
         return
     samples = {sample.id: sample for sample in dataset.open_data(data).samples}
@@ -237,7 +245,7 @@ def raw_samples(
     count: int = 6,
 ) -> dict[str, list[Candidate]]:
     """Whole responses as they are drawn, duplicates and unparsed ones included."""
-    engine = stages.sampling_engine(policy, config.device)
+    engine = sampling_engine(policy, config.device)
     found: dict[str, list[Candidate]] = {}
     for start in range(0, len(samples), config.search.batch_size):
         batch = samples[start : start + config.search.batch_size]
@@ -357,7 +365,7 @@ def aligned(out: Path, seed: int, arm: str, number: int) -> np.ndarray:
     """Per held-out sample, 1.0 where an arm's answer and rationale are right after a round."""
     folder = out / f"seed-{seed}"
     samples = dataset.open_data(folder / "src" / "data" / "heldout.parquet").samples
-    outcomes = stages.read_outcomes(samples, folder / arm / f"round-{number}" / "evaluate")
+    outcomes = read_outcomes(samples, folder / arm / f"round-{number}" / "evaluate")
     return np.array([float(o.answer_right and bool(o.rationale_right)) for o in outcomes])
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from kfp import kubernetes
 
 from srccore.cluster.request import CA_FOLDER, CA_VARIABLES, JobSettings, SecretKeys
-from srccore.containers.names import CACHE, LAUNCH_TRAINING, STAGES, USER_ID, Images
+from srccore.containers.names import CACHE, LAUNCH_TRAINING, USER_ID, Images
 from srccore.pipelines.profile import Profile, Resources
+from srccore.stages.table import STAGES
 
 __all__ = ["Placement", "Pods"]
 

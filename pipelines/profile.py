@@ -16,8 +16,9 @@ from srccore.cluster.request import (
     refuse_in_trainjob,
 )
 from srccore.config import RunConfig, Section, explain
-from srccore.containers.names import STAGES, USER_ID
+from srccore.containers.names import USER_ID
 from srccore.errors import UserError
+from srccore.stages.table import STAGES
 
 __all__ = ["Profile", "Resources", "StageSecretKeys", "TrainingJob", "load_profile"]
 
@@ -132,7 +133,7 @@ class Profile(Section):
 
     def resources(self, stage: str) -> Resources:
         """What the pod of a stage asks for."""
-        base = self.light if STAGES[stage] == "light" else self.models
+        base = self.light if STAGES[stage].base == "light" else self.models
         return self.stages.get(stage, base)
 
     def launching(self) -> Resources:

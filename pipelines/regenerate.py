@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from srccore.config import load_config, preset_names
-from srccore.containers.names import STAGES, Images
+from srccore.containers.names import Images
 from srccore.pipelines.compiling import compile_pipeline
 from srccore.pipelines.profile import Profile, Resources, load_profile
+from srccore.stages.table import STAGES, Input
 
 __all__ = ["ROOT", "generated"]
 
@@ -23,16 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARDS = {"tiny": 2}
 """Shards of a shipped pipeline, where the preset's one shard would show no fan-out."""
 
-# What a component's inputs come from in the example of its page.
-_SOURCES = {
-    "policy": 'tuned.outputs["policy"]',
-    "rationales": 'augmented.outputs["rationales"]',
-    "candidates": 'found.outputs["candidates"]',
-    "ratings": 'rated.outputs["ratings"]',
-    "labelled_pairs": 'annotated.outputs["labelled_pairs"]',
-    "scorer": 'trained.outputs["scorer"]',
-    "preferences": 'curated.outputs["preferences"]',
-    "last_evaluation": 'judged.outputs["evaluation"]',
+_VALUES = {
     "artifact_root": "artifact_root",
     "round_number": "1",
     "uri": '"s3://bucket/my-candidates"',
@@ -40,26 +32,20 @@ _SOURCES = {
     "seed": "0",
     "shards": "1",
 }
-_SPLITS = {
-    "search-candidates": "calibration",
-    "score-candidates": "calibration",
-    "curate-preference": "calibration",
-    "train-dpo": "calibration",
-    "evaluate": "heldout",
-}
+"""Of a component's other parameters, in the example of its page."""
 _JOB = """\
 With `launcher` `pytorchjob` or `trainjob` the task's pod creates a job, watches it and shows its
 log. It needs no GPU and 512Mi of memory, runs the image `launch-training`, and does so as an
 account that may create such jobs. The job's pods read the inputs from the bucket and write to
 `artifact_root`, which must be one, so an input is the output of a component of the suite or of
 `import-output`, not the thing itself. They get nothing from the task: what they need, Secrets
-included, stands in `job`. Its fields are those of `srccore.cluster.request.JobSettings`.
+included, is in `job`. Its fields are those of `srccore.cluster.request.JobSettings`.
 
 ```python
 task = train_dpo(
-    data=splits["calibration"],
-    preferences=curated.outputs["preferences"],
-    policy=tuned.outputs["policy"],
+    data=prepare_data_task.outputs["calibration"],
+    preferences=curate_preference_task.outputs["preferences"],
+    policy=tune_rationale_task.outputs["policy"],
     artifact_root="s3://bucket/src",
     config=preset["dpo"],
     launcher="pytorchjob",
@@ -78,10 +64,6 @@ task.set_container_image("registry.example.com/team/srccore/launch-training:VERS
 ```"""
 _MORE = {"train-dpo": ("## As a job", _JOB.replace("VERSION", Images().tag))}
 """Further sections of a component's page."""
-_LISTS = {
-    "candidates": 'dsl.Collected(found.outputs["candidates"])',
-    "ratings": 'dsl.Collected(rated.outputs["ratings"])',
-}
 
 
 def generated() -> Iterator[tuple[Path, str]]:
@@ -91,7 +73,7 @@ def generated() -> Iterator[tuple[Path, str]]:
         A path below the repository's root, and the text that belongs there.
     """
     for stage in STAGES:
-        folder = Path("components") / stage.replace("-", "_")
+        folder = Path("components") / STAGES[stage].python_name
         component = _component(stage)
         yield folder / "component.yaml", _compiled(component)
         yield folder / "README.md", _page(stage, component)
@@ -103,7 +85,7 @@ def generated() -> Iterator[tuple[Path, str]]:
 
 
 def _component(stage: str) -> Any:
-    name = stage.replace("-", "_")
+    name = STAGES[stage].python_name
     module = importlib.import_module(f"srccore.components.{name}.component")
     return getattr(module, name)
 
@@ -164,46 +146,36 @@ def _resources(stage: str) -> str:
     gpus = f", {resources.gpus} GPU" if resources.gpus else ""
     memory = f", {resources.shared_memory} of shared memory" if resources.shared_memory else ""
     return (
-        f"Image `{Images().of(stage)}`, on the base `{STAGES[stage]}`. The shipped pipeline asks "
-        f"for {resources.cpu} CPU, {resources.memory} of memory{gpus}{memory}, and gives up after "
-        f"{resources.timeout_hours:g} hours; in your own pipeline, set what you need on the task."
+        f"Image `{Images().of(stage)}`, on the base `{STAGES[stage].base}`. The shipped pipeline "
+        f"requests {resources.cpu} CPU, {resources.memory} of memory{gpus}{memory}, and times out "
+        f"after {resources.timeout_hours:g} hours; in your own pipeline, set what you need on the "
+        "task."
     )
 
 
 def _example(stage: str, inputs: Mapping[str, Any]) -> str:
-    name = stage.replace("-", "_")
+    entry = STAGES[stage]
+    read = {each.name: each for each in entry.inputs}
     lines = []
     for key, spec in inputs.items():
         if getattr(spec, "optional", False):
             continue
-        if spec.type == "Dict":
-            value = f'preset["{_section(stage, key)}"]'
-        elif key == "data":
-            value = f'splits["{_SPLITS.get(stage, "train")}"]'
+        if key in read:
+            value = _output(read[key])
+        elif spec.type == "Dict":
+            value = f'preset["{entry.sections.get(key, key)}"]'
         else:
-            value = _LISTS[key] if spec.is_artifact_list else _SOURCES[key]
+            value = _VALUES[key]
         lines.append(f"    {key}={value},")
+    name = entry.python_name
     call = "\n".join([f"task = {name}(", *lines, ")"])
     return f"from srccore.components import {name}\n\n{call}"
 
 
-def _section(stage: str, key: str) -> str:
-    """The section of a preset that a parameter takes: a stage's own is its `config`."""
-    if key != "config":
-        return "rating_model" if (stage, key) == ("train-scorer", "model") else key
-    return {
-        "prepare-data": "data",
-        "augment-rationales": "augmentation",
-        "tune-rationale": "rationale",
-        "sample-responses": "search",
-        "annotate-ratings": "annotation",
-        "train-scorer": "scorer",
-        "search-candidates": "search",
-        "score-candidates": "scoring",
-        "curate-preference": "curation",
-        "train-dpo": "dpo",
-        "evaluate": "evaluation",
-    }[stage]
+def _output(read: Input) -> str:
+    task = f"{STAGES[read.made_by].python_name}_task"
+    output = f'{task}.outputs["{read.output or read.name}"]'
+    return f"dsl.Collected({output})" if read.many else output
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def report(
         evaluation: The section of that name.
         page: Output. The report.
     """
-    from srccore.steps.step import report_run
+    from srccore.steps.report import report_run
 
     config = {
         "name": name,

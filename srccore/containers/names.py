@@ -14,6 +14,7 @@ from typing import Literal
 
 import srccore
 from srccore.errors import UserError
+from srccore.stages.table import STAGES
 
 __all__ = [
     "BASES",
@@ -21,7 +22,6 @@ __all__ = [
     "DEFAULT_REGISTRY",
     "IMAGES",
     "LAUNCH_TRAINING",
-    "STAGES",
     "USER_ID",
     "Base",
     "Images",
@@ -30,26 +30,12 @@ __all__ = [
 
 Base = Literal["light", "models", "launcher"]
 
-STAGES: Mapping[str, Base] = {
-    "import-output": "light",
-    "prepare-data": "light",
-    "augment-rationales": "light",
-    "tune-rationale": "models",
-    "sample-responses": "models",
-    "annotate-ratings": "light",
-    "train-scorer": "models",
-    "search-candidates": "models",
-    "score-candidates": "models",
-    "curate-preference": "light",
-    "train-dpo": "models",
-    "evaluate": "models",
-    "report": "light",
-}
-"""Every stage that is a component, and the base that its image stands on: ``models`` has torch,
-transformers and TRL, ``light`` has not."""
 LAUNCH_TRAINING = "launch-training"
 """The image of a step whose training runs as a job: it starts the job and watches it."""
-IMAGES: Mapping[str, Base] = {**STAGES, LAUNCH_TRAINING: "launcher"}
+IMAGES: Mapping[str, Base] = {
+    **{stage.name: stage.base for stage in STAGES.values()},
+    LAUNCH_TRAINING: "launcher",
+}
 """Every image, and its base; ``launcher`` has the client of Kubernetes, and reads no data set."""
 BASES: tuple[Base, ...] = ("light", "models", "launcher")
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from srccore.stages import Figures
-from srccore.stages import Progress as Report
+from srccore.stages.machine import Figures
+from srccore.stages.machine import Progress as Report
 
 __all__ = ["ConsoleObserver", "figures_table", "quiet_libraries"]
 
@@ -40,6 +40,11 @@ class ConsoleObserver:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stdout, highlight=False)
         self.worked = False
+
+    @classmethod
+    def on_stderr(cls) -> ConsoleObserver:
+        """For commands whose output is on stdout."""
+        return cls(Console(stderr=True, highlight=False))
 
     @contextmanager
     def stage(self, name: str, round_number: int | None) -> Iterator[Report]:

@@ -10,7 +10,7 @@ import yaml
 from srccore.config import RunConfig
 from srccore.errors import UserError
 from srccore.run.loop import load_run, policy_of_round
-from srccore.stages.folder import read_manifest
+from srccore.stages.manifest import read_manifest
 
 __all__ = ["export_policy"]
 

@@ -10,17 +10,23 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from srccore import stages
 from srccore.config import RunConfig, identity
 from srccore.errors import UserError
 from srccore.files import write_json
 from srccore.models.policy import resolve_model_path
-from srccore.stages import Figures, Progress
+from srccore.stages.candidates import sample_responses, score_candidates, search_candidates
+from srccore.stages.data import prepare_data
+from srccore.stages.evaluation import evaluate
+from srccore.stages.machine import Figures, Machine, Progress
+from srccore.stages.preferences import curate_preference, train_dpo
+from srccore.stages.rationales import augment_rationales, tune_rationale
+from srccore.stages.scorer import annotate_ratings, train_scorer
 
 __all__ = ["Observer", "load_run", "policy_of_round", "run", "set_threads"]
 
@@ -161,6 +167,11 @@ class _Wiring:
     observer: Observer
     figures: list[Figures] = field(default_factory=list)
 
+    @contextmanager
+    def _stage(self, name: str, round_number: int | None) -> Iterator[Machine]:
+        with self.observer.stage(name, round_number) as progress:
+            yield Machine(self.config.device, progress)
+
     def _round(self, number: int) -> Path:
         return self.out / f"round-{number}"
 
@@ -168,8 +179,8 @@ class _Wiring:
         return self.out / "data" / f"{name}.parquet"
 
     def prepare_data(self) -> None:
-        with self.observer.stage("prepare-data", None) as progress:
-            stages.prepare_data(self.config.data, self.out / "data", progress)
+        with self._stage("prepare-data", None) as machine:
+            prepare_data(self.config.data, self.out / "data", machine)
 
     def _rationales(self, split: str) -> Path:
         return self.out / "augment-rationales" / split
@@ -177,26 +188,25 @@ class _Wiring:
     def augment_rationales(self) -> None:
         """Of the train split for stage 1 to learn, of both for R-Scorer to judge against."""
         for split in ("train", "calibration"):
-            with self.observer.stage("augment-rationales", None) as progress:
-                stages.augment_rationales(
+            with self._stage("augment-rationales", None) as machine:
+                augment_rationales(
                     self.config.augmentation,
                     data=self._split(split),
                     out=self._rationales(split),
-                    progress=progress,
+                    machine=machine,
                 )
 
     def tune_rationale(self) -> Path:
         folder = self.out / "tune-rationale"
-        with self.observer.stage("tune-rationale", None) as progress:
-            stages.tune_rationale(
+        with self._stage("tune-rationale", None) as machine:
+            tune_rationale(
                 self.config.rationale,
                 model=self.config.model,
                 data=self._split("train"),
                 rationales=self._rationales("train"),
                 out=folder,
                 seed=self.config.seed,
-                device=self.config.device,
-                progress=progress,
+                machine=machine,
             )
         return folder / "policy.json"
 
@@ -207,29 +217,28 @@ class _Wiring:
         sampled = self.out / "sample-responses"
         pairs = self.out / "annotate-ratings"
         folder = self.out / "train-scorer"
-        with self.observer.stage("sample-responses", None) as progress:
-            stages.sample_responses(
+        with self._stage("sample-responses", None) as machine:
+            sample_responses(
                 self.config.search,
                 annotation=annotation,
                 data=train,
                 policy=policy,
                 out=sampled,
                 seed=self.config.seed,
-                device=self.config.device,
-                progress=progress,
+                machine=machine,
             )
-        with self.observer.stage("annotate-ratings", None) as progress:
-            stages.annotate_ratings(
+        with self._stage("annotate-ratings", None) as machine:
+            annotate_ratings(
                 annotation,
                 data=train,
                 candidates=sampled,
                 rationales=self._rationales("train"),
                 out=pairs,
                 seed=self.config.seed,
-                progress=progress,
+                machine=machine,
             )
-        with self.observer.stage("train-scorer", None) as progress:
-            stages.train_scorer(
+        with self._stage("train-scorer", None) as machine:
+            train_scorer(
                 self.config.scorer,
                 model=self.config.rating_model,
                 data=train,
@@ -238,15 +247,14 @@ class _Wiring:
                 rationales=self._rationales("train"),
                 out=folder,
                 seed=self.config.seed,
-                device=self.config.device,
-                progress=progress,
+                machine=machine,
             )
         return folder
 
     def search(self, policy: Path, number: int, shard: int) -> Path:
         folder = self._round(number) / f"search-candidates-{shard}"
-        with self.observer.stage("search-candidates", number) as progress:
-            stages.search_candidates(
+        with self._stage("search-candidates", number) as machine:
+            search_candidates(
                 self.config.search,
                 data=self._split("calibration"),
                 policy=policy,
@@ -254,52 +262,49 @@ class _Wiring:
                 seed=self.config.seed,
                 round_number=number,
                 shard=(shard, self.config.shards),
-                device=self.config.device,
-                progress=progress,
+                machine=machine,
             )
         return folder
 
     def score(self, candidates: Path, scorer: Path, shard: int) -> Path:
         folder = candidates.with_name(f"score-candidates-{shard}")
         number = int(candidates.parent.name.removeprefix("round-"))
-        with self.observer.stage("score-candidates", number) as progress:
-            stages.score_candidates(
+        with self._stage("score-candidates", number) as machine:
+            score_candidates(
                 self.config.scoring,
                 data=self._split("calibration"),
                 candidates=candidates,
                 scorer=scorer,
                 rationales=self._rationales("calibration"),
                 out=folder,
-                device=self.config.device,
-                progress=progress,
+                machine=machine,
             )
         return folder
 
     def curate(self, candidates: list[Path], ratings: list[Path], number: int) -> Path:
         folder = self._round(number) / "curate-preference"
-        with self.observer.stage("curate-preference", number) as progress:
-            stages.curate_preference(
+        with self._stage("curate-preference", number) as machine:
+            curate_preference(
                 self.config.curation,
                 data=self._split("calibration"),
                 candidates=candidates,
                 ratings=ratings,
                 out=folder,
-                progress=progress,
+                machine=machine,
             )
         return folder
 
     def align(self, preferences: Path, policy: Path, number: int) -> Path:
         folder = self._round(number) / "train-dpo"
-        with self.observer.stage("train-dpo", number) as progress:
-            stages.train_dpo(
+        with self._stage("train-dpo", number) as machine:
+            train_dpo(
                 self.config.dpo,
                 data=self._split("calibration"),
                 preferences=preferences,
                 policy=policy,
                 out=folder,
                 seed=self.config.seed,
-                device=self.config.device,
-                progress=progress,
+                machine=machine,
             )
         return folder / "policy.json"
 
@@ -340,8 +345,8 @@ class _Wiring:
     def _evaluate(
         self, policy: Path, number: int, folder: Path, data: Path, previous: Path | None
     ) -> Figures:
-        with self.observer.stage("evaluate", number) as progress:
-            return stages.evaluate(
+        with self._stage("evaluate", number) as machine:
+            return evaluate(
                 self.config.evaluation,
                 data=data,
                 policy=policy,
@@ -349,6 +354,5 @@ class _Wiring:
                 seed=self.config.seed,
                 round_number=number,
                 previous=previous,
-                device=self.config.device,
-                progress=progress,
+                machine=machine,
             )

@@ -1,59 +1,36 @@
-"""A stage's output folder: what went in, what came out, and whether it is finished.
+"""A stage's output folder: whose it is, what has been done, and whether it is finished.
 
 A folder opens with ``stage.json`` (the key: a hash of all that went in) and is finished by
-``manifest.json``, written last. A finished folder of the same key is not made again; an unfinished
-one goes on from what it holds; a folder of another key is never touched.
+``manifest.json``, written last. A finished folder of the same key is not made again, an unfinished
+one resumes from what it has, and a folder of another key is never touched.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel
 
 import srccore
 from srccore.config import identity
 from srccore.errors import UserError
 from srccore.files import JOURNAL, MANIFEST, STARTED, writable, write_json
+from srccore.hashing import hash_file, hash_text
+from srccore.stages import inputs as identify
+from srccore.stages.manifest import Manifest, read_manifest
+from srccore.stages.table import STAGES, Stage
 
-__all__ = [
-    "Manifest",
-    "StageFolder",
-    "hash_input",
-    "read_manifest",
-]
+__all__ = ["StageFolder"]
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "numpy")
-
-
-class Manifest(BaseModel):
-    """What a finished stage says of itself."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = 1
-    stage: str
-    key: str
-    config: dict[str, Any]
-    inputs: dict[str, str]
-    """Hash of each input."""
-    outputs: dict[str, str]
-    """Hash of each file written, by its path in the folder."""
-    figures: dict[str, Any]
-    versions: dict[str, str]
-    seconds: float
-    peak_memory_mb: float
-    """Greatest resident memory of the process while the stage ran, in MiB; where the kernel
-    cannot tell (it is not Linux's), since the process began."""
 
 
 class StageFolder:
@@ -61,40 +38,43 @@ class StageFolder:
 
     def __init__(
         self,
-        stage: str,
+        stage: str | Stage,
         out: Path,
         *,
         config: BaseModel | None = None,
-        inputs: Mapping[str, Path | str | None] | None = None,
+        inputs: Mapping[str, Path | Sequence[Path] | None] | None = None,
+        sources: Mapping[str, str] | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """Opens the folder, or refuses it.
+        """Opens the folder, or refuses to.
 
         Args:
-            stage: The stage's name.
-            out: The folder; made where it is missing.
+            stage: The stage's name in the table, or an entry of your own.
+            out: The folder; created if it is missing.
             config: The stage's configuration.
-            inputs: Files and folders that are read (hashed), or texts that name something; None
-                is an input that was not given.
+            inputs: The files and folders that the stage's table entry names, or several of one
+                name; None is an input that was not given.
+            sources: What else identifies the work, as `srccore.stages.inputs` has it.
             settings: Further arguments on which the output depends.
 
         Raises:
             UserError: An input is missing, the folder belongs to something else, or it cannot be
                 written.
         """
-        self.stage = stage
+        entry = STAGES[stage] if isinstance(stage, str) else stage
+        self.stage = entry.name
         self.path = out
         self._config = {**(identity(config) if config else {}), **(settings or {})}
-        self._inputs = {
-            name: hash_input(name, value)
-            for name, value in (inputs or {}).items()
-            if value is not None
-        }
-        self._key = _digest(
-            json.dumps([stage, srccore.__version__, self._config, self._inputs], sort_keys=True)
+        if unknown := (sources or {}).keys() - entry.sources:
+            raise ValueError(f"The stage {entry.name} declares no sources {sorted(unknown)}.")
+        self._inputs = {**_identified(entry, inputs or {}), **(sources or {})}
+        self._key = hash_text(
+            json.dumps(
+                [self.stage, srccore.__version__, self._config, self._inputs], sort_keys=True
+            )
         )
         self._began = time.monotonic()
-        _count_peak_memory_anew()
+        _reset_peak_memory()
         self.manifest = self._open()
 
     @property
@@ -115,9 +95,9 @@ class StageFolder:
                 return None
         if found != self._key:
             raise UserError(
-                f"The folder {self.path} holds something else than {self.stage} of these inputs "
-                "and this configuration.",
-                "Give another folder, or delete this one; nothing was changed.",
+                f"{self.path} already holds the output of a different stage, input or "
+                f"configuration than this {self.stage}.",
+                f"Choose another --out or delete {self.path}; nothing was changed.",
             )
         path = self.path / MANIFEST
         return read_manifest(self.path) if path.exists() else None
@@ -126,13 +106,13 @@ class StageFolder:
         """Writes the manifest, last of all.
 
         Args:
-            figures: What the stage tells of its work.
+            figures: What the stage measured of its work.
 
         Returns:
             The figures, as JSON keeps them.
         """
         outputs = {
-            str(path.relative_to(self.path)): _hash_file(path)
+            str(path.relative_to(self.path)): hash_file(path)
             for path in sorted(self.path.rglob("*"))
             if path.is_file()
             and path.name not in (MANIFEST, STARTED, JOURNAL)
@@ -153,62 +133,23 @@ class StageFolder:
         return self.manifest.figures
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Reads the manifest of a finished stage.
-
-    Raises:
-        UserError: There is none, or it is not one.
-    """
-    path = folder / MANIFEST
-    try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError):
-        raise UserError(
-            f"{folder} is no finished stage: its {MANIFEST} is missing or not readable.",
-            "Run the stage that makes it to its end first.",
-        ) from None
-
-
-def hash_input(name: str, value: Path | str) -> str:
-    """Hashes what goes into a stage.
-
-    Args:
-        name: What it is, for the error.
-        value: A folder, a file, or a text that names something.
-
-    Returns:
-        A finished stage's folder by its outputs, other files by their bytes, a text as it stands.
-
-    Raises:
-        UserError: There is no such file or folder.
-    """
-    if isinstance(value, str):
-        return value
-    if (value / STARTED).is_file():
-        return _digest(json.dumps(read_manifest(value).outputs, sort_keys=True))
-    if value.is_file():
-        if all((value.parent / name).is_file() for name in (STARTED, MANIFEST)):
-            known = read_manifest(value.parent).outputs.get(value.name)
-            if known:
-                return known
-        return _hash_file(value)
-    if value.is_dir():
-        # A checkpoint is the same whatever its card says.
-        files = sorted(p for p in value.rglob("*") if p.is_file() and p.name != "README.md")
-        return _digest("\n".join(f"{path.relative_to(value)} {_hash_file(path)}" for path in files))
-    raise UserError(f"The input {name} is missing: {value}.", "Check the path.")
+def _identified(stage: Stage, inputs: Mapping[str, Path | Sequence[Path] | None]) -> dict[str, str]:
+    """Identifies the inputs by name; several of one name are numbered."""
+    declared = {each.name for each in stage.inputs}
+    if unknown := inputs.keys() - declared:
+        raise ValueError(f"The stage {stage.name} declares no inputs {sorted(unknown)}.")
+    found = {}
+    for name, value in inputs.items():
+        if isinstance(value, Path):
+            is_policy = name == "policy"
+            found[name] = identify.policy_at(value) if is_policy else identify.content(name, value)
+        else:
+            for number, path in enumerate(value or ()):
+                found[f"{name}_{number}"] = identify.content(name, path)
+    return found
 
 
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _count_peak_memory_anew() -> None:
+def _reset_peak_memory() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 

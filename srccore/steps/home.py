@@ -19,7 +19,7 @@ from srccore.config import RunConfig, validate_config
 from srccore.errors import UserError
 from srccore.files import write_json
 from srccore.models.policy import POLICY_FILE, parse_policy, write_policy
-from srccore.stages.folder import read_manifest
+from srccore.stages.manifest import read_manifest
 from srccore.steps.step import RUN, STEP, Lineage
 
 __all__ = ["collect_report", "collect_run"]

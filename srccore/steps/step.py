@@ -1,27 +1,27 @@
 """A stage as a pod of a pipeline runs it: fetch what goes in, run it, publish what comes out.
 
-Everything large lies under one `artifact_root`, a folder or ``s3://...``, as ``<stage>/<key>``: the
-key is a hash of all that went in, the release among it. So work that was done before, by this run
-or by another, is not done again. Where two pods work on one folder at the same time, one waits for
-the other if they share a file system; else the first to finish wins. What Kubeflow carries from pod
-to pod is small: a reference (a few lines of JSON that name a folder), or a ``policy.json`` whose
-adapters are URIs. An input may also be the thing itself: a data set, a stage's folder, a policy.
+Everything large is stored under one `artifact_root`, a folder or ``s3://...``, as
+``<stage>/<key>``: the key is a hash of everything that went in, including the release. Work that
+this run or another one has done before is therefore not done again. If two pods work on one folder
+at the same time, one waits for the other where they share a file system; otherwise the first to
+finish wins. What Kubeflow passes from pod to pod is small: a reference (a few lines of JSON that
+name a folder), or a ``policy.json`` whose adapters are URIs. An input may also be the thing itself:
+a data set, a stage's folder, a policy.
 
-Of several processes that train together (torchrun starts each of them with the same step), the
-first works on the stage's folder and publishes it. The others work in folders that nobody keeps,
-and none leaves before the stage is published.
+When several processes train together (torchrun starts each of them with the same step), the first
+works on the stage's folder and publishes it. The others work in temporary folders, and none exits
+before the stage is published.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
-import hashlib
 import json
-import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_type_hints
@@ -30,20 +30,14 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 import srccore
 from srccore import storage
-from srccore.config import (
-    AnnotationConfig,
-    AugmentationConfig,
-    DataConfig,
-    EvaluationConfig,
-    Section,
-    TextModelConfig,
-    explain,
-    identity,
-)
+from srccore.config import Section, explain, identity
 from srccore.errors import UserError
 from srccore.files import MANIFEST, write_json
+from srccore.hashing import hash_text
 from srccore.models.policy import POLICY_FILE, Policy, parse_policy, policy_document, write_policy
-from srccore.stages.folder import hash_input
+from srccore.stages import inputs as identify
+from srccore.stages.machine import Figures, Machine, Progress
+from srccore.stages.table import STAGES, Stage
 from srccore.training.ranks import Processes, is_launched, joined
 from srccore.training.resume import CHECKPOINTS, Checkpoints, PublishedCheckpoints, discard
 
@@ -53,12 +47,18 @@ __all__ = [
     "Finished",
     "Lineage",
     "Reference",
+    "StepInput",
+    "below",
+    "explained",
     "fetch_output",
     "finished_stage",
     "import_output",
     "locate_stage",
-    "report_run",
+    "normalise_root",
+    "read_reference",
     "run_stage",
+    "work_key",
+    "write_lineage",
 ]
 
 STEP = "step.json"
@@ -68,7 +68,7 @@ RUN = "run.json"
 
 
 class Reference(BaseModel):
-    """What a small artifact of Kubeflow says of a large one."""
+    """A small Kubeflow artifact that stands for a large one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     record: Literal["reference"] = "reference"
@@ -76,12 +76,12 @@ class Reference(BaseModel):
     uri: str
     """A file or folder."""
     fingerprint: str | None = None
-    """Of what srccore did not make and may change under the same URI."""
+    """Identifies what srccore did not write, and what may change under the same URI."""
     figures: dict[str, Any] = {}
 
 
 class Lineage(BaseModel):
-    """Which stage a folder is of, and what went into it."""
+    """Which stage wrote a folder, and what went into it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     record: Literal["step"] = "step"
@@ -104,11 +104,11 @@ class Metrics(Protocol):
 
 @dataclass(frozen=True)
 class Finished:
-    """A stage that is done.
+    """A finished stage.
 
     Attributes:
         uri: Its folder.
-        figures: What it tells of its work.
+        figures: What it measured of its work.
     """
 
     uri: str
@@ -119,13 +119,13 @@ class Finished:
 
         Args:
             artifact: The path of a Kubeflow artifact.
-            name: A file of the stage's folder; none is the folder.
+            name: A file in the stage's folder; empty refers to the folder.
         """
         uri = storage.join(self.uri, name) if name else self.uri
         _write(Path(artifact), Reference(uri=uri, figures=self.figures).model_dump(mode="json"))
 
     def write_policy(self, artifact: str) -> None:
-        """Writes the policy that the stage ended with, its adapters as URIs.
+        """Writes the policy that the stage produced, its adapters as URIs.
 
         Args:
             artifact: The path of a Kubeflow artifact.
@@ -134,11 +134,11 @@ class Finished:
         _write(Path(artifact), policy_document(policy))
 
     def log(self, metrics: Metrics) -> None:
-        """Shows all figures that are numbers.
+        """Logs all figures that are numbers.
 
         Args:
-            metrics: Kubeflow's artifact; its file gets the numbers too, or nothing that
-                asks whether the artifact is there would find it.
+            metrics: Kubeflow's artifact; the numbers also go into its file, because Kubeflow's
+                cache looks for that file.
         """
         numbers = dict(_numbers(self.figures))
         for name, value in numbers.items():
@@ -155,36 +155,36 @@ def run_stage(
     device: str = "auto",
     threads: int = 0,
 ) -> Finished:
-    """Runs a stage, or finds it done.
+    """Runs a stage, unless it is finished already.
 
     Args:
         stage: Its name, ``search-candidates``.
         artifact_root: The folder or ``s3://...`` below which it writes.
-        inputs: By the stage function's arguments, the paths of Kubeflow's artifacts: a reference,
-            a policy file, or the thing itself. None is an input that was not given.
+        inputs: Paths of Kubeflow's artifacts, by argument of the stage function: a reference, a
+            policy file, or the thing itself. None is an input that was not given.
         settings: The stage function's other arguments, as JSON has them.
         device: ``cpu``, ``cuda`` or ``auto``.
         threads: CPU threads of torch; 0 leaves it alone.
 
     Returns:
-        Where its folder lies, and its figures.
+        Its folder and its figures.
 
     Raises:
-        SystemExit: With 2, after one paragraph on stderr, where the user can mend what is wrong.
+        SystemExit: With 2, after one paragraph on stderr, for an error that the user can fix.
             Its cause is the `UserError`.
     """
     from srccore.run.console import quiet_libraries
     from srccore.run.loop import set_threads
 
-    with _explained():
+    with explained():
         quiet_libraries()
         set_threads(threads or None)
         work = _work(stage, artifact_root, inputs, settings, device)
         if not is_launched():
             return _finished_before(work) or _lead(work, Processes())
-        if not work.trains:
+        if not work.stage.trains:
             raise UserError(
-                f"{stage} runs in one process.", "Let torchrun start training stages only."
+                f"{stage} runs in a single process.", "Use torchrun for training stages only."
             )
         with joined(device) as processes:
             return _run_together(work, processes)
@@ -197,7 +197,7 @@ def locate_stage(
     inputs: Mapping[str, str | Sequence[str] | None],
     settings: Mapping[str, Any],
 ) -> str:
-    """Says where `run_stage` of the same arguments writes.
+    """Returns the folder that `run_stage` with the same arguments writes.
 
     Args:
         stage: Its name.
@@ -215,46 +215,47 @@ def locate_stage(
 
 
 def finished_stage(stage: str, uri: str) -> Finished | None:
-    """Looks whether a stage is done.
+    """Checks whether a stage is finished.
 
     Args:
         stage: Its name.
         uri: Its folder, by `locate_stage`.
 
     Returns:
-        Its folder and figures; None where there is work to do.
+        Its folder and figures; None if there is work to do.
 
     Raises:
-        UserError: The folder is another stage's.
+        UserError: Another stage wrote the folder.
     """
     path = storage.join(uri, MANIFEST)
     if not storage.exists(path):
         return None
     manifest = json.loads(storage.read_text(path))
     if manifest["stage"] != stage:
-        raise UserError(f"{uri} holds {manifest['stage']}, not {stage}.", "Check the address.")
+        wrote = manifest["stage"]
+        raise UserError(f"{uri} is the output of {wrote}, not {stage}.", "Check the address.")
     return Finished(uri, manifest["figures"])
 
 
 def import_output(uri: str, artifact: str) -> None:
-    """Refers to a file or folder that is there already.
+    """Refers to a file or folder that exists already.
 
     Args:
-        uri: Where it lies.
+        uri: Its address.
         artifact: The path of a Kubeflow artifact.
 
     Raises:
-        SystemExit: With 2, where nothing lies there.
+        SystemExit: With 2, if there is nothing at that address.
     """
-    with _explained():
+    with explained():
         if not uri or not storage.exists(uri):
             raise UserError(f"There is nothing at {uri!r}.", "Check the path or URI.")
-        reference = Reference(uri=uri, fingerprint=_content("uri", uri))
+        reference = Reference(uri=uri, fingerprint=identify.content("uri", uri))
         _write(Path(artifact), reference.model_dump(mode="json"))
 
 
 def fetch_output(artifact: str) -> Path:
-    """Brings what an output refers to, for a component of your own.
+    """Fetches what an output refers to, for a component of your own.
 
     Args:
         artifact: The path of a Kubeflow artifact that a component of the suite wrote.
@@ -263,119 +264,71 @@ def fetch_output(artifact: str) -> Path:
         The file or folder on this machine: of search-candidates, one with ``candidates.jsonl``.
 
     Raises:
-        SystemExit: With 2, where it is no reference or nothing lies there.
+        SystemExit: With 2, if it is not a reference or there is nothing at its address.
     """
-    with _explained():
-        reference = _reference(Path(artifact))
+    with explained():
+        reference = read_reference(Path(artifact))
         if reference is None:
             raise UserError(
-                f"{artifact} is no reference.", "Give an output of a component of the suite."
+                f"{artifact} is not a reference.", "Pass an output of a component of the suite."
             )
         return storage.fetch(reference.uri)
 
 
-def report_run(
-    artifact_root: str, last_evaluation: str, page: str, config: Mapping[str, Any]
-) -> None:
-    """Writes the report of the run that ends with an evaluation.
-
-    The report also stays under the artifact root, in a folder that `srccore collect` takes.
-
-    Args:
-        artifact_root: The folder or ``s3://...`` of the run.
-        last_evaluation: The artifact of the last `evaluate`.
-        page: The path of the artifact that gets the HTML page.
-        config: The run's configuration, as `srccore.config.RunConfig` has it.
-
-    Raises:
-        SystemExit: With 2, where something is missing.
-    """
-    from srccore.config import validate_config
-    from srccore.run.report.gather import write_report
-    from srccore.steps.home import collect_run
-
-    with _explained(), tempfile.TemporaryDirectory() as scratch:
-        root = _root(artifact_root)
-        reference = _reference(Path(last_evaluation))
-        if reference is None:
-            raise UserError(
-                "The evaluation is no reference.", "Give what the component evaluate returned."
-            )
-        run = Path(scratch) / "run"
-        checked = validate_config(config, "The configuration")
-        collect_run(root, reference.uri, checked, run)
-        given = {"last_evaluation": [_Input(reference.uri, _below(root, reference.uri))]}
-        uri = storage.join(root, f"report/{_key('report', {'config': checked}, given)}")
-        folder = storage.local_path(uri)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in (write_report(run), run / RUN):
-            shutil.copyfile(file, folder / file.name)
-        _write_lineage(folder, "report", None, given, root)
-        storage.publish(folder, uri)
-        Path(page).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / "report.html", page)
-        print(f"The report is at {uri}; srccore collect {uri} brings the run.", file=sys.stderr)
-
-
 @dataclass(frozen=True)
 class _Work:
-    """A stage with all that goes into it.
+    """A stage with everything that goes into it.
 
     Attributes:
-        stage: Its name.
-        function: The stage function.
-        hints: The types of its arguments.
-        arguments: Its checked settings, and where it runs.
-        inputs: Its inputs, as `run_stage` was given them.
-        given: The same, read.
+        stage: Its entry in the table.
+        arguments: Its checked settings.
+        given: Its inputs, read.
+        device: ``cpu``, ``cuda`` or ``auto``.
         root: The artifact root.
-        uri: Where its folder shall lie.
+        uri: The address of its folder.
     """
 
-    stage: str
-    function: Callable[..., dict[str, Any]]
-    hints: Mapping[str, Any]
+    stage: Stage
     arguments: Mapping[str, Any]
-    inputs: Mapping[str, str | Sequence[str] | None]
-    given: Mapping[str, Sequence[_Input]]
+    given: Mapping[str, Sequence[StepInput]]
+    device: str
     root: str
     uri: str
 
-    @property
-    def trains(self) -> bool:
-        """Whether several processes can do it together, and go on from its checkpoints."""
-        return "checkpoints" in self.hints
-
-    def run(self, out: Path, **more: Any) -> dict[str, Any]:
+    def run(self, out: Path, progress: Progress | None = None) -> Figures:
         """Fetches what goes in and runs the stage function.
 
         Args:
             out: The output folder.
-            more: Further arguments of the function.
+            progress: Receives its progress.
 
         Returns:
             Its figures.
         """
-        arguments = {**self.arguments, **more}
-        if self.trains:
-            arguments["checkpoints"] = self._checkpoints()
+        machine = Machine(self.device, checkpoints=self._checkpoints())
+        if progress is not None:
+            machine = dataclasses.replace(machine, progress=progress)
+        many = {each.name for each in self.stage.inputs if each.many}
         with tempfile.TemporaryDirectory() as scratch:
-            for name, found in self.given.items():
-                paths = [each.fetch(Path(scratch)) for each in found]
-                is_list = isinstance(self.inputs[name], (list, tuple))
-                arguments[name] = paths if is_list else paths[0]
-            return self.function(**arguments, out=out)
+            paths = {
+                name: [each.fetch(Path(scratch)) for each in found]
+                for name, found in self.given.items()
+            }
+            inputs = {name: found if name in many else found[0] for name, found in paths.items()}
+            return self.stage.function()(**self.arguments, **inputs, out=out, machine=machine)
 
-    def _checkpoints(self) -> Checkpoints:
+    def _checkpoints(self) -> Checkpoints | None:
         """The same ones for all processes, whatever their output folder."""
+        if not self.stage.trains:
+            return None
         uri = storage.join(self.uri, CHECKPOINTS)
         folder = storage.local_path(uri)
         remote = storage.is_remote(uri)
         return PublishedCheckpoints(folder, uri) if remote else Checkpoints(folder)
 
     def discard_checkpoints(self) -> None:
-        """Removes what a published stage needs no longer."""
-        if self.trains:
+        """Removes what a published stage no longer needs."""
+        if self.stage.trains:
             discard(storage.join(self.uri, CHECKPOINTS))
 
 
@@ -386,25 +339,21 @@ def _work(
     settings: Mapping[str, Any],
     device: str,
 ) -> _Work:
-    from srccore import stages
-
-    root = _root(artifact_root)
-    function = getattr(stages, stage.replace("-", "_"))
-    hints = get_type_hints(function)
+    root = normalise_root(artifact_root)
+    entry = STAGES[stage]
+    hints = get_type_hints(entry.function())
     arguments = {name: _typed(stage, name, settings[name], hints[name]) for name in settings}
     given = {
         name: [_read_input(name, Path(path), root) for path in _as_list(value)]
         for name, value in inputs.items()
         if value is not None
     }
-    uri = storage.join(root, f"{stage}/{_key(stage, arguments, given)}")
-    if "device" in hints:
-        arguments["device"] = device
-    return _Work(stage, function, hints, arguments, inputs, given, root, uri)
+    uri = storage.join(root, f"{stage}/{work_key(stage, arguments, given)}")
+    return _Work(entry, arguments, given, device, root, uri)
 
 
 def _run_together(work: _Work, processes: Processes) -> Finished:
-    """Runs a stage as one of several processes, each of which takes the same turns."""
+    """Runs a stage as one of several processes, which all make the same collective calls."""
     done = None
     if processes.is_first:
         done = _finished_before(work)
@@ -414,11 +363,11 @@ def _run_together(work: _Work, processes: Processes) -> Finished:
         _follow(work, processes)
     # The operator ends the other pods as soon as one has completed.
     processes.wait()
-    done = done or finished_stage(work.stage, work.uri)
+    done = done or finished_stage(work.stage.name, work.uri)
     if done is None:
         raise UserError(
-            f"This process does not see {work.uri}, where the first one wrote.",
-            "Give an artifact root that all pods see: s3://BUCKET/PATH.",
+            f"This process cannot see {work.uri}, which the first process wrote.",
+            "Use an artifact root that all pods can reach: s3://BUCKET/PATH.",
         )
     return done
 
@@ -430,72 +379,73 @@ def _lead(work: _Work, processes: Processes) -> Finished:
     folder = storage.local_path(work.uri)
     round_number = work.arguments.get("round_number")
     with _alone(folder):
-        # An attempt that was cut off after training has only to be published.
+        # An attempt that was interrupted after training only has to be published.
         processes.from_first((folder / MANIFEST).exists())
-        with ConsoleObserver().stage(work.stage, round_number) as progress:
+        with ConsoleObserver().stage(work.stage.name, round_number) as progress:
             figures = work.run(folder, progress=progress)
-        _write_lineage(folder, work.stage, round_number, work.given, work.root)
-        # Another pod, of another run, may have done the same meanwhile: others read its files.
+        write_lineage(folder, work.stage.name, round_number, work.given, work.root)
+        # A pod of another run may have finished the same work meanwhile: its files are in use.
         if done := _finished_before(work):
             return done
         storage.publish(folder, work.uri)
         work.discard_checkpoints()
-    print(f"{work.stage} is done: {work.uri}", file=sys.stderr)
+    print(f"Finished {work.stage.name}: {work.uri}", file=sys.stderr)
     return Finished(work.uri, figures)
 
 
 def _follow(work: _Work, processes: Processes) -> None:
-    """Trains along with the first process."""
+    """Trains together with the first process."""
     if not processes.from_first(False):
         with tempfile.TemporaryDirectory() as scratch:
             work.run(Path(scratch) / "out")
 
 
 def _finished_before(work: _Work) -> Finished | None:
-    """What a bucket holds of a stage; a local folder is looked at by the stage itself."""
-    done = finished_stage(work.stage, work.uri) if storage.is_remote(work.uri) else None
+    """Finds a finished stage in a bucket; in a local folder the stage itself does."""
+    done = finished_stage(work.stage.name, work.uri) if storage.is_remote(work.uri) else None
     if done:
-        print(f"{work.stage} was done before: {work.uri}", file=sys.stderr)
+        print(f"{work.stage.name} is finished already: {work.uri}", file=sys.stderr)
         work.discard_checkpoints()
     return done
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process of this file system works on a folder."""
+    """Waits until no other process on this file system is working on a folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"Another process works on {folder}: waiting for it.", file=sys.stderr)
+            print(f"Another process is working on {folder}: waiting for it.", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            # Some network file systems have no locks; one pod a folder is the rule anyway.
-            print(f"{folder} is worked on without a lock ({error.strerror}).", file=sys.stderr)
+            # Some network file systems have no locks; one pod per folder is the rule anyway.
+            print(f"Working on {folder} without a lock: {error.strerror}.", file=sys.stderr)
         yield
 
 
-def _write_lineage(
+def write_lineage(
     folder: Path,
     stage: str,
     round_number: int | None,
-    given: Mapping[str, Sequence[_Input]],
+    given: Mapping[str, Sequence[StepInput]],
     root: str,
 ) -> None:
-    inputs = {name: [_below(root, each.uri) for each in found] for name, found in given.items()}
+    """Writes ``step.json`` into a stage's folder."""
+    inputs = {name: [below(root, each.uri) for each in found] for name, found in given.items()}
     lineage = Lineage(stage=stage, round=round_number, inputs=inputs)
     write_json(folder / STEP, lineage.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)
-class _Input:
+class StepInput:
     """One input of a stage.
 
     Attributes:
-        uri: Where it lies; for a policy, the folder of its last adapter's stage.
-        mark: What it counts by in the key.
-        policy: The policy, with URIs as adapters, where it is one.
+        uri: Its address; for a policy, the folder of the stage of its last adapter.
+        mark: What identifies it in the key.
+        policy: The policy, with URIs as adapters, if it is one.
     """
 
     uri: str
@@ -503,7 +453,7 @@ class _Input:
     policy: Policy | None = None
 
     def fetch(self, scratch: Path) -> Path:
-        """Brings it to this machine; a policy's adapters are fetched where they are folded."""
+        """Fetches it to this machine; a policy's adapters are fetched when they are folded."""
         if self.policy is None:
             return storage.fetch(self.uri)
         file = scratch / POLICY_FILE
@@ -511,43 +461,34 @@ class _Input:
         return file
 
 
-def _read_input(name: str, path: Path, root: str) -> _Input:
-    """Reads an artifact: a reference, a policy, or the thing itself, which counts by its bytes."""
-    reference = _reference(path)
+def _read_input(name: str, path: Path, root: str) -> StepInput:
+    """Reads an artifact: a reference, a policy, or the thing itself."""
+    reference = read_reference(path)
     if name == "policy":
         return _policy_input(reference.uri if reference else str(path), root)
     if reference:
-        mark = f"{_below(root, reference.uri)} {reference.fingerprint or ''}"
-        return _Input(uri=reference.uri, mark=mark)
-    return _Input(uri=str(path), mark=hash_input(name, path))
+        mark = f"{below(root, reference.uri)} {reference.fingerprint or ''}"
+        return StepInput(uri=reference.uri, mark=mark)
+    return StepInput(uri=str(path), mark=identify.content(name, path))
 
 
-def _policy_input(uri: str, root: str) -> _Input:
-    """Counts by base and adapters: those under the root by name, others by what lies there."""
+def _policy_input(uri: str, root: str) -> StepInput:
     policy = _policy_at(uri)
-    base = policy.base.path
-    is_stored = storage.is_remote(base) or Path(base).is_dir()
-    adapters = [
-        _below(root, each) if each.startswith(f"{root}/") else _content("adapter", each)
-        for each in policy.adapters
-    ]
-    content = storage.fingerprint(base) if is_stored else ""
-    return _Input(
-        uri=storage.join(policy.adapters[-1], "..") if policy.adapters else base,
-        mark=json.dumps([policy.base.model_dump(mode="json"), content, adapters]),
+
+    def adapter(each: str) -> str:
+        # Below the root its address has a key, which says what went into it.
+        is_ours = each.startswith(f"{root}/")
+        return below(root, each) if is_ours else identify.content("adapter", each)
+
+    return StepInput(
+        uri=storage.join(policy.adapters[-1], "..") if policy.adapters else policy.base.path,
+        mark=identify.policy(policy, adapter),
         policy=policy,
     )
 
 
-def _content(name: str, uri: str) -> str:
-    """What an address counts by: its listing in a bucket, its bytes on a disk."""
-    if storage.is_remote(uri):
-        return storage.fingerprint(uri)
-    return hash_input(name, storage.local_path(uri))
-
-
-def _reference(path: Path) -> Reference | None:
-    """The reference that a file holds; None where it is something else."""
+def read_reference(path: Path) -> Reference | None:
+    """Reads a reference; None if the file is something else."""
     try:
         with path.open("rb") as file:
             return Reference.model_validate_json(file.read(2**20))
@@ -556,7 +497,7 @@ def _reference(path: Path) -> Reference | None:
 
 
 def _policy_at(uri: str) -> Policy:
-    """Reads a policy file, or the one of a folder; its adapters become URIs."""
+    """Reads a policy file, or the one in a folder; its adapters become URIs."""
     is_folder = not uri.endswith(".json") and storage.exists(storage.join(uri, POLICY_FILE))
     folder = uri if is_folder else storage.join(uri, "..")
     text = storage.read_text(storage.join(uri, POLICY_FILE) if is_folder else uri)
@@ -565,30 +506,18 @@ def _policy_at(uri: str) -> Policy:
     return policy.model_copy(update={"adapters": adapters})
 
 
-def _key(stage: str, arguments: Mapping[str, Any], given: Mapping[str, Sequence[_Input]]) -> str:
-    """Names a stage's folder by all that decides what it will hold."""
+def work_key(
+    stage: str, arguments: Mapping[str, Any], given: Mapping[str, Sequence[StepInput]]
+) -> str:
+    """Returns the name of a stage's folder: a hash of all that decides what it will contain."""
     values = {
         name: identity(value) if isinstance(value, Section) else value
         for name, value in arguments.items()
     }
     inputs = {name: [each.mark for each in found] for name, found in given.items()}
-    sources = [_source(value) for value in arguments.values()]
+    sources = [identify.setting(value) for value in arguments.values()]
     text = json.dumps([stage, srccore.__version__, values, sources, inputs], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def _source(value: object) -> str | None:
-    """What a setting that names a checkpoint or a data set counts by: what lies there."""
-    from srccore.stages import model_input
-
-    if isinstance(value, TextModelConfig):
-        return hash_input("model", model_input(value.path))
-    if isinstance(value, DataConfig) and value.source != "embedded":
-        return _content("data.source", value.source)
-    if isinstance(value, AugmentationConfig | AnnotationConfig | EvaluationConfig):
-        # Where the endpoint decides which model answers, only its address tells models apart.
-        return value.endpoint.url if value.endpoint.model is None else None
-    return None
+    return hash_text(text)[:20]
 
 
 def _typed(stage: str, name: str, value: object, hint: Any) -> Any:
@@ -599,14 +528,15 @@ def _typed(stage: str, name: str, value: object, hint: Any) -> Any:
         raise explain(f"The setting {name} of {stage}", error) from None
 
 
-def _root(artifact_root: str) -> str:
-    """One spelling of a root, since keys and lineage hold what lies below it without it."""
+def normalise_root(artifact_root: str) -> str:
+    """Returns the one spelling of a root that keys and lineage are relative to."""
     if storage.is_remote(artifact_root):
         return artifact_root.rstrip("/")
     return str(storage.local_path(artifact_root).resolve())
 
 
-def _below(root: str, uri: str) -> str:
+def below(root: str, uri: str) -> str:
+    """Returns a URI relative to the artifact root, or as it is if it is elsewhere."""
     return uri.removeprefix(root + "/")
 
 
@@ -628,8 +558,8 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Kubeflow shows the end of a pod's log: the paragraph must be there, and no traceback."""
+def explained() -> Iterator[None]:
+    """Ends the process with a paragraph and no traceback: Kubeflow shows the end of a log."""
     try:
         yield
     except UserError as error:

@@ -13,8 +13,9 @@ import yaml
 
 import srccore.components
 from srccore.cluster.request import JobSettings
-from srccore.containers.names import STAGES, Images
+from srccore.containers.names import Images
 from srccore.pipelines.regenerate import ROOT, generated
+from srccore.stages.table import STAGES
 
 FOLDERS = [stage.replace("-", "_") for stage in STAGES]
 

@@ -15,18 +15,11 @@ from ir import dags, unsafe
 
 from srccore.cluster.request import JobSettings
 from srccore.config import load_config, preset_names
-from srccore.containers.names import (
-    CACHE,
-    IMAGES,
-    LAUNCH_TRAINING,
-    STAGES,
-    USER_ID,
-    Images,
-    read_digests,
-)
+from srccore.containers.names import CACHE, IMAGES, LAUNCH_TRAINING, USER_ID, Images, read_digests
 from srccore.errors import UserError
 from srccore.pipelines.compiling import COMPILED, compile_pipeline
 from srccore.pipelines.profile import Profile, load_profile
+from srccore.stages.table import STAGES
 
 Ir = dict[str, Any]
 # All that a job's pods need from a profile, beside resources.
@@ -116,7 +109,7 @@ def test_a_shipped_pipeline_loads_and_is_safe(preset: str) -> None:
 def test_every_gpu_task_has_all_that_a_gpu_task_needs() -> None:
     seen = set()
     for stage, container, settings in executors(compiled(launcher="inprocess")):
-        if STAGES[stage] != "models":
+        if STAGES[stage].base != "models":
             assert "accelerator" not in container["resources"]
             continue
         seen.add(stage)
@@ -128,7 +121,7 @@ def test_every_gpu_task_has_all_that_a_gpu_task_needs() -> None:
         assert {"mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "8Gi"}.items() <= next(
             mount for mount in settings["emptyDirMounts"] if mount["volumeName"] == "shared-memory"
         ).items()
-    assert seen == {stage for stage, base in STAGES.items() if base == "models"}
+    assert seen == {stage for stage in STAGES if STAGES[stage].base == "models"}
 
 
 def test_every_task_is_bounded_and_runs_as_a_plain_user(llava: Ir) -> None:

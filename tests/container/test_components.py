@@ -11,7 +11,7 @@ import yaml
 from container.podman import LOCKED_DOWN, Podman, give
 from local.shrunken import shrunken
 
-from srccore.stages.folder import read_manifest
+from srccore.stages.manifest import read_manifest
 
 COMPONENTS = Path(__file__).parents[2] / "components"
 

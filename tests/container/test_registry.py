@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from container.podman import Podman
 
-from srccore.containers.names import IMAGES, STAGES, Images, read_digests
+from srccore.containers.names import IMAGES, Images, read_digests
+from srccore.stages.table import STAGES
 
 ACCEPT = (
     "application/vnd.oci.image.manifest.v1+json, "

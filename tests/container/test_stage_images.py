@@ -16,7 +16,7 @@ from container.podman import LOCKED_DOWN, USER, Podman, give
 from local.shrunken import SETTINGS
 
 from srccore.containers.names import IMAGES, LAUNCH_TRAINING, Images
-from srccore.stages.folder import read_manifest
+from srccore.stages.manifest import read_manifest
 
 DATA = {name: f"--data=data/{name}.parquet" for name in ("train", "calibration", "heldout")}
 TRAIN_RATIONALES = "--rationales=augment-rationales/train"

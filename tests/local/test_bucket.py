@@ -11,7 +11,9 @@ from s3_server import S3Server
 from shrunken import shrunken
 
 from srccore import storage
-from srccore.steps.step import import_output, run_stage
+from srccore.stages.manifest import read_manifest
+from srccore.stages.table import STAGES, Stage
+from srccore.steps.step import import_output, locate_stage, run_stage
 
 moto, no_aws = s3_server.moto, s3_server.no_aws
 
@@ -70,3 +72,51 @@ def test_a_policy_trained_in_one_pod_is_evaluated_in_another(
     expected = json.loads((finished / "round-1" / "evaluate" / "figures.json").read_text())
     assert done.figures == expected
     assert json.loads(Path(page).read_text())["uri"] == done.uri
+
+
+PLACES = {
+    "prepare-data": "data",
+    "augment-rationales": "augment-rationales/train",
+    "tune-rationale": "tune-rationale",
+    "sample-responses": "sample-responses",
+    "annotate-ratings": "annotate-ratings",
+    "train-scorer": "train-scorer",
+    "search-candidates": "round-1/search-candidates-0",
+    "score-candidates": "round-1/score-candidates-0",
+    "curate-preference": "round-1/curate-preference",
+    "train-dpo": "round-1/train-dpo",
+    "evaluate": "round-1/evaluate",
+}
+"""Where a run keeps the output of each stage."""
+
+
+@pytest.mark.parametrize("stage", [each for each in STAGES.values() if each.module], ids=str)
+def test_a_stage_that_is_finished_in_a_bucket_is_found_there(
+    stage: Stage,
+    finished: Path,
+    no_aws: None,
+    moto: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bucket = moto.with_new_bucket()
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SRCCORE_CACHE", str(tmp_path / "cache"))
+    config = shrunken().model_dump(mode="json")
+    inputs = {}
+    for each in stage.inputs:
+        folder = finished / PLACES[each.made_by]
+        is_split = each.made_by == "prepare-data"
+        path = str(folder / f"{each.output}.parquet" if is_split else folder)
+        inputs[each.name] = [path] if each.many else path
+    settings = {name: config[section] for name, section in stage.sections.items()}
+    further = {"seed": 0, "round_number": 1, "shard": [0, 1]}
+    settings |= {name: further[name] for name in stage.settings}
+    uri = locate_stage(stage.name, bucket.uri, inputs=inputs, settings=settings)
+    storage.publish(finished / PLACES[stage.name], uri)
+    found = run_stage(stage.name, bucket.uri, inputs=inputs, settings=settings)
+    assert found.uri == uri
+    assert found.figures == read_manifest(finished / PLACES[stage.name]).figures
+    assert f"{stage.name} is finished already" in capsys.readouterr().err

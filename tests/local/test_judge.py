@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from endpoint import fails, says, serving, text_of
 
-from srccore import stages
 from srccore.config import EndpointConfig, EvaluationConfig, ModelConfig
 from srccore.data import dataset
 from srccore.data.records import Judgement, read_records
 from srccore.embedded.world import make_item
 from srccore.errors import UserError
 from srccore.models.policy import Policy, write_policy
+from srccore.stages.evaluation import evaluate as run_evaluate
+from srccore.stages.machine import Figures, Machine
 
 COUNT = 12
 
@@ -38,13 +39,18 @@ def test_a_judge_fills_the_figures_and_is_not_asked_twice_of_one_response(
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serving() as server:
 
-        def evaluate(folder: str) -> stages.Figures:
+        def evaluate(folder: str) -> Figures:
             endpoint = EndpointConfig(url=server.url, model="judge", concurrency=1, retries=0)
             config = EvaluationConfig(
                 batch_size=COUNT, max_tokens=60, judge="endpoint", endpoint=endpoint
             )
-            return stages.evaluate(
-                config, **inputs, out=tmp_path / folder, seed=0, round_number=0, device="cpu"
+            return run_evaluate(
+                config,
+                **inputs,
+                out=tmp_path / folder,
+                seed=0,
+                round_number=0,
+                machine=Machine("cpu"),
             )
 
         yes = says('{"rationale_right": true, "derived_answer": "x"}')

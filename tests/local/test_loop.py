@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 from shrunken import SETTINGS, Recorder, shrunken
 
-from srccore import stages
 from srccore.data import dataset
 from srccore.data.records import CandidateSet, Preference, read_records
 from srccore.method.engine import Prompt
+from srccore.models.engines import sampling_engine
 from srccore.run.loop import run
+from srccore.stages.candidates import search_candidates
+from srccore.stages.data import SPLITS
+from srccore.stages.machine import Machine
 
 
 def _preferences(out: Path, number: int = 1) -> list[Preference]:
@@ -89,7 +92,7 @@ def test_no_stage_but_evaluate_reads_the_heldout_split(finished: Path) -> None:
 
 def test_the_data_of_a_run_are_disjoint_by_image(finished: Path) -> None:
     owner: dict[bytes, str] = {}
-    for split in stages.SPLITS:
+    for split in SPLITS:
         data = dataset.open_data(finished / "data" / f"{split}.parquet")
         for sample in data.samples:
             assert owner.setdefault(data.encoded(sample.id), split) == split
@@ -102,7 +105,7 @@ def test_resharding_gives_the_same_candidates(finished: Path, tmp_path: Path) ->
         found[count] = {}
         for index in range(count):
             out = tmp_path / f"{count}-{index}"
-            stages.search_candidates(
+            search_candidates(
                 config.search,
                 data=finished / "data" / "calibration.parquet",
                 policy=finished / "tune-rationale" / "policy.json",
@@ -110,7 +113,7 @@ def test_resharding_gives_the_same_candidates(finished: Path, tmp_path: Path) ->
                 seed=0,
                 round_number=1,
                 shard=(index, count),
-                device="cpu",
+                machine=Machine("cpu"),
             )
             for record in read_records(out / "candidates.jsonl", CandidateSet):
                 found[count][record.sample_id] = record
@@ -139,7 +142,7 @@ def test_the_engine_decodes_greedily_as_generate_does(finished: Path) -> None:
     wanted = loaded.processor.tokenizer.batch_decode(
         generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
-    engine = stages.sampling_engine(finished / "tune-rationale" / "policy.json", "cpu")
+    engine = sampling_engine(finished / "tune-rationale" / "policy.json", "cpu")
     whole = engine.extend(
         [Draw(node, greedy=True) for node in engine.open(prompts)], max_tokens=60, whole=True
     )
@@ -237,7 +240,7 @@ def test_export_writes_a_checkpoint_that_transformers_loads_by_itself(
         (["run", "--out", "{finished}", "--set", "search.width=3"], "another configuration"),
         (["run", "--out", "/proc/nothing/run"], "cannot be written"),
         (["run", "--out", "{tmp}/x", "--set", "model.path={tmp}"], "config.json"),
-        (["run", "--out", "{tmp}/x", "--set", "data.source={tmp}/none"], "is not a data set"),
+        (["run", "--out", "{tmp}/x", "--set", "data.source={tmp}/none"], "does not exist"),
         (["export", "{finished}", "--round", "7", "-o", "{tmp}/e"], "has not finished round 7"),
         (["export", "{tmp}", "--round", "1", "-o", "{tmp}/e"], "no run folder"),
         (["report", "{tmp}"], "no run folder"),

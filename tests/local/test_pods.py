@@ -138,7 +138,7 @@ def test_two_pods_of_which_one_is_lost_train_what_one_trains(
     assert (first.ends(), second.ends()) == (0, 0)
     assert "Training goes on from step " in first.log
     # The first process alone speaks.
-    assert f"train-dpo is done: {uri}" in first.log
+    assert f"Finished train-dpo: {uri}" in first.log
     assert second.log == ""
     done = finished_stage("train-dpo", uri)
     assert done is not None
@@ -150,7 +150,7 @@ def test_two_pods_of_which_one_is_lost_train_what_one_trains(
     stored = storage.listing(uri)
     again = [job.start(index) for index in range(2)]
     assert [pod.ends() for pod in again] == [0, 0]
-    assert (again[0].last_line, again[1].log) == (f"train-dpo was done before: {uri}", "")
+    assert (again[0].last_line, again[1].log) == (f"train-dpo is finished already: {uri}", "")
     assert storage.listing(uri) == stored
 
     other = task.model_copy(update={"artifact_root": f"{moto.with_new_bucket().uri}/artifacts"})

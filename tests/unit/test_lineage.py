@@ -12,7 +12,7 @@ from srccore.config import load_config
 from srccore.errors import UserError
 from srccore.models.policy import read_policy
 from srccore.run.loop import load_run
-from srccore.stages.folder import Manifest
+from srccore.stages.manifest import Manifest
 from srccore.steps.home import collect_report, collect_run
 
 CONFIG = load_config("tiny")

@@ -29,7 +29,7 @@ from srccore.cluster.request import (
     Toleration,
     TrainingJobRequest,
 )
-from srccore.containers.names import STAGES
+from srccore.stages.table import STAGES
 
 GOLDENS = Path(__file__).parent / "goldens" / "jobs"
 RUNTIME = Path(__file__).parents[2] / "manifests/components/trainjob/training-runtime.yaml"

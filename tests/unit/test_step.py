@@ -15,10 +15,11 @@ import pytest
 import s3_server
 from s3_server import S3Server
 
-from srccore import stages, storage
+from srccore import storage
 from srccore.cluster.train import train
 from srccore.data.records import Rationale, read_records
 from srccore.errors import UserError
+from srccore.stages import data as data_stages
 from srccore.steps.step import (
     Finished,
     Reference,
@@ -98,15 +99,15 @@ def test_another_setting_makes_another_folder_and_an_operational_one_does_not(
     assert augment(root, split, endpoint={"retries": 1}).uri == augment(root, split).uri
 
 
-def test_an_endpoint_that_chooses_the_model_itself_counts_by_its_address(tmp_path: Path) -> None:
+def test_an_endpoint_is_identified_by_its_model_and_not_by_its_address(tmp_path: Path) -> None:
     root = str(tmp_path / "artifacts")
     split = refer(prepare(root), "train.parquet", tmp_path / "train")
 
-    def uri(url: str, model: str | None) -> str:
+    def uri(url: str, model: str) -> str:
         return augment(root, split, endpoint={"url": url, "model": model}).uri
 
-    assert uri("http://a.example.com", None) != uri("http://b.example.com", None)
     assert uri("http://a.example.com", "m") == uri("http://b.example.com", "m")
+    assert uri("http://a.example.com", "m") != uri("http://a.example.com", "n")
 
 
 def test_a_root_can_be_moved(tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_where_a_stage_will_lie_is_known_before_and_whether_it_is_done(root: str
     done = prepare(root)
     assert done.uri == uri
     assert finished_stage("prepare-data", uri) == done
-    with pytest.raises(UserError, match="holds prepare-data, not train-dpo"):
+    with pytest.raises(UserError, match="is the output of prepare-data, not train-dpo"):
         finished_stage("train-dpo", uri)
 
 
@@ -179,7 +180,7 @@ def test_torchrun_starts_training_stages_only(
         prepare(root)
     # Whoever calls it from a program may want the error itself.
     assert isinstance(stopped.value.__cause__, UserError)
-    assert "prepare-data runs in one process" in capsys.readouterr().err
+    assert "prepare-data runs in a single process" in capsys.readouterr().err
 
 
 def write_policy_file(path: Path, *adapters: str) -> Path:
@@ -221,26 +222,26 @@ def test_two_processes_on_one_folder_wait_for_each_other(tmp_path: Path) -> None
     assert [process.returncode for process in processes] == [0, 0, 0], said
     (folder,) = (p for p in (tmp_path / "artifacts" / "prepare-data").iterdir() if p.is_dir())
     assert (folder / "manifest.json").is_file()
-    assert any("Another process works on" in each for each in said)
+    assert any("Another process is working on" in each for each in said)
 
 
 def test_what_another_pod_published_meanwhile_is_kept(
     s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = f"{s3.uri}/artifacts"
-    real = stages.prepare_data
+    real = data_stages.prepare_data
     stored: list[storage.StoredFile] = []
 
     @functools.wraps(real)
     def slow(*arguments: Any, **keywords: Any) -> Any:
         """Works on while another pod, with a cache of its own, does it all."""
-        monkeypatch.setattr(stages, "prepare_data", real)
+        monkeypatch.setattr(data_stages, "prepare_data", real)
         with monkeypatch.context() as other:
             other.setenv("SRCCORE_CACHE", str(tmp_path / "another pod"))
             stored.extend(storage.listing(prepare(root).uri))
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(stages, "prepare_data", slow)
+    monkeypatch.setattr(data_stages, "prepare_data", slow)
     assert storage.listing(prepare(root).uri) == stored != []
 
 
@@ -285,7 +286,7 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "a missing input",
         lambda folder: augment(str(folder), folder / "none"),
-        "The input data is missing",
+        "Input data does not exist",
     ),
     (
         "another scheme",
@@ -324,7 +325,7 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "an artifact that is no reference",
         lambda folder: fetch_output(str(folder / "none")),
-        "is no reference",
+        "is not a reference",
     ),
 ]
 

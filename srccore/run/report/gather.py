@@ -12,15 +12,15 @@ import yaml
 from PIL import Image
 
 from srccore.config import RunConfig
-from srccore.containers.names import STAGES
 from srccore.data import dataset
 from srccore.data.records import Preference, Rating, Sample, read_records
 from srccore.files import MANIFEST
 from srccore.method import evaluation
 from srccore.run.loop import load_run
 from srccore.run.report import page
-from srccore.stages import read_outcomes
-from srccore.stages.folder import Manifest, read_manifest
+from srccore.stages.evaluation import read_outcomes
+from srccore.stages.manifest import Manifest, read_manifest
+from srccore.stages.table import STAGES
 
 __all__ = ["collect", "overall_change", "write_report"]
 
@@ -108,9 +108,7 @@ def _manifests(run: Path) -> Iterator[tuple[Path, Manifest]]:
     order = list(STAGES)
 
     def place(folder: Path) -> tuple[int, int, str]:
-        stage = found[folder].stage
-        sampled = "sample-responses" if folder.name == "sample-responses" else stage
-        return _round_of(folder) or 0, order.index(sampled), str(folder)
+        return _round_of(folder) or 0, order.index(found[folder].stage), str(folder)
 
     for folder in sorted(found, key=place):
         yield folder, found[folder]

@@ -9,11 +9,21 @@ from pathlib import Path
 import pytest
 
 from srccore.errors import UserError
-from srccore.stages.folder import StageFolder, read_manifest
+from srccore.stages.folder import StageFolder
+from srccore.stages.manifest import read_manifest
+from srccore.stages.table import Input, Stage
+
+STAGE = Stage(
+    "stage",
+    "A stage.",
+    "light",
+    inputs=(Input("source", "stage"), Input("shards", "stage", many=True)),
+    sources=("model",),
+)
 
 
 def _folder(out: Path, **settings: object) -> StageFolder:
-    return StageFolder("stage", out, settings=settings)
+    return StageFolder(STAGE, out, settings=settings)
 
 
 def test_a_finished_stage_tells_its_figures_and_is_not_done_again(tmp_path: Path) -> None:
@@ -39,24 +49,24 @@ def test_a_folder_of_other_settings_is_refused_untouched(tmp_path: Path, is_fini
     if is_finished:
         folder.finish({})
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="already holds the output of a different stage"):
         _folder(tmp_path / "out", seed=2)
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="already holds the output of a different stage"):
         _folder(tmp_path)
 
 
 def test_a_changed_input_is_another_stage(tmp_path: Path) -> None:
     source = tmp_path / "input.txt"
     source.write_text("a")
-    StageFolder("stage", tmp_path / "out", inputs={"source": source}).finish({})
+    StageFolder(STAGE, tmp_path / "out", inputs={"source": source}).finish({})
     source.write_text("b")
-    with pytest.raises(UserError, match="holds something else"):
-        StageFolder("stage", tmp_path / "out", inputs={"source": source})
+    with pytest.raises(UserError, match="already holds the output of a different stage"):
+        StageFolder(STAGE, tmp_path / "out", inputs={"source": source})
 
 
 def test_a_folder_counts_by_its_files_and_not_by_its_card(tmp_path: Path) -> None:
@@ -65,17 +75,40 @@ def test_a_folder_counts_by_its_files_and_not_by_its_card(tmp_path: Path) -> Non
     # A manifest of somebody else's is a file like any other.
     for name in ("model.safetensors", "manifest.json"):
         (model / name).write_text("a")
-    StageFolder("stage", tmp_path / "out", inputs={"model": model}).finish({})
+    StageFolder(STAGE, tmp_path / "out", inputs={"source": model}).finish({})
     (model / "README.md").write_text("A card.")
-    assert StageFolder("stage", tmp_path / "out", inputs={"model": model}).figures == {}
+    assert StageFolder(STAGE, tmp_path / "out", inputs={"source": model}).figures == {}
     (model / "manifest.json").write_text("b")
-    with pytest.raises(UserError, match="holds something else"):
-        StageFolder("stage", tmp_path / "out", inputs={"model": model})
+    with pytest.raises(UserError, match="already holds the output of a different stage"):
+        StageFolder(STAGE, tmp_path / "out", inputs={"source": model})
+
+
+def test_an_input_that_the_stage_does_not_declare_is_a_mistake_of_the_code(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="declares no inputs"):
+        StageFolder(STAGE, tmp_path / "out", inputs={"other": tmp_path})
+    with pytest.raises(ValueError, match="declares no sources"):
+        StageFolder(STAGE, tmp_path / "out", sources={"other": "x"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_inputs_of_one_name_are_numbered(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    folder = StageFolder(STAGE, tmp_path / "out", inputs={"shards": [tmp_path / n for n in "ab"]})
+    folder.finish({})
+    assert sorted(read_manifest(tmp_path / "out").inputs) == ["shards_0", "shards_1"]
+
+
+def test_a_temporary_file_that_a_killed_process_left_is_no_output(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "out")
+    (tmp_path / "out" / "result.jsonl.17.tmp").write_text("half")
+    folder.finish({})
+    assert read_manifest(tmp_path / "out").outputs == {}
 
 
 def test_a_missing_input_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="input source is missing"):
-        StageFolder("stage", tmp_path / "out", inputs={"source": tmp_path / "none"})
+    with pytest.raises(UserError, match="Input source does not exist"):
+        StageFolder(STAGE, tmp_path / "out", inputs={"source": tmp_path / "none"})
 
 
 def test_a_path_that_cannot_be_written_is_told(tmp_path: Path) -> None:
@@ -95,7 +128,7 @@ def test_a_folder_without_permission_is_told(tmp_path: Path) -> None:
 def test_memory_is_what_the_stage_took_not_what_was_taken_before(tmp_path: Path) -> None:
     block = bytearray(os.urandom(2**20) * 200)
     del block
-    stage = StageFolder("small", tmp_path / "small")
+    stage = StageFolder(STAGE, tmp_path / "small")
     stage.finish({})
     assert stage.manifest is not None
     with open("/proc/self/status", encoding="ascii") as status:

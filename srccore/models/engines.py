@@ -1,0 +1,51 @@
+"""Chooses the engine that runs a model, and the device that it runs on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from srccore.method.engine import RatingEngine, SamplingEngine
+
+__all__ = ["choose_device", "rating_engine", "sampling_engine"]
+
+
+def choose_device(name: str) -> str:
+    """Returns ``cuda`` or ``cpu`` for ``auto``, any other name as it is."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def sampling_engine(policy: Path, device: str) -> SamplingEngine:
+    """Loads a policy into the engine that samples from it.
+
+    Args:
+        policy: A ``policy.json`` or its folder.
+        device: ``cpu``, ``cuda`` or ``auto``.
+
+    Returns:
+        The engine, on that device.
+    """
+    from srccore.models.policy import load_policy, read_policy
+    from srccore.models.transformers import TransformersSamplingEngine
+
+    loaded = load_policy(read_policy(policy), choose_device(device))
+    return TransformersSamplingEngine(loaded.model, loaded.processor)
+
+
+def rating_engine(folder: Path, device: str, batch_size: int) -> RatingEngine:
+    """Loads R-Scorer into the engine that reads its ratings.
+
+    Args:
+        folder: A checkpoint that train-scorer wrote.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        batch_size: Prompts of one forward pass.
+
+    Returns:
+        The engine, on that device.
+    """
+    from srccore.models.transformers import TransformersRatingEngine
+
+    return TransformersRatingEngine.load(folder, choose_device(device), batch_size)

@@ -1,0 +1,224 @@
+"""Stages sample-responses, search-candidates and score-candidates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from srccore.config import AnnotationConfig, ScoringConfig, SearchConfig
+from srccore.data import dataset
+from srccore.data.records import CandidateSet, Rating, read_records, write_records
+from srccore.method import scoring, search
+from srccore.method.engine import Prompt
+from srccore.models.engines import rating_engine, sampling_engine
+from srccore.stages.folder import StageFolder
+from srccore.stages.journal import Journal
+from srccore.stages.machine import Figures, Machine
+from srccore.stages.rationales import judged_samples
+
+__all__ = ["sample_responses", "score_candidates", "search_candidates"]
+
+SCORING_CHUNK = 32
+"""Samples whose ratings become durable together."""
+
+
+def search_candidates(
+    config: SearchConfig,
+    *,
+    data: Path,
+    policy: Path,
+    out: Path,
+    seed: int,
+    round_number: int,
+    shard: tuple[int, int] = (0, 1),
+    machine: Machine = Machine(),
+) -> Figures:
+    """Stage 2: searches candidate responses for a round's samples, or for one shard of them.
+
+    Args:
+        config: The search's settings.
+        data: The split to draw the round's samples from.
+        policy: A ``policy.json``.
+        out: Gets ``candidates.jsonl``.
+        seed: The run's seed.
+        round_number: 1 for the first round.
+        shard: Index and count of the shards of the round's samples.
+        machine: How the work is done; progress counts samples searched.
+
+    Returns:
+        Counts of samples, candidates, samples with fewer than two, and dropped beams.
+    """
+    stage = "search-candidates"
+    return _search(stage, config, data, policy, out, seed, round_number, shard, machine)
+
+
+def _search(
+    stage: str,
+    config: SearchConfig,
+    data: Path,
+    policy: Path,
+    out: Path,
+    seed: int,
+    round_number: int,
+    shard: tuple[int, int],
+    machine: Machine,
+) -> Figures:
+    folder = StageFolder(
+        stage,
+        out,
+        config=config,
+        inputs={"data": data, "policy": policy},
+        settings={"seed": seed, "round": round_number, "shard": list(shard)},
+    )
+    if folder.figures is not None:
+        return folder.figures
+    opened = dataset.open_data(data)
+    start = max(0, round_number - 1)
+    drawn = dataset.draw(opened.samples, config.samples, seed=seed, start=start)
+    samples = dataset.shard(drawn, *shard)
+    journal = Journal(out, CandidateSet)
+    known = {record.sample_id for record in journal.records()}
+    # Prompts of like length share a batch; the id makes the order the same everywhere.
+    todo = sorted(
+        (sample for sample in samples if sample.id not in known),
+        key=lambda sample: (len(sample.question), sample.id),
+    )
+    if todo:
+        engine = sampling_engine(policy, machine.device)
+    for done in range(0, len(todo), config.batch_size):
+        batch = todo[done : done + config.batch_size]
+        prompts = [
+            (sample.id, Prompt(opened.image(sample.id), sample.question)) for sample in batch
+        ]
+        found = search.search_candidates(
+            engine, prompts, config, seed=seed, round_number=round_number
+        )
+        journal.append(*found)
+        machine.progress(len(known) + done + len(batch), len(samples))
+    sets = {record.sample_id: record for record in journal.records()}
+    ordered = [sets[sample.id] for sample in samples]
+    write_records(out / "candidates.jsonl", CandidateSet, ordered)
+    figures = folder.finish(
+        {
+            "samples": len(ordered),
+            "candidates": sum(len(record.candidates) for record in ordered),
+            "fewer_than_two": sum(len(record.candidates) < 2 for record in ordered),
+            "unfinished": sum(record.unfinished for record in ordered),
+        }
+    )
+    journal.delete()
+    return figures
+
+
+def sample_responses(
+    config: SearchConfig,
+    *,
+    annotation: AnnotationConfig,
+    data: Path,
+    policy: Path,
+    out: Path,
+    seed: int,
+    machine: Machine = Machine(),
+) -> Figures:
+    """Samples whole responses, for a teacher to rate and R-Scorer to learn from.
+
+    Args:
+        config: The search's settings; strategy, counts and temperature are the annotation's.
+        annotation: The annotation's settings.
+        data: The train split.
+        policy: A ``policy.json``.
+        out: Gets ``candidates.jsonl``.
+        seed: The run's seed.
+        machine: How the work is done; progress counts samples done.
+
+    Returns:
+        As `search_candidates`.
+    """
+    sampling = config.model_copy(
+        update={
+            "strategy": "sample",
+            "samples": annotation.samples,
+            "candidates": annotation.candidates,
+            "temperature": annotation.temperature,
+        }
+    )
+    return _search("sample-responses", sampling, data, policy, out, seed, 0, (0, 1), machine)
+
+
+def score_candidates(
+    config: ScoringConfig,
+    *,
+    data: Path,
+    candidates: Path,
+    scorer: Path,
+    out: Path,
+    rationales: Path | None = None,
+    machine: Machine = Machine(),
+) -> Figures:
+    """Stage 3: R-Scorer rates every ordered pair of a sample's candidates.
+
+    Args:
+        config: The scoring's settings.
+        data: The split that the candidates answer.
+        candidates: The folder of `search_candidates`.
+        scorer: The folder of `train_scorer`.
+        out: Gets ``ratings.jsonl``.
+        rationales: The folder of `augment_rationales` on that split.
+        machine: How the work is done; progress counts samples scored.
+
+    Returns:
+        Counts, mean rating mass and swap consistency.
+    """
+    folder = StageFolder(
+        "score-candidates",
+        out,
+        config=config,
+        inputs={
+            "data": data,
+            "candidates": candidates,
+            "scorer": scorer,
+            "rationales": rationales,
+        },
+    )
+    if folder.figures is not None:
+        return folder.figures
+    sets = [
+        record
+        for record in read_records(candidates / "candidates.jsonl", CandidateSet)
+        if len(record.candidates) > 1
+    ]
+    samples = judged_samples(data, rationales, [record.sample_id for record in sets])
+    journal = Journal(out, Rating)
+    ratings = {(each.sample_id, each.first, each.second): each for each in journal.records()}
+    # An interruption may have cut a sample's ratings in two: then all are made again.
+    counts = Counter(sample_id for sample_id, _, _ in ratings)
+    known = {
+        s.sample_id for s in sets if counts[s.sample_id] == len(scoring.pair_schedule(s.candidates))
+    }
+    todo = [record for record in sets if record.sample_id not in known]
+    if todo:
+        engine = rating_engine(scorer / "model", machine.device, config.batch_size)
+    for done in range(0, len(todo), SCORING_CHUNK):
+        chunk = todo[done : done + SCORING_CHUNK]
+        rated = scoring.rate_candidates(
+            engine, [(samples[record.sample_id], record) for record in chunk]
+        )
+        journal.append(*rated)
+        ratings.update({(each.sample_id, each.first, each.second): each for each in rated})
+        machine.progress(len(known) + done + len(chunk), len(sets))
+    ordered = [
+        ratings[record.sample_id, first.id, second.id]
+        for record in sets
+        for first, second in scoring.pair_schedule(record.candidates)
+    ]
+    write_records(out / "ratings.jsonl", Rating, ordered)
+    figures = folder.finish(
+        {
+            "samples": len(sets),
+            "ratings": len(ordered),
+            "rating_mass": scoring.mean_mass(ordered),
+            "swap_consistency": scoring.swap_consistency(ordered),
+        }
+    )
+    journal.delete()
+    return figures

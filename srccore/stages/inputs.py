@@ -1,0 +1,120 @@
+"""What identifies an input of a stage: one function per kind.
+
+A stage's folder and a pipeline's step both ask here, so that the two cannot disagree on whether
+work has been done. On a disk everything is identified by its content; in a bucket by its listing
+(names, sizes and ETags), which is its content as far as the store knows it. An endpoint is
+identified by its settings: the model's name, and not the address that serves it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from srccore import storage
+from srccore.config import DataConfig, TextModelConfig
+from srccore.errors import UserError
+from srccore.files import MANIFEST, STARTED
+from srccore.hashing import hash_file, hash_text
+from srccore.models.policy import Policy, read_policy, resolve_model_path
+from srccore.stages.manifest import read_manifest
+
+__all__ = ["checkpoint", "content", "data_source", "policy", "policy_at", "setting"]
+
+
+def content(name: str, address: Path | str) -> str:
+    """Identifies a file or folder: a data set, the output of a stage, an adapter.
+
+    Args:
+        name: What it is, for the error.
+        address: A path or ``s3://...``.
+
+    Returns:
+        A hash: of a finished stage's outputs, of other files' bytes, of a bucket's listing.
+
+    Raises:
+        UserError: There is no such file or folder, or it is a stage's that has not finished.
+    """
+    if isinstance(address, str) and storage.is_remote(address):
+        return storage.fingerprint(address)
+    path = storage.local_path(address) if isinstance(address, str) else address
+    if path.is_file():
+        return _file(path)
+    if path.is_dir():
+        return hash_text("\n".join(_folder(path)))
+    raise UserError(f"Input {name} does not exist: {path}.", "Check the path.")
+
+
+def _folder(path: Path) -> Iterator[str]:
+    if (path / STARTED).is_file():
+        yield json.dumps(read_manifest(path).outputs, sort_keys=True)
+        return
+    for file in sorted(path.rglob("*")):
+        # A checkpoint is the same whatever its card says.
+        if file.is_file() and file.name != "README.md":
+            yield f"{file.relative_to(path)} {_file(file)}"
+
+
+def _file(path: Path) -> str:
+    """Trusts the manifest of a finished stage for the files that it wrote."""
+    for folder in path.parents[:2]:
+        if all((folder / name).is_file() for name in (STARTED, MANIFEST)):
+            known = read_manifest(folder).outputs.get(str(path.relative_to(folder)))
+            if known:
+                return known
+    return hash_file(path)
+
+
+def data_source(config: DataConfig) -> str:
+    """Identifies the data set that a run starts from."""
+    if config.source == "embedded":
+        return config.source
+    return content("data.source", config.source)
+
+
+def checkpoint(path: str) -> str:
+    """Identifies a checkpoint.
+
+    Args:
+        path: As `srccore.config.TextModelConfig` names it.
+
+    Returns:
+        A hash of its content, without its card; a hub id as it is.
+
+    Raises:
+        UserError: It is not a checkpoint with safetensors weights.
+    """
+    if storage.is_remote(path):
+        return storage.fingerprint(path)
+    found = resolve_model_path(path)
+    return content("model", Path(found)) if Path(found).is_dir() else found
+
+
+def policy(
+    value: Policy, adapter: Callable[[str], str] = lambda each: content("adapter", each)
+) -> str:
+    """Identifies a policy: its base model and its adapters, in order.
+
+    Args:
+        value: The policy; adapters are absolute or URIs.
+        adapter: What identifies an adapter.
+
+    Returns:
+        JSON of the base, its content and the adapters.
+    """
+    base = value.base.model_dump(mode="json")
+    adapters = [adapter(each) for each in value.adapters]
+    return json.dumps([base, checkpoint(value.base.path), adapters])
+
+
+def policy_at(path: Path) -> str:
+    """Identifies the policy of a ``policy.json``, or of the folder that has one."""
+    return hash_text(policy(read_policy(path)))
+
+
+def setting(value: object) -> str | None:
+    """Identifies what a section of the configuration names; None if it names nothing."""
+    if isinstance(value, TextModelConfig):
+        return checkpoint(value.path)
+    return data_source(value) if isinstance(value, DataConfig) else None

@@ -1,0 +1,36 @@
+"""How a stage's work is done: nothing here changes what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from srccore.training.resume import Checkpoints
+
+__all__ = ["Figures", "Machine", "Progress"]
+
+Figures = dict[str, Any]
+"""What a stage measured of its work, as JSON."""
+Progress = Callable[[int, int], None]
+"""Receives how much of the work is done and how much there is; a skipped stage reports nothing."""
+
+
+def _silent(_done: int, _total: int) -> None:
+    """Reports nothing."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a stage works.
+
+    Attributes:
+        device: ``cpu``, ``cuda`` or ``auto``.
+        progress: Receives the stage's progress.
+        checkpoints: Where a training stage keeps its states; None is ``checkpoint`` in its folder.
+    """
+
+    device: str = "auto"
+    progress: Progress = _silent
+    checkpoints: Checkpoints | None = None

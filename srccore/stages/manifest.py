@@ -1,0 +1,50 @@
+"""What a finished stage says about itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from srccore.errors import UserError
+from srccore.files import MANIFEST
+
+__all__ = ["Manifest", "read_manifest"]
+
+
+class Manifest(BaseModel):
+    """A finished stage: what went in, what came out, and what it took."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    stage: str
+    key: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    """Hash of each input."""
+    outputs: dict[str, str]
+    """Hash of each file written, by its path in the folder."""
+    figures: dict[str, Any]
+    versions: dict[str, str]
+    seconds: float
+    peak_memory_mb: float
+    """Peak resident memory of the process while the stage ran, in MiB; on kernels other than Linux,
+    since the process began."""
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads the manifest of a finished stage.
+
+    Raises:
+        UserError: The manifest is missing or unreadable.
+    """
+    path = folder / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        raise UserError(
+            f"{folder} is not the folder of a finished stage: {MANIFEST} is missing or unreadable.",
+            "Run the stage that writes it to its end first.",
+        ) from None

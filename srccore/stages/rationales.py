@@ -1,0 +1,173 @@
+"""Stages augment-rationales and tune-rationale, and the rationales that other stages read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+from srccore.config import AugmentationConfig, ModelConfig, RationaleTuningConfig
+from srccore.data import dataset
+from srccore.data.records import Rationale, Sample, read_records, write_records
+from srccore.errors import UserError
+from srccore.method import response
+from srccore.models.engines import choose_device
+from srccore.stages import inputs as identify
+from srccore.stages.folder import StageFolder
+from srccore.stages.journal import Journal
+from srccore.stages.machine import Figures, Machine
+from srccore.training.ranks import is_first
+
+__all__ = ["augment_rationales", "judged_samples", "rationale_texts", "tune_rationale"]
+
+RATIONALES = "rationales.jsonl"
+
+
+def augment_rationales(
+    config: AugmentationConfig, *, data: Path, out: Path, machine: Machine = Machine()
+) -> Figures:
+    """Gives a reference rationale to every sample that has none.
+
+    Args:
+        config: The teacher.
+        data: The train or the calibration split.
+        out: Gets ``rationales.jsonl``.
+        machine: How the work is done; progress counts samples asked.
+
+    Returns:
+        How many rationales were there, were made, and failed, by reason.
+    """
+    from srccore.models.teacher import RationaleRequest, make_teacher
+
+    folder = StageFolder("augment-rationales", out, config=config, inputs={"data": data})
+    if folder.figures is not None:
+        return folder.figures
+    opened = dataset.open_data(data)
+    given = [
+        Rationale(sample_id=sample.id, rationale=sample.rationale)
+        for sample in opened.samples
+        if sample.rationale
+    ]
+    wanting = [sample for sample in opened.samples if not sample.rationale]
+    journal = Journal(out, Rationale)
+    known = {record.sample_id for record in journal.records()}
+    asked = [
+        RationaleRequest(sample, functools.partial(opened.image, sample.id))
+        for sample in wanting
+        if sample.id not in known
+    ]
+    problems: dict[str, int] = {}
+    answers = make_teacher(config.teacher, config.endpoint).rationales(asked) if asked else ()
+    for done, (sample_id, text, problem) in enumerate(answers, start=1):
+        if text:
+            journal.append(Rationale(sample_id=sample_id, rationale=text))
+        else:
+            problems[str(problem)] = problems.get(str(problem), 0) + 1
+        machine.progress(done, len(asked))
+    made = sorted(journal.records(), key=lambda record: record.sample_id)
+    write_records(out / RATIONALES, Rationale, [*given, *made])
+    machine.progress(len(opened.samples), len(opened.samples))
+    figures = folder.finish({"given": len(given), "made": len(made), "problems": problems})
+    journal.delete()
+    return figures
+
+
+def tune_rationale(
+    config: RationaleTuningConfig,
+    *,
+    model: ModelConfig,
+    data: Path,
+    out: Path,
+    seed: int,
+    rationales: Path | None = None,
+    machine: Machine = Machine(),
+) -> Figures:
+    """Stage 1: teaches the model to write a rationale before the answer (paper: LoRA SFT).
+
+    Args:
+        config: The training's settings.
+        model: The base model.
+        data: The train split.
+        out: Gets ``policy.json`` and the adapter.
+        seed: The run's seed.
+        rationales: The folder of `augment_rationales` on that split; without it, samples that
+            have no rationale of their own are left out.
+        machine: How the work is done; progress counts optimiser steps.
+
+    Returns:
+        Steps, losses and how many samples were used.
+    """
+    from srccore.models.policy import Policy, write_policy
+    from srccore.training.rationale import RationaleExample
+    from srccore.training.rationale import tune_rationale as train
+
+    folder = StageFolder(
+        "tune-rationale",
+        out,
+        config=config,
+        inputs={"data": data, "rationales": rationales},
+        sources={"model": identify.checkpoint(model.path)},
+        settings={"seed": seed, "model": model.model_dump(mode="json")},
+    )
+    if folder.figures is not None:
+        return folder.figures
+    opened = dataset.open_data(data)
+    texts = rationale_texts(opened.samples, rationales)
+    usable = [sample for sample in opened.samples if sample.id in texts]
+    if not usable:
+        raise UserError(
+            f"No sample of {data} has a rationale.",
+            "See the problems of augment-rationales, or run it if it was left out.",
+        )
+    drawn = dataset.draw(usable, min(config.samples, len(usable)), seed=seed)
+    examples = [
+        RationaleExample(
+            question=sample.question,
+            response=response.write(texts[sample.id], sample.answer),
+            image=functools.partial(opened.image, sample.id),
+        )
+        for sample in drawn
+    ]
+    start = Policy(base=model)
+    outcome = train(
+        start,
+        examples,
+        config,
+        out,
+        seed=seed,
+        device=choose_device(machine.device),
+        progress=machine.progress,
+        checkpoints=machine.checkpoints,
+    )
+    if not is_first():
+        return dataclasses.asdict(outcome)
+    write_policy(out, start.with_adapter(out / "adapter"))
+    return folder.finish(dataclasses.asdict(outcome))
+
+
+def judged_samples(data: Path, rationales: Path | None, ids: Sequence[str]) -> dict[str, Sample]:
+    """Samples by id; one without a rationale of its own gets the teacher's.
+
+    Raises:
+        UserError: The data set has no sample of one of the ids.
+    """
+    opened = dataset.open_data(data)
+    samples = [opened.sample(sample_id) for sample_id in ids]
+    texts = rationale_texts(samples, rationales)
+    return {s.id: s.model_copy(update={"rationale": texts.get(s.id)}) for s in samples}
+
+
+def rationale_texts(samples: Sequence[Sample], rationales: Path | None) -> dict[str, str]:
+    """Rationales by sample id: the sample's own, else the one given for it.
+
+    They are given by the folder of `augment_rationales`, or by a data set of the same ids.
+    """
+    own = {sample.id: sample.rationale for sample in samples if sample.rationale}
+    if rationales is None:
+        return own
+    if (rationales / RATIONALES).is_file():
+        made = read_records(rationales / RATIONALES, Rationale)
+        return {record.sample_id: record.rationale for record in made} | own
+    given = dataset.open_data(rationales).samples
+    return {sample.id: sample.rationale for sample in given if sample.rationale} | own

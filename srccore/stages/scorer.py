@@ -1,0 +1,192 @@
+"""Stages annotate-ratings and train-scorer: R-Scorer, from teacher ratings."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from srccore.config import AnnotationConfig, ScorerConfig, TextModelConfig
+from srccore.data import dataset
+from srccore.data.records import Candidate, CandidateSet, LabelledPair, read_records, write_records
+from srccore.errors import UserError
+from srccore.hashing import stable_hash
+from srccore.method import scoring
+from srccore.models.engines import choose_device, rating_engine
+from srccore.stages import inputs as identify
+from srccore.stages.folder import StageFolder
+from srccore.stages.journal import Journal
+from srccore.stages.machine import Figures, Machine
+from srccore.stages.rationales import judged_samples
+from srccore.training.ranks import is_first
+
+__all__ = ["annotate_ratings", "train_scorer"]
+
+
+def annotate_ratings(
+    config: AnnotationConfig,
+    *,
+    data: Path,
+    candidates: Path,
+    out: Path,
+    seed: int,
+    rationales: Path | None = None,
+    machine: Machine = Machine(),
+) -> Figures:
+    """Has a teacher rate pairs of sampled responses, for R-Scorer to learn from.
+
+    Args:
+        config: The teacher, and how many pairs a sample gives.
+        data: The train split.
+        candidates: The folder of `search_candidates` on that split.
+        out: Gets ``labelled_pairs.jsonl``.
+        seed: The run's seed; decides which pairs.
+        rationales: The folder of `augment_rationales` on that split.
+        machine: How the work is done; progress counts pairs rated.
+
+    Returns:
+        How many pairs got each rating, and problems by reason.
+    """
+    from srccore.models.teacher import PairRequest, make_teacher
+
+    folder = StageFolder(
+        "annotate-ratings",
+        out,
+        config=config,
+        inputs={"data": data, "candidates": candidates, "rationales": rationales},
+        settings={"seed": seed},
+    )
+    if folder.figures is not None:
+        return folder.figures
+    sets = list(read_records(candidates / "candidates.jsonl", CandidateSet))
+    samples = judged_samples(data, rationales, [record.sample_id for record in sets])
+    pairs = [
+        (samples[record.sample_id], first, second)
+        for record in sets
+        for first, second in _some_pairs(record, config.pairs, seed)
+    ]
+    journal = Journal(out, LabelledPair)
+    known = {(pair.sample_id, pair.first, pair.second) for pair in journal.records()}
+    todo = [
+        PairRequest(sample, first.text, second.text)
+        for sample, first, second in pairs
+        if (sample.id, first.text, second.text) not in known
+    ]
+    problems: dict[str, int] = {}
+    answers = make_teacher(config.teacher, config.endpoint).ratings(todo) if todo else ()
+    for done, (number, rating, problem) in enumerate(answers, start=1):
+        request = todo[number]
+        if rating is None:
+            problems[str(problem)] = problems.get(str(problem), 0) + 1
+        else:
+            journal.append(
+                LabelledPair(
+                    sample_id=request.sample.id,
+                    first=request.first,
+                    second=request.second,
+                    rating=rating,
+                )
+            )
+        machine.progress(done, len(todo))
+    rated = sorted(journal.records(), key=lambda pair: (pair.sample_id, pair.first, pair.second))
+    write_records(out / "labelled_pairs.jsonl", LabelledPair, rated)
+    counts = {level: sum(pair.rating == level for pair in rated) for level in range(1, 6)}
+    figures = folder.finish({"pairs": len(rated), "ratings": counts, "problems": problems})
+    journal.delete()
+    return figures
+
+
+def _some_pairs(record: CandidateSet, count: int, seed: int) -> list[tuple[Candidate, Candidate]]:
+    """Unordered pairs of a set in an order that the seed gives; which comes first, too."""
+    keyed = []
+    for number, first in enumerate(record.candidates):
+        for second in record.candidates[number + 1 :]:
+            key = stable_hash(f"{seed}/{first.id}/{second.id}")
+            keyed.append((key, (first, second) if key % 2 else (second, first)))
+    return [pair for _, pair in sorted(keyed, key=lambda entry: entry[0])[:count]]
+
+
+def train_scorer(
+    config: ScorerConfig,
+    *,
+    model: TextModelConfig,
+    data: Path,
+    annotation: AnnotationConfig,
+    labelled_pairs: Path,
+    out: Path,
+    seed: int,
+    rationales: Path | None = None,
+    machine: Machine = Machine(),
+) -> Figures:
+    """Trains R-Scorer on teacher ratings and validates it on samples it was not trained on.
+
+    Args:
+        config: The training's settings.
+        model: The text-only base model.
+        data: The train split.
+        annotation: The annotation's settings: the share of the samples that is held back.
+        labelled_pairs: The folder of `annotate_ratings`.
+        out: Gets ``model/``.
+        seed: The run's seed.
+        rationales: The folder of `augment_rationales` on the train split.
+        machine: How the work is done; progress counts optimiser steps.
+
+    Returns:
+        Steps and losses, and the scorer's health on the validation pairs.
+    """
+    from srccore.training.scorer import RatingExample
+    from srccore.training.scorer import train_scorer as train
+
+    folder = StageFolder(
+        "train-scorer",
+        out,
+        config=config,
+        inputs={"data": data, "labelled_pairs": labelled_pairs, "rationales": rationales},
+        sources={"model": identify.checkpoint(model.path)},
+        settings={
+            "seed": seed,
+            "validation_share": annotation.validation_share,
+            "model": model.model_dump(mode="json"),
+        },
+    )
+    if folder.figures is not None:
+        return folder.figures
+    pairs = list(read_records(labelled_pairs / "labelled_pairs.jsonl", LabelledPair))
+    samples = judged_samples(data, rationales, [pair.sample_id for pair in pairs])
+    held = annotation.validation_share
+    shares = {"train": 1 - held, "validation": held}
+    parts = dataset.split(
+        [samples[sample_id] for sample_id in sorted({pair.sample_id for pair in pairs})],
+        shares,
+        seed,
+    )
+    held_back = {sample.id for sample in parts["validation"]}
+    training = [pair for pair in pairs if pair.sample_id not in held_back]
+    validation = [pair for pair in pairs if pair.sample_id in held_back]
+    if not training or not validation:
+        raise UserError(
+            f"{len(pairs)} labelled pairs are too few to train R-Scorer and to validate it.",
+            "Annotate more samples (annotation.samples).",
+        )
+    examples = [
+        RatingExample(scoring.rating_prompt(samples[pair.sample_id], first, second), rating)
+        for pair in training
+        for first, second, rating in (
+            (pair.first, pair.second, pair.rating),
+            (pair.second, pair.first, 6 - pair.rating),
+        )
+    ]
+    outcome = train(
+        model,
+        examples,
+        config,
+        out,
+        seed=seed,
+        device=choose_device(machine.device),
+        progress=machine.progress,
+        checkpoints=machine.checkpoints,
+    )
+    if not is_first():
+        return dataclasses.asdict(outcome)
+    engine = rating_engine(out / "model", machine.device, config.batch_size)
+    health = scoring.validate(engine, samples, validation)
+    return folder.finish({**dataclasses.asdict(outcome), "validation": health})

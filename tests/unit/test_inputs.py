@@ -1,0 +1,96 @@
+"""What identifies the inputs of a stage."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from srccore import hashing
+from srccore.config import DataConfig, ModelConfig
+from srccore.errors import UserError
+from srccore.hashing import hash_file
+from srccore.models.policy import Policy, write_policy
+from srccore.stages import inputs as identify
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """What looks like a checkpoint from outside: its weights are never loaded here."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"a" * 8)
+    return folder
+
+
+def test_new_weights_of_the_same_size_at_the_same_path_are_another_checkpoint(
+    checkpoint: Path,
+) -> None:
+    before = identify.checkpoint(str(checkpoint))
+    (checkpoint / "model.safetensors").write_bytes(b"b" * 8)
+    assert identify.checkpoint(str(checkpoint)) != before
+
+
+def test_new_weights_of_a_base_make_another_policy(checkpoint: Path, tmp_path: Path) -> None:
+    policy = Policy(base=ModelConfig(path=str(checkpoint)))
+    write_policy(tmp_path / "policy.json", policy)
+    before = identify.policy(policy), identify.policy_at(tmp_path / "policy.json")
+    (checkpoint / "model.safetensors").write_bytes(b"b" * 8)
+    after = identify.policy(policy), identify.policy_at(tmp_path / "policy.json")
+    assert all(old != new for old, new in zip(before, after, strict=True))
+
+
+def test_a_checkpoint_is_the_same_whatever_its_card_says(checkpoint: Path) -> None:
+    before = identify.checkpoint(str(checkpoint))
+    (checkpoint / "README.md").write_text("A card.", encoding="utf-8")
+    assert identify.checkpoint(str(checkpoint)) == before
+
+
+def test_a_copy_elsewhere_is_the_same_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    before = identify.checkpoint(str(checkpoint))
+    checkpoint.rename(tmp_path / "moved")
+    assert identify.checkpoint(str(tmp_path / "moved")) == before
+
+
+def test_a_name_of_the_model_hub_identifies_itself() -> None:
+    assert identify.checkpoint("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
+
+
+def test_a_file_is_read_once_and_again_when_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    real = hashing.hashlib.file_digest
+
+    def counted(file: object, name: str) -> object:
+        reads.append(name)
+        return real(file, name)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hashing.hashlib, "file_digest", counted)
+    path = tmp_path / "weights"
+    path.write_bytes(b"a")
+    assert hash_file(path) == hash_file(path)
+    assert len(reads) == 1
+    # Same size and same time, but another inode, as a tool leaves it that replaces files.
+    status = path.stat()
+    new = tmp_path / "new"
+    new.write_bytes(b"b")
+    os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
+    new.replace(path)
+    hash_file(path)
+    assert len(reads) == 2
+
+
+def test_settings_that_name_nothing_identify_nothing_more(checkpoint: Path) -> None:
+    assert identify.setting(ModelConfig(path=str(checkpoint))) == identify.checkpoint(
+        str(checkpoint)
+    )
+    assert identify.setting(DataConfig()) == "embedded"
+    assert identify.setting(3) is None
+
+
+def test_a_missing_input_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Input data does not exist: .*none"):
+        identify.content("data", tmp_path / "none")

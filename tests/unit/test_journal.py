@@ -1,0 +1,33 @@
+"""What an unfinished stage has done so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from srccore.data.records import Rationale
+from srccore.stages.journal import Journal
+
+# Separators that end a line for some readers, and a letter of two bytes.
+TEXTS = ("a\u2028b", "c\u0085d", "é")
+RECORDS = [Rationale(sample_id=f"s{number}", rationale=text) for number, text in enumerate(TEXTS)]
+
+
+def test_any_text_comes_back_as_it_was(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, Rationale)
+    journal.append(*RECORDS)
+    assert journal.records() == RECORDS
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_a_record_that_an_interruption_cut_is_not_there_and_the_next_one_follows(
+    tmp_path: Path, cut: int
+) -> None:
+    journal = Journal(tmp_path, Rationale)
+    journal.append(*RECORDS)
+    # Among the cuts are such within the letter of two bytes.
+    journal.path.write_bytes(journal.path.read_bytes()[:-cut])
+    assert journal.records() == RECORDS[:2]
+    journal.append(RECORDS[2])
+    assert journal.records() == RECORDS
