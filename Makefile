@@ -1,4 +1,4 @@
-# Two commands matter: `make run` and `make test`. Both make the environment first.
+# Two commands matter: `make run` and `make test`. Both create the environment first.
 
 PYTHON ?= python3
 UV_VERSION := 0.13.9
@@ -8,9 +8,9 @@ STAMP := .venv/.stamp
 RESOLVE := $(UV) pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 RESOLVE_IMAGE = $(RESOLVE) --no-annotate --python-platform linux -c requirements.lock
 # Tests that need no root, no GPU and no cluster.
-# tests/compile first: what kfp does takes several times as long once torch and the like are loaded.
+# tests/compile first: kfp takes several times as long once torch and similar packages are loaded.
 TESTS := $(wildcard tests/compile tests/unit tests/local)
-# Tests that need root and containers, and those that find more servers once their programs are
+# Tests that need root and containers, and tests that find more servers once their programs are
 # built. tests/kubeflow needs a Kubeflow: KFP_HOST=... python -m pytest tests/kubeflow.
 CLUSTER_TESTS := tests/cluster tests/container tests/unit/test_storage.py
 DEBIAN_PACKAGES := podman runc debootstrap docker-registry containerd containernetworking-plugins \
@@ -23,18 +23,18 @@ unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
 .PHONY: help env run test test-cluster check types lock compiled clean
 
-help: ## Show the targets
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-env: $(STAMP) ## Create .venv from requirements.lock; done again only when that or pyproject.toml changes
+env: $(STAMP) ## Create .venv from requirements.lock; repeated only if that or pyproject.toml changes
 
-run: $(STAMP) ## Run the preset `tiny` to its report, in runs/tiny
+run: $(STAMP) ## Run the preset `tiny`, up to its report in runs/tiny
 	$(BIN)/srccore run --preset tiny --out runs/tiny
 
-test: $(STAMP) ## Run the tests that need no root, no GPU and no cluster, but for a few long ones
+test: $(STAMP) ## Run the tests that need no root, GPU or cluster, except the long ones
 	$(BIN)/python -m pytest -m "not long" $(TESTS)
 
-test-cluster: $(STAMP) ## Run the tests that need root, Go and containers, and the long ones; installs what they lack
+test-cluster: $(STAMP) ## Run the tests that need root, Go and containers, and the long ones; installs what is missing
 	@test "$$(id -u)" = 0 || { echo "make test-cluster needs root"; exit 1; }
 	dpkg -s $(DEBIAN_PACKAGES) > /dev/null 2>&1 || { apt-get -q update && \
 		apt-get -q install --yes --no-install-recommends $(DEBIAN_PACKAGES); }
@@ -46,14 +46,14 @@ check: $(STAMP) types ## Check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-# As installed: in the checkout, `srccore.components` is a folder elsewhere.
+# On the installed tree: in the checkout, `srccore.components` is a folder elsewhere.
 types: $(STAMP)
 	rm -rf build
 	$(UV) pip install --quiet --target build/installed --no-deps .
 	cd build/installed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 		--cache-dir $(CURDIR)/.mypy_cache
 
-lock: $(UV) ## Resolve pyproject.toml into requirements.lock and the images' locks anew
+lock: $(UV) ## Resolve pyproject.toml into requirements.lock and the images' lock files
 	$(RESOLVE) pyproject.toml --all-extras --universal -o requirements.lock
 	$(RESOLVE_IMAGE) pyproject.toml --extra data --extra teacher -o images/light/requirements.lock
 	$(RESOLVE_IMAGE) pyproject.toml --extra train --extra teacher -o images/models/requirements.lock
@@ -61,7 +61,7 @@ lock: $(UV) ## Resolve pyproject.toml into requirements.lock and the images' loc
 	printf 'kfp\n' | $(RESOLVE_IMAGE) --no-deps - -o images/executor.lock
 	printf 'uv==$(UV_VERSION)\n' | $(RESOLVE_IMAGE) --no-deps - -o images/installer.lock
 
-compiled: $(STAMP) ## Write the compiled pipelines, component.yaml files and their pages anew
+compiled: $(STAMP) ## Regenerate the compiled pipelines, the component.yaml files and their pages
 	$(BIN)/python -m srccore.pipelines.regenerate
 
 clean: ## Remove the environment and all caches; runs/ stays
@@ -74,7 +74,7 @@ $(UV):
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
-# The build takes setuptools from the default registry, in isolation: it is no dependency.
+# The build gets setuptools from the default registry, in isolation: it is not a dependency.
 $(STAMP): requirements.lock pyproject.toml | $(UV)
 	$(UV) pip sync --quiet --python $(BIN)/python requirements.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
