@@ -13,7 +13,13 @@ from typing import Any
 
 from kfp import kubernetes
 
-from srccore.cluster.request import CA_FOLDER, CA_VARIABLES, JobSettings, SecretKeys
+from srccore.cluster.request import (
+    CA_FOLDER,
+    CA_VARIABLES,
+    LAUNCHERS,
+    JobSettings,
+    SecretKeys,
+)
 from srccore.containers.names import CACHE, LAUNCH_TRAINING, USER_ID, Images
 from srccore.pipelines.profile import Profile, Resources
 from srccore.stages.table import STAGES
@@ -64,7 +70,7 @@ class Pods:
             The task.
         """
         profile, image, resources = self.profile, stage, self.profile.resources(stage)
-        if launches := stage == _TRAINING and profile.launcher != "inprocess":
+        if launches := stage == _TRAINING and profile.launcher in LAUNCHERS:
             image, resources = LAUNCH_TRAINING, profile.launching()
         trains = stage == _TRAINING and not launches
         task.set_container_image(self.images.of(image))
@@ -102,7 +108,7 @@ class Pods:
             Arguments of the component; none where it trains in its own pod.
         """
         profile, resources = self.profile, self.profile.resources(_TRAINING)
-        if profile.launcher == "inprocess":
+        if profile.launcher not in LAUNCHERS:
             return {}
         settings = JobSettings(
             image=self.images.of(_TRAINING),

@@ -7,13 +7,16 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticKnownError
 
 from srccore.cluster.request import (
+    INPROCESS,
+    LAUNCHERS,
+    PYTORCHJOB,
     QUANTITY,
     CaBundle,
     SecretKeys,
     Toleration,
-    refuse_in_trainjob,
 )
 from srccore.config import RunConfig, Section, explain
 from srccore.containers.names import USER_ID
@@ -90,9 +93,9 @@ class Profile(Section):
     scorer: Literal["train", "train-on-given-pairs", "given"] = "train"
     """Where R-Scorer comes from: sampled responses that a teacher rates, labelled pairs at
     ``labelled_pairs_uri``, or a finished one at ``scorer_uri``."""
-    launcher: Literal["inprocess", "pytorchjob", "trainjob"] = "pytorchjob"
-    """Where DPO trains: in its step's pod, or as a job that the step watches: of the Training
-    Operator, or of Trainer v2."""
+    launcher: str = PYTORCHJOB.name
+    """Where DPO trains: ``inprocess`` in its step's pod, each other launcher as a job that the
+    step watches."""
     training_job: TrainingJob = TrainingJob()
     launcher_resources: Resources | None = None
     """Of the step that watches a job; None is little, for as long as the job may take."""
@@ -131,6 +134,15 @@ class Profile(Section):
         _known(tuple(stages))
         return stages
 
+    @field_validator("launcher")
+    @classmethod
+    def _launcher_exists(cls, launcher: str) -> str:
+        if launcher in (INPROCESS, *LAUNCHERS):
+            return launcher
+        names = [repr(name) for name in (INPROCESS, *LAUNCHERS)]
+        expected = f"{', '.join(names[:-1])} or {names[-1]}"
+        raise PydanticKnownError("literal_error", {"expected": expected})
+
     def resources(self, stage: str) -> Resources:
         """What the pod of a stage asks for."""
         base = self.light if STAGES[stage].base == "light" else self.models
@@ -165,7 +177,7 @@ def load_profile(path: Path | None, config: RunConfig, **changes: Any) -> Profil
         # Such a pipeline is tried out: whoever looks on wants to hear of a failure at once.
         values["models"] = Resources(cpu="2", memory="8Gi", timeout_hours=12, retries=0)
         values["light"] = Resources(cpu="1", memory="2Gi", timeout_hours=12, retries=0)
-        values["launcher"] = "inprocess"
+        values["launcher"] = INPROCESS
     if path is not None:
         values |= _read(path)
     values |= {name: value for name, value in changes.items() if value is not None}
@@ -176,9 +188,8 @@ def load_profile(path: Path | None, config: RunConfig, **changes: Any) -> Profil
         wrong = explain(source, error)
         name = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise UserError(wrong.what, f"Mend {name} in the profile or on the command line.") from None
-    if profile.launcher == "trainjob":
-        asking = f"{source} has launcher: trainjob, which"
-        refuse_in_trainjob(asking, profile.training_job.priority_class, profile.run_as_user)
+    if launcher := LAUNCHERS.get(profile.launcher):
+        launcher.check(source, {**dict(profile), **dict(profile.training_job)})
     return profile
 
 

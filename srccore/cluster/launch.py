@@ -34,7 +34,7 @@ from srccore.cluster.observe import (
     pod_index,
     states,
 )
-from srccore.cluster.request import SPEC_HASH, JobKind, TrainingJobRequest
+from srccore.cluster.request import SPEC_HASH, Launcher, TrainingJobRequest
 from srccore.cluster.watching import LogStream, Mirror
 from srccore.errors import UserError
 
@@ -104,7 +104,7 @@ class Launch:
 
     Args:
         api: The API server.
-        kind: Which operator runs the job.
+        launcher: Which operator runs the job.
         request: The job.
         published: Whether what the job makes is there.
         limits: How long what may last; those of the request if not given.
@@ -113,7 +113,7 @@ class Launch:
     """
 
     api: Api
-    kind: JobKind
+    launcher: Launcher
     request: TrainingJobRequest
     published: Callable[[], bool]
     limits: Limits | None = None
@@ -164,7 +164,7 @@ class Launch:
         began = time.monotonic()
         attempt = 1
         while True:
-            body = self.request.to_object(self.kind, attempt)
+            body = self.request.to_object(self.launcher, attempt)
             try:
                 self._asked_for = body
                 ask = functools.partial(self.api.create, self._jobs, body)
@@ -193,7 +193,7 @@ class Launch:
                 else:
                     raise self._refusal(error) from None
             else:
-                self.say(f"{_path(job)} is created ({self.kind.api_version}).")
+                self.say(f"{_path(job)} is created ({self.launcher.api_version}).")
                 return job
 
     def _existing(self, body: Object) -> Object | None:
@@ -238,9 +238,9 @@ class Launch:
         name, uid = job["metadata"]["name"], job["metadata"]["uid"]
         jobs = Mirror(self.api, self._jobs, self._wake, fieldSelector=f"metadata.name={name}")
         pods = Mirror(
-            self.api, self._pods, self._wake, labelSelector=f"{self.kind.job_label}={name}"
+            self.api, self._pods, self._wake, labelSelector=f"{self.launcher.job_label}={name}"
         )
-        observer = Observer(self.kind, self.request.settings.pods, limits, self._waited)
+        observer = Observer(self.launcher, self.request.settings.pods, limits, self._waited)
         log = _Log(self)
         jobs.start()
         pods.start()
@@ -429,7 +429,7 @@ class Launch:
 
     def _maker(self, job: Object) -> str:
         """What makes the pods of a job: for some kinds another object."""
-        return f"{job['metadata']['name']}{self.kind.maker}"
+        return f"{job['metadata']['name']}{self.launcher.maker}"
 
     def _warnings(self, job: Object, *names: str | None) -> list[Object]:
         """Warnings about objects of those names since there is the job, the oldest first."""
@@ -446,7 +446,7 @@ class Launch:
         try:
             text = self.api.text(
                 f"{self._pods}/{pod}/log",
-                container=self.kind.container,
+                container=self.launcher.container,
                 tailLines=str(LAST_LINES),
             )
         except ApiError as error:
@@ -461,7 +461,7 @@ class Launch:
         message = " ".join(error.message.split()).removesuffix(".")
         if error.passes:
             return JobFailed(f"The API server did not answer: {message}.", "Try again later.")
-        kind = self.kind
+        launcher = self.launcher
         known = (
             (
                 "being terminated" in message,
@@ -485,8 +485,8 @@ class Launch:
             ),
             (
                 error.status == 404 and "namespaces" not in message,
-                f"The cluster knows no {kind.kind} ({kind.api_version}).",
-                f"Install {kind.operator}, or compile the pipeline with another launcher.",
+                f"The cluster knows no {launcher.kind} ({launcher.api_version}).",
+                f"Install {launcher.operator}, or compile the pipeline with another launcher.",
             ),
             (
                 error.status == 409,
@@ -495,7 +495,7 @@ class Launch:
             ),
             (
                 True,
-                f"The API server refuses the {kind.kind}: {message}.",
+                f"The API server refuses the {launcher.kind}: {message}.",
                 "Mend what it says in the profile, and compile the pipeline anew.",
             ),
         )
@@ -504,7 +504,7 @@ class Launch:
     @property
     def _jobs(self) -> str:
         namespace = self.request.namespace
-        return f"/apis/{self.kind.api_version}/namespaces/{namespace}/{self.kind.plural}"
+        return f"/apis/{self.launcher.api_version}/namespaces/{namespace}/{self.launcher.plural}"
 
     @property
     def _pods(self) -> str:
@@ -526,8 +526,8 @@ class _Log:
 
     def follow(self, pods: list[Object]) -> None:
         """Begins to follow the first pod once its container has begun."""
-        launch = self._launch
-        first = [each for each in pods if pod_index(launch.kind, each) == 0 and _has_begun(each)]
+        launch, launcher = self._launch, self._launch.launcher
+        first = [each for each in pods if pod_index(launcher, each) == 0 and _has_begun(each)]
         # One that is made anew may be there beside the one before.
         pod = max(first, key=lambda each: each["metadata"]["creationTimestamp"], default=None)
         if pod is None or pod["metadata"]["uid"] == self._uid:
@@ -535,7 +535,7 @@ class _Log:
         self.finish()
         self._uid, self.pod = pod["metadata"]["uid"], pod["metadata"]["name"]
         path = f"{launch._pods}/{self.pod}"
-        self._stream = LogStream(launch.api, path, self._uid, launch.kind.container, launch.say)
+        self._stream = LogStream(launch.api, path, self._uid, launcher.container, launch.say)
         self._stream.start()
 
     def finish(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from srccore.cluster.request import JobKind, JobSettings
+from srccore.cluster.request import JobSettings, Launcher
 
 __all__ = [
     "QUOTA",
@@ -139,13 +139,13 @@ class Observer:
     """Looks at one job again and again, and remembers what the API server forgets.
 
     Args:
-        kind: Of the job.
+        launcher: Of the job.
         pods: How many it has.
         limits: How long what may last.
         waited: Seconds that were spent before there was a job.
     """
 
-    kind: JobKind
+    launcher: Launcher
     pods: int
     limits: Limits
     waited: float = 0
@@ -198,7 +198,7 @@ class Observer:
         return Assessment(outcome.what if outcome else message, outcome)
 
     def _ended(self, job: Object, pods: Sequence[Object]) -> Assessment | None:
-        if condition(job, self.kind.succeeded):
+        if condition(job, self.launcher.succeeded):
             return Assessment("The job has succeeded.", Outcome(succeeded=True))
         failed = condition(job, "Failed")
         if not failed:
@@ -319,7 +319,7 @@ class Observer:
         return Outcome(
             succeeded=False,
             what=f"Nothing has taken up the job for {self.limits.unclaimed:.0f} s.",
-            mend=f"See that {self.kind.operator} is running, and watches this namespace.",
+            mend=f"See that {self.launcher.operator} is running, and watches this namespace.",
         )
 
     def _out_of_time(self, all_run: bool, message: str, now: datetime) -> Outcome | None:
@@ -362,10 +362,10 @@ def happened(event: Object) -> str:
     return _to_the_second(last or event.get("lastTimestamp") or event.get("eventTime") or made)
 
 
-def pod_index(kind: JobKind, pod: Object) -> int:
+def pod_index(launcher: Launcher, pod: Object) -> int:
     """Which pod of its job it is, from 0."""
     labels: dict[str, str] = pod["metadata"].get("labels", {})
-    return int(labels.get(kind.index_label, -1))
+    return int(labels.get(launcher.index_label, -1))
 
 
 def _blame(pods: Sequence[Object]) -> Outcome | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,18 +24,19 @@ from srccore.containers.names import CACHE, USER_ID
 from srccore.errors import UserError
 
 __all__ = [
+    "INPROCESS",
+    "LAUNCHERS",
     "PYTORCHJOB",
     "SPEC_HASH",
     "TRAINING_RUNTIME",
     "TRAINJOB",
     "CaBundle",
-    "JobKind",
     "JobSettings",
+    "Launcher",
     "Owner",
     "SecretKeys",
     "Toleration",
     "TrainingJobRequest",
-    "refuse_in_trainjob",
 ]
 
 QUANTITY = r"^\d+(\.\d+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
@@ -129,65 +130,6 @@ class JobSettings(Section):
         return max(1, self.gpus)
 
 
-@dataclass(frozen=True)
-class JobKind:
-    """A kind of job that an operator runs.
-
-    Attributes:
-        kind: Its name.
-        group: Of its API.
-        version: Of its API.
-        plural: Its name in paths.
-        operator: Who runs it.
-        job_label: The label of pods that names their job.
-        index_label: The label of pods that counts them from 0.
-        container: The name of the pods' container.
-        succeeded: The condition of a job that is done.
-        maker: What is added to a job's name to name the object that makes its pods.
-    """
-
-    kind: str
-    group: str
-    version: str
-    plural: str
-    operator: str
-    job_label: str
-    index_label: str
-    container: str
-    succeeded: str
-    maker: str = ""
-
-    @property
-    def api_version(self) -> str:
-        """Group and version, as objects name them."""
-        return f"{self.group}/{self.version}"
-
-
-PYTORCHJOB = JobKind(
-    kind="PyTorchJob",
-    group="kubeflow.org",
-    version="v1",
-    plural="pytorchjobs",
-    operator="the Training Operator (1.9 or later of the 1.x series)",
-    job_label="training.kubeflow.org/job-name",
-    index_label="training.kubeflow.org/replica-index",
-    container="pytorch",
-    succeeded="Succeeded",
-)
-TRAINJOB = JobKind(
-    kind="TrainJob",
-    group="trainer.kubeflow.org",
-    version="v1alpha1",
-    plural="trainjobs",
-    operator="Kubeflow Trainer 2.1 with JobSet",
-    job_label="jobset.sigs.k8s.io/jobset-name",
-    index_label="batch.kubernetes.io/job-completion-index",
-    container="node",
-    succeeded="Complete",
-    maker="-node-0",
-)
-
-
 class TrainingJobRequest(Section):
     """A stage's training as a job: all that is known before a cluster is asked."""
 
@@ -206,104 +148,25 @@ class TrainingJobRequest(Section):
         short = self.stage.removeprefix("train-")
         return f"src-{short}-{self.run}-r{self.round_number}-a{attempt}"
 
-    def to_pytorchjob(self, attempt: int) -> dict[str, Any]:
-        """Writes a PyTorchJob of workers only, with an elastic policy.
-
-        The operator adds no init container to such a job, so its pods pass ``restricted``, and a
-        lost worker leads to a new rendezvous instead of a dead job.
+    def to_object(self, launcher: Launcher, attempt: int) -> dict[str, Any]:
+        """Writes the job for a launcher.
 
         Args:
+            launcher: Which operator runs the job.
             attempt: Counts from 1.
 
         Returns:
-            The object.
+            The object to create.
         """
-        settings = self.settings
-        spec = {
-            "nprocPerNode": str(settings.processes),
-            "elasticPolicy": {
-                "rdzvBackend": "c10d",
-                "minReplicas": settings.pods,
-                "maxReplicas": settings.pods,
-                "maxRestarts": settings.max_restarts,
-            },
-            "runPolicy": {
-                "cleanPodPolicy": "Running",
-                "ttlSecondsAfterFinished": round(settings.ttl_hours * 3600),
-            },
-            "pytorchReplicaSpecs": {
-                "Worker": {
-                    "replicas": settings.pods,
-                    # 1 to 127 ends the job, from 128 on (signals) a pod is made anew.
-                    "restartPolicy": "ExitCode",
-                    "template": {
-                        "metadata": {"labels": self._labels() | NO_SIDECAR},
-                        "spec": self._pod(PYTORCHJOB.container),
-                    },
-                }
-            },
-        }
-        return self._object(PYTORCHJOB, attempt, spec)
-
-    def to_trainjob(self, attempt: int) -> dict[str, Any]:
-        """Writes a TrainJob of Trainer v2.
-
-        Without ``trainer`` its pods would get no ``PET_*`` variables and train alone.
-
-        Args:
-            attempt: Counts from 1.
-
-        Returns:
-            The object.
-        """
-        settings = self.settings
-        pod = self._pod(TRAINJOB.container)
-        container = pod["containers"][0]
-        moved = ("serviceAccountName", "nodeSelector", "tolerations", "volumes", "imagePullSecrets")
-        mounts = {"name": TRAINJOB.container, "volumeMounts": container["volumeMounts"]}
-        spec = {
-            "runtimeRef": {
-                "apiGroup": TRAINJOB.group,
-                "kind": "TrainingRuntime",
-                "name": TRAINING_RUNTIME,
-            },
-            "trainer": {
-                "image": settings.image,
-                "command": container["command"],
-                "args": container["args"],
-                "env": container["env"],
-                "numNodes": settings.pods,
-                "numProcPerNode": settings.processes,
-                "resourcesPerNode": container["resources"],
-            },
-            "podTemplateOverrides": [
-                {
-                    "targetJobs": [{"name": TRAINJOB.container}],
-                    "metadata": {"labels": self._labels() | NO_SIDECAR},
-                    "spec": {
-                        **{name: pod[name] for name in moved if name in pod},
-                        "containers": [mounts],
-                    },
-                }
-            ],
-        }
-        return self._object(TRAINJOB, attempt, spec)
-
-    def to_object(self, kind: JobKind, attempt: int) -> dict[str, Any]:
-        """Writes the object of a kind."""
-        if kind is TRAINJOB:
-            return self.to_trainjob(attempt)
-        return self.to_pytorchjob(attempt)
-
-    def _object(self, kind: JobKind, attempt: int, spec: Mapping[str, Any]) -> dict[str, Any]:
-        labels = self._labels()
+        labels, spec = self.labels(), launcher.spec(self)
         if self.settings.queue:
             labels["kueue.x-k8s.io/queue-name"] = self.settings.queue
+        digest = _digest([launcher.api_version, launcher.kind, labels, spec])
         metadata: dict[str, Any] = {
             "name": self.name(attempt),
             "namespace": self.namespace,
             "labels": labels,
-            "annotations": {SPEC_HASH: _digest([kind.api_version, kind.kind, labels, spec])},
+            "annotations": {SPEC_HASH: digest},
         }
         if self.owner:
             owner = self.owner
@@ -316,13 +179,14 @@ class TrainingJobRequest(Section):
                 }
             ]
         return {
-            "apiVersion": kind.api_version,
-            "kind": kind.kind,
+            "apiVersion": launcher.api_version,
+            "kind": launcher.kind,
             "metadata": metadata,
-            "spec": dict(spec),
+            "spec": spec,
         }
 
-    def _labels(self) -> dict[str, str]:
+    def labels(self) -> dict[str, str]:
+        """The labels of the job and of its pods."""
         return {
             "app.kubernetes.io/part-of": "srccore",
             "app.kubernetes.io/component": self.stage,
@@ -330,7 +194,12 @@ class TrainingJobRequest(Section):
             "srccore.dev/round": str(self.round_number),
         }
 
-    def _pod(self, container: str) -> dict[str, Any]:
+    def pod(self, container: str) -> dict[str, Any]:
+        """The spec of each pod.
+
+        Args:
+            container: What the operator expects its container to be called.
+        """
         settings = self.settings
         pod: dict[str, Any] = {
             "automountServiceAccountToken": False,
@@ -424,23 +293,171 @@ class TrainingJobRequest(Section):
         ]
 
 
-def refuse_in_trainjob(who: str, priority_class: str | None, run_as_user: int | None) -> None:
-    """Refuses settings that a TrainJob has no place for.
+@dataclass(frozen=True)
+class Launcher:
+    """Runs a stage as a job of one operator: the job's API, how it is written, what it refuses.
 
-    Args:
-        who: What has them, as a sentence about it begins.
-        priority_class: Of the job's pods.
-        run_as_user: Of the job's pods; None is the images' user.
-
-    Raises:
-        UserError: One of them is set.
+    Attributes:
+        name: What profiles and pipelines call it.
+        kind: The kind of its jobs.
+        group: Their API group.
+        version: Their API version.
+        plural: The name of the kind in paths.
+        operator: What to install.
+        job_label: The label of a pod that names its job.
+        index_label: The label of a pod that numbers the pods of a job from 0.
+        container: The name of the pods' container.
+        succeeded: The condition of a job that has succeeded.
+        spec: Writes the spec of a job.
+        maker: Suffix that turns a job's name into the name of the object that creates its pods.
+        unsupported: Fields of `JobSettings` that its jobs have no field for.
+        instead: Where to set those.
     """
-    if priority_class or run_as_user not in (None, USER_ID):
-        raise UserError(
-            f"{who} can set neither priority_class nor run_as_user: a TrainJob of Trainer 2.1 has "
-            "no place for them.",
-            f"Leave them out, and set them in the TrainingRuntime {TRAINING_RUNTIME}.",
-        )
+
+    name: str
+    kind: str
+    group: str
+    version: str
+    plural: str
+    operator: str
+    job_label: str
+    index_label: str
+    container: str
+    succeeded: str
+    spec: Callable[[TrainingJobRequest], dict[str, Any]]
+    maker: str = ""
+    unsupported: tuple[str, ...] = ()
+    instead: str = ""
+
+    @property
+    def api_version(self) -> str:
+        """Group and version, as objects name them."""
+        return f"{self.group}/{self.version}"
+
+    def check(self, source: str, settings: Mapping[str, Any]) -> None:
+        """Refuses settings that its jobs have no field for.
+
+        Args:
+            source: Where the settings come from, to begin the message: ``The profile``.
+            settings: Fields of `JobSettings`, and perhaps others.
+
+        Raises:
+            UserError: An unsupported field is neither None nor at its default.
+        """
+        defaults = JobSettings.model_fields
+        found = [
+            name
+            for name in self.unsupported
+            if settings.get(name) not in (None, defaults[name].default)
+        ]
+        if found:
+            names = " and ".join(found)
+            raise UserError(
+                f"{source} sets {names}, which a {self.kind} has no field for "
+                f"(launcher: {self.name}).",
+                f"Remove {names} there and set it in {self.instead}.",
+            )
+
+
+def _pytorchjob(request: TrainingJobRequest) -> dict[str, Any]:
+    """A PyTorchJob of workers only, with an elastic policy.
+
+    The operator adds no init container to such a job, so its pods pass ``restricted``, and a lost
+    worker leads to a new rendezvous instead of a dead job.
+    """
+    settings = request.settings
+    return {
+        "nprocPerNode": str(settings.processes),
+        "elasticPolicy": {
+            "rdzvBackend": "c10d",
+            "minReplicas": settings.pods,
+            "maxReplicas": settings.pods,
+            "maxRestarts": settings.max_restarts,
+        },
+        "runPolicy": {
+            "cleanPodPolicy": "Running",
+            "ttlSecondsAfterFinished": round(settings.ttl_hours * 3600),
+        },
+        "pytorchReplicaSpecs": {
+            "Worker": {
+                "replicas": settings.pods,
+                # 1 to 127 ends the job; from 128 on (signals) the pod is recreated.
+                "restartPolicy": "ExitCode",
+                "template": {
+                    "metadata": {"labels": request.labels() | NO_SIDECAR},
+                    "spec": request.pod(PYTORCHJOB.container),
+                },
+            }
+        },
+    }
+
+
+def _trainjob(request: TrainingJobRequest) -> dict[str, Any]:
+    """A TrainJob; without ``trainer`` its pods would get no ``PET_*`` and train alone."""
+    settings, pod = request.settings, request.pod(TRAINJOB.container)
+    container = pod["containers"][0]
+    moved = ("serviceAccountName", "nodeSelector", "tolerations", "volumes", "imagePullSecrets")
+    mounts = {"name": TRAINJOB.container, "volumeMounts": container["volumeMounts"]}
+    return {
+        "runtimeRef": {
+            "apiGroup": TRAINJOB.group,
+            "kind": "TrainingRuntime",
+            "name": TRAINING_RUNTIME,
+        },
+        "trainer": {
+            "image": settings.image,
+            "command": container["command"],
+            "args": container["args"],
+            "env": container["env"],
+            "numNodes": settings.pods,
+            "numProcPerNode": settings.processes,
+            "resourcesPerNode": container["resources"],
+        },
+        "podTemplateOverrides": [
+            {
+                "targetJobs": [{"name": TRAINJOB.container}],
+                "metadata": {"labels": request.labels() | NO_SIDECAR},
+                "spec": {
+                    **{name: pod[name] for name in moved if name in pod},
+                    "containers": [mounts],
+                },
+            }
+        ],
+    }
+
+
+PYTORCHJOB = Launcher(
+    name="pytorchjob",
+    kind="PyTorchJob",
+    group="kubeflow.org",
+    version="v1",
+    plural="pytorchjobs",
+    operator="the Training Operator (1.9 or later of the 1.x series)",
+    job_label="training.kubeflow.org/job-name",
+    index_label="training.kubeflow.org/replica-index",
+    container="pytorch",
+    succeeded="Succeeded",
+    spec=_pytorchjob,
+)
+TRAINJOB = Launcher(
+    name="trainjob",
+    kind="TrainJob",
+    group="trainer.kubeflow.org",
+    version="v1alpha1",
+    plural="trainjobs",
+    operator="Kubeflow Trainer 2.1 with JobSet",
+    job_label="jobset.sigs.k8s.io/jobset-name",
+    index_label="batch.kubernetes.io/job-completion-index",
+    container="node",
+    succeeded="Complete",
+    spec=_trainjob,
+    maker="-node-0",
+    unsupported=("priority_class", "run_as_user"),
+    instead=f"the TrainingRuntime {TRAINING_RUNTIME}",
+)
+LAUNCHERS = {each.name: each for each in (PYTORCHJOB, TRAINJOB)}
+INPROCESS = "inprocess"
+"""The launcher that creates no job: the stage trains in the pod of its step."""
 
 
 def _digest(value: object) -> str:

@@ -14,18 +14,24 @@ import yaml
 from pydantic import ValidationError
 
 from srccore import storage
+from srccore.cluster.request import (
+    INPROCESS,
+    LAUNCHERS,
+    JobSettings,
+    Launcher,
+    Owner,
+    TrainingJobRequest,
+)
 from srccore.config import OptimizerSettings, explain
 from srccore.errors import UserError
 from srccore.steps.step import Finished, finished_stage, run_stage
 
 if TYPE_CHECKING:
     from srccore.cluster.api import Api
-    from srccore.cluster.request import JobSettings, Owner
     from srccore.cluster.task import StageTask
 
-__all__ = ["LAUNCHERS", "SPEC_FILE", "train"]
+__all__ = ["SPEC_FILE", "train"]
 
-LAUNCHERS = ("inprocess", "pytorchjob", "trainjob")
 SPEC_FILE = "job.yaml"
 """In the folder of a stage that a job trained: the job as it was asked for."""
 
@@ -77,7 +83,7 @@ def train(
         SystemExit: With 2, where the user can mend what is wrong; with 1, where the job failed;
             with 143, where this process was told to end.
     """
-    if launcher == "inprocess":
+    if launcher == INPROCESS:
         return run_stage(
             stage, artifact_root, inputs=inputs, settings=settings, device=device, threads=threads
         )
@@ -85,13 +91,13 @@ def train(
     from srccore.cluster.task import StageTask
 
     try:
-        _check(launcher, artifact_root)
-        wanted = _settings(launcher, job, node_selector, tolerations, memory, gpus)
+        chosen = _chosen(launcher, artifact_root)
+        wanted = _settings(chosen, job, node_selector, tolerations, memory, gpus)
         _check_share(settings.get("config") or {}, wanted)
         task = StageTask.of(
             stage, artifact_root, inputs=inputs, settings=settings, device=device, threads=threads
         )
-        return _train_as_job(launcher, task, wanted, round_number)
+        return _train_as_job(chosen, task, wanted, round_number)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -102,26 +108,26 @@ def train(
         raise SystemExit(143) from None
 
 
-def _check(launcher: str, artifact_root: str) -> None:
+def _chosen(launcher: str, artifact_root: str) -> Launcher:
     if launcher not in LAUNCHERS:
-        raise UserError(f"{launcher!r} is no launcher.", f"Name one of {', '.join(LAUNCHERS)}.")
+        names = ", ".join((INPROCESS, *LAUNCHERS))
+        raise UserError(f"Unknown launcher {launcher!r}.", f"Choose one of {names}.")
     if not storage.is_remote(artifact_root):
         raise UserError(
             f"A job's pods cannot write to {artifact_root}: they share no disk with this one.",
             "Give an artifact root in a bucket: s3://bucket/path.",
         )
+    return LAUNCHERS[launcher]
 
 
 def _settings(
-    launcher: str,
+    launcher: Launcher,
     job: Mapping[str, Any] | None,
     node_selector: Mapping[str, str] | None,
     tolerations: Sequence[Mapping[str, Any]] | None,
     memory: str,
     gpus: str,
 ) -> JobSettings:
-    from srccore.cluster.request import JobSettings, refuse_in_trainjob
-
     given = {
         "node_selector": node_selector,
         "tolerations": tolerations,
@@ -133,8 +139,7 @@ def _settings(
         settings = JobSettings.model_validate(values)
     except ValidationError as error:
         raise explain("The parameter job of train-dpo", error) from None
-    if launcher == "trainjob":
-        refuse_in_trainjob("A TrainJob", settings.priority_class, settings.run_as_user)
+    launcher.check("The parameter job of train-dpo", dict(settings))
     return settings
 
 
@@ -151,13 +156,11 @@ def _check_share(config: Mapping[str, Any], settings: JobSettings) -> None:
 
 
 def _train_as_job(
-    launcher: str, task: StageTask, settings: JobSettings, round_number: int
+    launcher: Launcher, task: StageTask, settings: JobSettings, round_number: int
 ) -> Finished:
     from srccore.cluster.api import connect
     from srccore.cluster.launch import Launch, signals
-    from srccore.cluster.request import PYTORCHJOB, TRAINJOB, TrainingJobRequest
 
-    kind = {"pytorchjob": PYTORCHJOB, "trainjob": TRAINJOB}[launcher]
     uri = task.uri()
     if done := finished_stage(task.stage, uri):
         return done
@@ -175,14 +178,14 @@ def _train_as_job(
         )
     except ValidationError as error:
         raise explain(f"The step {task.stage}", error) from None
-    _save_spec(request.to_object(kind, 1), uri)
+    _save_spec(request.to_object(launcher, 1), uri)
     found: list[Finished] = []
 
     def published() -> bool:
         found.extend(filter(None, [finished_stage(task.stage, uri)]))
         return bool(found)
 
-    launch = Launch(api, kind, request, published)
+    launch = Launch(api, launcher, request, published)
     with signals(launch.stop):
         launch.run()
     return found[-1]
@@ -195,7 +198,6 @@ def _belongs_to(api: Api, uri: str) -> tuple[str, Owner | None]:
     with the same job.
     """
     from srccore.cluster.api import ApiError, retried
-    from srccore.cluster.request import Owner
 
     def ask(path: str) -> dict[str, Any]:
         return retried(lambda: api.get(path), ASKING_SECONDS, lambda _, pause: time.sleep(pause))

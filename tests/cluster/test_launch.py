@@ -46,8 +46,8 @@ from srccore.cluster.observe import Limits
 from srccore.cluster.request import (
     PYTORCHJOB,
     TRAINJOB,
-    JobKind,
     JobSettings,
+    Launcher,
     Owner,
     TrainingJobRequest,
 )
@@ -105,7 +105,7 @@ class Scene:
         self.patch = patch
         self.admin = Administrator(cluster)
         self.run = f"t{next(_RUNS)}"
-        self.kind: JobKind = PYTORCHJOB
+        self.launcher: Launcher = PYTORCHJOB
         self.settings: Object = {"image": "image"}
         # Those that a test changes once it has seen that a limit is what comes next.
         self.limits = SimpleNamespace(**vars(LIMITS))
@@ -187,7 +187,7 @@ class Scene:
         settings = configuration(self.proxy.url, self.token)
         self.launch = Launch(
             Api(client.ApiClient(settings), self.namespace),
-            self.kind,
+            self.launcher,
             self.request,
             lambda: self.published,
             limits=self.limits,
@@ -244,7 +244,7 @@ def outage(seconds: float) -> Step:
 
 
 def as_trainjob(scene: Scene) -> None:
-    scene.kind = TRAINJOB
+    scene.launcher = TRAINJOB
 
 
 def attempt(number: int) -> Step:
@@ -391,7 +391,7 @@ def made_before(**settings: Any) -> Step:
 
     def step(scene: Scene) -> None:
         mine, scene.settings = scene.settings, {**scene.settings, **settings}
-        scene.admin.ask("POST", scene.jobs, scene.request.to_pytorchjob(1))
+        scene.admin.ask("POST", scene.jobs, scene.request.to_object(PYTORCHJOB, 1))
         scene.settings = mine
 
     return step
@@ -565,7 +565,8 @@ def wait_until_refused(scene: Scene, message: str) -> None:
 
     def is_refused() -> bool:
         try:
-            scene.admin.ask("POST", scene.jobs, scene.request.to_pytorchjob(1), dryRun="All")
+            body = scene.request.to_object(PYTORCHJOB, 1)
+            scene.admin.ask("POST", scene.jobs, body, dryRun="All")
         except client.ApiException as error:
             return message in error.body
         return False

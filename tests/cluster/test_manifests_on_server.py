@@ -33,7 +33,13 @@ from kustomize import (
     render,
 )
 
-from srccore.cluster.request import CaBundle, JobSettings, SecretKeys, TrainingJobRequest
+from srccore.cluster.request import (
+    PYTORCHJOB,
+    CaBundle,
+    JobSettings,
+    SecretKeys,
+    TrainingJobRequest,
+)
 from srccore.config import load_config
 from srccore.pipelines.profile import load_profile
 
@@ -188,7 +194,7 @@ def training_pod(namespace: str, **settings: Any) -> str:
             image="localhost/srccore/train-dpo:1", service_account="srccore-training", **settings
         ),
     )
-    job = request.to_pytorchjob(1)
+    job = request.to_object(PYTORCHJOB, 1)
     return pod("training", job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"])
 
 

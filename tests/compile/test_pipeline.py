@@ -405,7 +405,7 @@ def test_an_image_without_a_digest_is_refused(tmp_path: Path) -> None:
         ({"shards": 0}, "shards: Input should be greater than or equal to 1"),
         (
             {"launcher": "trainjob", "training_job": {"priority_class": "p"}},
-            "can set neither priority_class nor run_as_user",
+            "sets priority_class, which a TrainJob has no field for (launcher: trainjob)",
         ),
         ({"launcher": "trainjob", "run_as_user": 7}, "TrainingRuntime srccore-training"),
         ({"rounds": 0}, "rounds: Input should be greater than or equal to 1"),

@@ -28,7 +28,13 @@ from kustomize import (
     rendered,
 )
 
-from srccore.cluster.request import TRAINING_RUNTIME, JobSettings, TrainingJobRequest
+from srccore.cluster.request import (
+    PYTORCHJOB,
+    TRAINING_RUNTIME,
+    TRAINJOB,
+    JobSettings,
+    TrainingJobRequest,
+)
 from srccore.config import load_config
 from srccore.pipelines.profile import Profile, load_profile
 
@@ -71,7 +77,7 @@ def worker(job: Manifest) -> Manifest:
     return template
 
 
-TRAINING_POD = worker(request().to_pytorchjob(1))["metadata"]["labels"]
+TRAINING_POD = worker(request().to_object(PYTORCHJOB, 1))["metadata"]["labels"]
 STEP_POD = {**PART_OF, "app.kubernetes.io/component": "train-dpo"}
 """As `srccore.pipelines.pods` labels it."""
 
@@ -207,12 +213,12 @@ def test_a_pod_of_a_trainjob_is_secured_like_one_of_a_pytorchjob(tmp_path: Path)
     assert runtime["metadata"]["name"] == TRAINING_RUNTIME
     (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     ours = job["template"]["spec"]["template"]["spec"]
-    asked = request().to_trainjob(1)["spec"]["podTemplateOverrides"][0]
+    asked = request().to_object(TRAINJOB, 1)["spec"]["podTemplateOverrides"][0]
     assert asked["targetJobs"] == [{"name": job["name"]}]
     assert [each["name"] for each in asked["spec"]["containers"]] == [
         each["name"] for each in ours["containers"]
     ]
-    theirs = worker(request().to_pytorchjob(1))["spec"]
+    theirs = worker(request().to_object(PYTORCHJOB, 1))["spec"]
     for field in (
         "automountServiceAccountToken",
         "securityContext",
@@ -238,7 +244,7 @@ def selects(selector: Manifest, labels: dict[str, str]) -> bool:
     ("labels", "policies"),
     [
         (
-            worker(request().to_pytorchjob(1))["metadata"]["labels"],
+            worker(request().to_object(PYTORCHJOB, 1))["metadata"]["labels"],
             {"default", "https", "training"},
         ),
         # As srccore.pipelines.pods labels the pod of a step.

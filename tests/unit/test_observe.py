@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from srccore.cluster.observe import Assessment, Limits, Observer, pod_index
-from srccore.cluster.request import PYTORCHJOB, TRAINJOB, JobSettings
+from srccore.cluster.request import PYTORCHJOB, TRAINJOB, JobSettings, Launcher
 
 Object = dict[str, Any]
 
@@ -169,9 +169,9 @@ def test_a_pod_that_has_done_its_part_is_not_missing() -> None:
     assert seen == Assessment("2 pods run.")
 
 
-@pytest.mark.parametrize(("kind", "name"), [(PYTORCHJOB, "Succeeded"), (TRAINJOB, "Complete")])
-def test_success_is_the_condition_of_the_kind(kind: Any, name: str) -> None:
-    by = Observer(kind, 1, LIMITS)
+@pytest.mark.parametrize(("launcher", "name"), [(PYTORCHJOB, "Succeeded"), (TRAINJOB, "Complete")])
+def test_success_is_the_condition_of_the_kind(launcher: Launcher, name: str) -> None:
+    by = Observer(launcher, 1, LIMITS)
     other = {"Succeeded": "Complete", "Complete": "Succeeded"}[name]
     assert by.look(job(holds(other)), [runs()], [], at(1)).outcome is None
     outcome = by.look(job(holds(name)), [], [], at(1)).outcome

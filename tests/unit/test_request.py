@@ -17,18 +17,21 @@ import yaml
 from pydantic import ValidationError
 
 from srccore.cluster.request import (
+    INPROCESS,
+    LAUNCHERS,
     PYTORCHJOB,
     SPEC_HASH,
     TRAINING_RUNTIME,
     TRAINJOB,
     CaBundle,
-    JobKind,
     JobSettings,
+    Launcher,
     Owner,
     SecretKeys,
     Toleration,
     TrainingJobRequest,
 )
+from srccore.errors import UserError
 from srccore.stages.table import STAGES
 
 GOLDENS = Path(__file__).parent / "goldens" / "jobs"
@@ -65,7 +68,7 @@ MOST = JobSettings(
     ttl_hours=0.5,
 )
 OWNER = Owner(api_version="argoproj.io/v1alpha1", kind="Workflow", name="src-x7", uid="u-1")
-BOTH = pytest.mark.parametrize("kind", [PYTORCHJOB, TRAINJOB], ids=lambda kind: kind.plural)
+BOTH = pytest.mark.parametrize("launcher", [PYTORCHJOB, TRAINJOB], ids=lambda each: each.name)
 
 
 def request(settings: JobSettings = LEAST, **fields: Any) -> TrainingJobRequest:
@@ -80,8 +83,8 @@ def request(settings: JobSettings = LEAST, **fields: Any) -> TrainingJobRequest:
     return TrainingJobRequest.model_validate(known | fields)
 
 
-def hash_of(of: TrainingJobRequest, kind: JobKind = PYTORCHJOB, attempt: int = 1) -> str:
-    return str(of.to_object(kind, attempt)["metadata"]["annotations"][SPEC_HASH])
+def hash_of(of: TrainingJobRequest, launcher: Launcher = PYTORCHJOB, attempt: int = 1) -> str:
+    return str(of.to_object(launcher, attempt)["metadata"]["annotations"][SPEC_HASH])
 
 
 def pod_of(job: dict[str, Any]) -> dict[str, Any]:
@@ -95,9 +98,9 @@ def pod_of(job: dict[str, Any]) -> dict[str, Any]:
     ids=["least", "most"],
 )
 @BOTH
-def test_a_job_is_what_was_read_over(kind: JobKind, name: str, of: TrainingJobRequest) -> None:
-    path = GOLDENS / f"{kind.kind.lower()}-{name}.yaml"
-    found = of.to_object(kind, 3)
+def test_a_job_is_what_was_read_over(launcher: Launcher, name: str, of: TrainingJobRequest) -> None:
+    path = GOLDENS / f"{launcher.kind.lower()}-{name}.yaml"
+    found = of.to_object(launcher, 3)
     if os.environ.get("SRCCORE_WRITE_GOLDENS"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(found, sort_keys=True), encoding="utf-8")
@@ -105,15 +108,40 @@ def test_a_job_is_what_was_read_over(kind: JobKind, name: str, of: TrainingJobRe
     assert found == json.loads(json.dumps(found))
 
 
+@pytest.mark.parametrize(
+    ("launcher", "fields", "refused"),
+    [
+        (PYTORCHJOB, {"priority_class": "p", "run_as_user": 7}, None),
+        (TRAINJOB, {"queue": "q"}, None),
+        (TRAINJOB, {"priority_class": "p"}, "sets priority_class, which a TrainJob"),
+        (TRAINJOB, {"priority_class": "p", "run_as_user": 7}, "priority_class and run_as_user"),
+    ],
+)
+def test_a_launcher_refuses_what_its_jobs_have_no_field_for(
+    launcher: Launcher, fields: dict[str, Any], refused: str | None
+) -> None:
+    settings = dict(LEAST.model_copy(update=fields))
+    if refused is None:
+        launcher.check("The profile", settings)
+        return
+    with pytest.raises(UserError, match=f"{refused}.*TrainingRuntime srccore-training"):
+        launcher.check("The profile", settings)
+
+
+def test_launchers_are_found_by_their_names() -> None:
+    assert all(name == each.name for name, each in LAUNCHERS.items())
+    assert INPROCESS not in LAUNCHERS
+
+
 # The hash: what is another job, and what is another attempt at the same
 
 
 @BOTH
-def test_the_hash_is_that_of_the_specification_alone(kind: JobKind) -> None:
-    one = hash_of(request(), kind)
-    assert one == hash_of(request(), kind, attempt=7)
-    assert one == hash_of(request(owner=OWNER), kind)
-    assert one == hash_of(request(owner=OWNER.model_copy(update={"uid": "u-2"})), kind)
+def test_the_hash_is_that_of_the_specification_alone(launcher: Launcher) -> None:
+    one = hash_of(request(), launcher)
+    assert one == hash_of(request(), launcher, attempt=7)
+    assert one == hash_of(request(owner=OWNER), launcher)
+    assert one == hash_of(request(owner=OWNER.model_copy(update={"uid": "u-2"})), launcher)
     assert re.fullmatch(r"[0-9a-f]{32}", one)
 
 
@@ -131,8 +159,9 @@ def test_the_hash_is_that_of_the_specification_alone(kind: JobKind) -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_another_specification_has_another_hash(kind: JobKind, change: dict[str, Any]) -> None:
-    assert hash_of(request(), kind) != hash_of(request(LEAST.model_copy(update=change)), kind)
+def test_another_specification_has_another_hash(launcher: Launcher, change: dict[str, Any]) -> None:
+    other = request(LEAST.model_copy(update=change))
+    assert hash_of(request(), launcher) != hash_of(other, launcher)
 
 
 @pytest.mark.parametrize("field", ["task", "run", "stage"])
@@ -149,11 +178,11 @@ def test_the_two_kinds_have_different_hashes() -> None:
 
 @pytest.mark.parametrize("stage", [name for name in STAGES if name.startswith("train-")])
 @BOTH
-def test_names_of_jobs_and_pods_are_labels(kind: JobKind, stage: str) -> None:
+def test_names_of_jobs_and_pods_are_labels(launcher: Launcher, stage: str) -> None:
     of = request(stage=stage, run="a" * 12, round_number=9999)
-    name = of.to_object(kind, 9999)["metadata"]["name"]
+    name = of.to_object(launcher, 9999)["metadata"]["name"]
     # The names of Trainer's pods have five random letters besides.
-    last = {"PyTorchJob": "-worker-999", "TrainJob": "-node-0-999-xxxxx"}[kind.kind]
+    last = {"PyTorchJob": "-worker-999", "TrainJob": "-node-0-999-xxxxx"}[launcher.kind]
     assert DNS_LABEL.fullmatch(f"{name}{last}")
 
 
@@ -175,7 +204,7 @@ def test_a_run_that_would_make_no_label_is_refused(run: str) -> None:
 
 @pytest.mark.parametrize("settings", [LEAST, MOST], ids=["least", "most"])
 def test_pods_are_what_restricted_asks_for(settings: JobSettings) -> None:
-    pod = pod_of(request(settings).to_pytorchjob(1))
+    pod = pod_of(request(settings).to_object(PYTORCHJOB, 1))
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] >= 1
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -198,7 +227,7 @@ def test_the_runtime_of_trainjobs_gives_pods_the_same_context() -> None:
     assert runtime["metadata"]["name"] == TRAINING_RUNTIME
     (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     theirs = job["template"]["spec"]["template"]["spec"]
-    ours = pod_of(request().to_pytorchjob(1))
+    ours = pod_of(request().to_object(PYTORCHJOB, 1))
     assert job["name"] == TRAINJOB.container == theirs["containers"][0]["name"]
     assert TRAINJOB.maker == f"-{job['name']}-0"
     assert theirs["securityContext"] == ours["securityContext"]
@@ -209,7 +238,7 @@ def test_the_runtime_of_trainjobs_gives_pods_the_same_context() -> None:
 
 
 def test_no_value_of_a_secret_is_in_a_job() -> None:
-    pod = pod_of(request(MOST).to_pytorchjob(1))
+    pod = pod_of(request(MOST).to_object(PYTORCHJOB, 1))
     assert [each for each in pod["containers"][0]["env"] if "valueFrom" in each] == [
         {
             "name": "AWS_ACCESS_KEY_ID",

@@ -320,7 +320,7 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "a launcher that there is not",
         lambda folder: train("train-dpo", "s3://any/root", launcher="mpi", inputs={}, settings={}),
-        "'mpi' is no launcher. Name one of inprocess, pytorchjob, trainjob.",
+        "Unknown launcher 'mpi'. Choose one of inprocess, pytorchjob, trainjob.",
     ),
     (
         "an artifact that is no reference",
