@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
@@ -210,19 +211,52 @@ def test_adapters_under_the_root_count_by_their_names(s3: S3Server, tmp_path: Pa
     assert len(marks) == 1
 
 
+HELD = """
+import functools
+import sys
+from srccore.stages import data
+from srccore.steps.step import run_stage
+
+real = data.prepare_data
+
+@functools.wraps(real)
+def held(*arguments, **keywords):
+    print("begun", flush=True)
+    sys.stdin.readline()
+    return real(*arguments, **keywords)
+
+data.prepare_data = held
+config = {"train": 8, "calibration": 8, "heldout": 8}
+run_stage("prepare-data", sys.argv[1], inputs={}, settings={"config": config})
+"""
+"""Prepares data, but not before its standard input has a line or ends."""
+
+
 def test_two_processes_on_one_folder_wait_for_each_other(tmp_path: Path) -> None:
-    code = (
-        "import sys; from srccore.steps.step import run_stage\n"
-        "run_stage('prepare-data', sys.argv[1], inputs={}, settings={'config':"
-        " {'train': 400, 'calibration': 400, 'heldout': 400}})"
+    root = tmp_path / "artifacts"
+    start = functools.partial(
+        subprocess.Popen,
+        [sys.executable, "-c", HELD, str(root)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "artifacts")]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], said
-    (folder,) = (p for p in (tmp_path / "artifacts" / "prepare-data").iterdir() if p.is_dir())
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(start(stdin=subprocess.PIPE))
+        stack.callback(first.kill)
+        assert first.stdout.readline() == "begun\n", first.stderr.read()
+        others = [stack.enter_context(start(stdin=subprocess.DEVNULL)) for _ in range(2)]
+        for other in others:
+            stack.callback(other.kill)
+        for other in others:
+            # Reads no further than this line, so that the first one is let go once both wait.
+            assert any("Another process is working on" in line for line in other.stderr)
+        first.stdin.close()
+        for process in (first, *others):
+            said = process.stderr.read()
+            assert process.wait() == 0, said
+    (folder,) = (p for p in (root / "prepare-data").iterdir() if p.is_dir())
     assert (folder / "manifest.json").is_file()
-    assert any("Another process is working on" in each for each in said)
 
 
 def test_what_another_pod_published_meanwhile_is_kept(
