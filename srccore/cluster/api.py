@@ -1,7 +1,8 @@
 """The Kubernetes API server: plain objects in, plain objects out, one kind of error.
 
-The generated classes of the package ``kubernetes`` know neither PyTorchJobs nor streams that can
-be closed from another thread; what is used of it is how it finds a cluster and logs in to it.
+The generated classes of the package ``kubernetes`` support neither PyTorchJobs nor streams that
+another thread can close. All that is used of the package is how it finds a cluster and
+authenticates to it.
 """
 
 from __future__ import annotations
@@ -22,50 +23,50 @@ __all__ = ["Api", "ApiError", "Stream", "connect", "retried"]
 CONNECT_SECONDS = 10
 ANSWER_SECONDS = 30
 SILENCE_SECONDS = 75
-"""A stream that says nothing for so long counts as lost: watches end by themselves before."""
+"""A stream without data for this long counts as lost: watches end by themselves before."""
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 class ApiError(Exception):
-    """What the API server answered instead, or that it did not.
+    """An error response of the API server, or no response at all.
 
     Attributes:
-        status: Of HTTP; 0 where there was no answer.
-        reason: In Kubernetes' words: ``Forbidden``, ``AlreadyExists``.
-        message: For people.
+        status: The HTTP status; 0 if there was no response.
+        reason: Kubernetes' reason: ``Forbidden``, ``AlreadyExists``.
+        message: The message for humans.
     """
 
     def __init__(self, status: int, reason: str, message: str) -> None:
-        """Keeps what was answered."""
+        """Keeps the parts of the response."""
         super().__init__(message or reason)
         self.status = status
         self.reason = reason
         self.message = message or reason
 
     @property
-    def passes(self) -> bool:
-        """Whether the same request may go well later."""
+    def is_temporary(self) -> bool:
+        """Whether the same request may succeed later."""
         return self.status in (0, 429) or self.status >= 500
 
 
 class Stream:
-    """Lines that come as they are made; another thread may end it."""
+    """Lines that arrive as they are written; another thread may end it."""
 
     def __init__(self, response: Any) -> None:
-        """Takes over a response of urllib3."""
+        """Takes ownership of a urllib3 response."""
         self._response = response
 
     def lines(self) -> Iterator[str]:
-        """Yields lines, without their ends; a last one may lack its end.
+        """Yields lines without their line ends; the last line may be incomplete.
 
         Raises:
-            ApiError: The connection was lost, or said nothing for too long.
+            ApiError: The connection was lost, or was silent for too long.
         """
         from urllib3.exceptions import HTTPError
 
         rest = b""
         try:
-            # read1 gives what is there; stream() would wait for a whole block.
+            # read1 returns what has arrived; stream() would wait for a whole block.
             while block := self._response.read1(2**16):
                 *lines, rest = (rest + block).split(b"\n")
                 yield from (line.decode("utf-8", "replace") for line in lines)
@@ -75,13 +76,13 @@ class Stream:
             yield rest.decode("utf-8", "replace")
 
     def end(self) -> None:
-        """Has another thread, which waits for the next line, wait no more."""
-        # Closing what is being read breaks the reader; what has been read has no connection.
+        """Stops another thread from waiting for the next line."""
+        # close() would break a reader in progress; a finished response has no connection.
         with contextlib.suppress(OSError, RuntimeError, ValueError):
             self._response.shutdown()
 
     def close(self) -> None:
-        """Closes the connection; for the thread that reads."""
+        """Closes the connection; call it from the thread that reads."""
         self._response.close()
 
 
@@ -91,7 +92,7 @@ class Api:
 
     Attributes:
         client: An ``ApiClient`` of the package ``kubernetes``.
-        namespace: The one that this process belongs to.
+        namespace: The namespace of this process.
     """
 
     client: Any
@@ -101,7 +102,7 @@ class Api:
         """Reads an object or a list.
 
         Raises:
-            ApiError: It was refused, or nothing was answered.
+            ApiError: It was refused, or there was no response.
         """
         return self._whole("GET", path, query)
 
@@ -109,36 +110,36 @@ class Api:
         """Creates an object.
 
         Raises:
-            ApiError: It was refused, or nothing was answered: then it may have been made.
+            ApiError: It was refused, or there was no response; then it may exist nonetheless.
         """
         return self._whole("POST", path, {}, body)
 
     def delete(self, path: str, uid: str) -> None:
-        """Deletes an object, and all that it owns after it.
+        """Deletes an object, and then in the background everything that it owns.
 
         Args:
-            path: Of the object.
-            uid: Its own: another one of the same name stays.
+            path: The object's path.
+            uid: The object's UID: another object of the same name is left alone.
 
         Raises:
-            ApiError: It was refused, or nothing was answered.
+            ApiError: It was refused, or there was no response.
         """
         body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         self._whole("DELETE", path, {}, body)
 
     def text(self, path: str, **query: str) -> str:
-        """Reads a text, such as a log.
+        """Reads text, such as a log.
 
         Raises:
-            ApiError: It was refused, or nothing was answered.
+            ApiError: It was refused, or there was no response.
         """
         return self._body("GET", path, query).decode("utf-8", "replace")
 
     def stream(self, path: str, **query: str) -> Stream:
-        """Opens a stream: a watch, or a log that is followed.
+        """Opens a stream: a watch, or a log to follow.
 
         Raises:
-            ApiError: It was refused, or nothing was answered.
+            ApiError: It was refused, or there was no response.
         """
         return Stream(self._open("GET", path, query, None, SILENCE_SECONDS))
 
@@ -149,7 +150,7 @@ class Api:
         try:
             answer = json.loads(text)
         except ValueError:
-            raise ApiError(0, "NoJson", f"The answer is no JSON: {text[:200]!r}") from None
+            raise ApiError(0, "NoJson", f"The response is not JSON: {text[:200]!r}") from None
         return dict(answer)
 
     def _body(
@@ -197,15 +198,15 @@ class Api:
 def retried(
     ask: Callable[[], dict[str, Any]], seconds: float, wait: Callable[[ApiError, float], None]
 ) -> dict[str, Any]:
-    """Asks until there is an answer; one that does not pass is raised at once.
+    """Repeats a request until it succeeds; an error that is not temporary is raised at once.
 
     Args:
-        ask: The request.
+        ask: Sends the request.
         seconds: How long an outage may last.
-        wait: Told of an error, and for how many seconds to wait until the next try.
+        wait: Called between two attempts, with the error and the number of seconds to wait.
 
     Raises:
-        ApiError: The last one.
+        ApiError: The last error.
     """
     ends = time.monotonic() + seconds
     pause = 0.5
@@ -213,14 +214,14 @@ def retried(
         try:
             return ask()
         except ApiError as error:
-            if not error.passes or time.monotonic() + pause > ends:
+            if not error.is_temporary or time.monotonic() + pause > ends:
                 raise
             wait(error, pause)
         pause = min(2 * pause, 15)
 
 
 def connect() -> Api:
-    """Finds the cluster: that of the pod that this runs in, or that of the kubeconfig.
+    """Connects to the cluster of the pod that this runs in, or to that of the kubeconfig.
 
     Raises:
         UserError: There is neither.
@@ -228,7 +229,7 @@ def connect() -> Api:
     from kubernetes import client, config
 
     settings = client.Configuration()
-    # Which requests may be repeated is for the caller to say.
+    # The caller decides which requests may be repeated.
     settings.retries = False
     try:
         config.load_incluster_config(client_configuration=settings)
@@ -239,15 +240,15 @@ def connect() -> Api:
             _, active = config.list_kube_config_contexts()
         except (config.ConfigException, OSError) as error:
             raise UserError(
-                f"There is no cluster to talk to ({' '.join(str(error).split())}).",
-                "Run this in a pod with a service account, or name a kubeconfig by KUBECONFIG.",
+                f"Found no Kubernetes cluster ({' '.join(str(error).split())}).",
+                "Run this in a pod with a service account, or set KUBECONFIG to a kubeconfig.",
             ) from None
         namespace = active["context"].get("namespace", "default")
     return Api(client.ApiClient(settings), namespace)
 
 
 def _explained(error: Any) -> ApiError:
-    """What a refusal says of itself: the API server sends a Status object."""
+    """The error in a response: the API server sends a Status object."""
     body = error.body
     if body is None and hasattr(error, "http_resp"):
         body = error.http_resp.data

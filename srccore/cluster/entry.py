@@ -1,15 +1,15 @@
-"""The entry of a training pod's container: starts torchrun, and ends as its processes did.
+"""The entry point of a training pod: starts torchrun and exits the way its processes did.
 
-It is process 1: it reaps what is left to it, hands signals on, and its exit code is the pod's.
-torchrun itself exits with 1 whatever happened. From here the pod ends with
+It is process 1: it reaps orphans and forwards signals, and its exit code is that of the pod.
+torchrun itself exits with 1 for every failure. This entry point exits with
 
-* 0 where the stage is published, 2 where the user can mend what is wrong, 1 after another error;
-* 143 where it was told to end (SIGTERM), and 128 + n where signal n killed a training process.
+* 0 if the stage is published, 2 if the user can fix the error, 1 after any other error;
+* 143 if it received SIGTERM, and 128 + n if signal n killed a training process.
 
-A job's controller makes a pod anew from 128 on. Within a pod, what is lost is waited for: when
-another pod is gone, its peers' connections break, torchrun gathers the processes again, and they
-go on from the newest checkpoint; when the pod is gone in which they meet, torchrun itself is
-started again. The last line of the log says what was wrong.
+The job's controller recreates a pod that exits with 128 or more. Lost peers are waited for inside
+the pod: when another pod is lost, the connections to it break, torchrun runs another rendezvous,
+and the processes resume from the newest checkpoint. When the pod that hosts the rendezvous is
+lost, torchrun itself is restarted. The last line of the log says what went wrong.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ WORKER = "srccore.cluster.worker"
 RESTARTS = 10
 PATIENCE = 3600
 STOPS_WITHIN = 20
-"""Seconds that torchrun gives its processes to end; twice as much has torchrun itself."""
+"""Seconds that torchrun gives its processes to exit; torchrun itself gets twice as long."""
 ANSWERS = 300
-"""Seconds within which the pod where they meet answers, or torchrun gives up."""
+"""Seconds after which torchrun gives up on a rendezvous host that does not respond."""
 PAUSE = 2.0
-"""Seconds until torchrun is started again."""
+"""Seconds before torchrun is restarted."""
 POLL = 0.2
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that shall train together, as this pod's environment tells of them.
+    """The processes that train together, according to this pod's environment.
 
     Attributes:
-        pods: How many pods there are.
-        processes: Processes of each pod.
-        endpoint: Host and port where the pods meet.
-        address: This pod's, for the others. The least of all is that of the first pod.
-        is_host: Whether they meet in this pod.
-        restarts: How often lost peers are waited for.
-        patience: Seconds for which the other pods are waited for.
+        pods: Number of pods.
+        processes: Number of processes in each pod.
+        endpoint: Host and port of the rendezvous.
+        address: The address of this pod for the others. The first pod has the smallest one.
+        is_host: Whether this pod hosts the rendezvous.
+        restarts: How often to wait for lost peers.
+        patience: How long to wait for the other pods, in seconds.
     """
 
     pods: int
@@ -74,31 +74,33 @@ class World:
         restarts: int = RESTARTS,
         patience: int = PATIENCE,
     ) -> World:
-        """Reads what the operator tells, and compares it with what was asked for.
+        """Reads what the operator set, and compares it with what was requested.
 
         Args:
-            pods: Asked for.
-            processes: Asked for, of each pod.
-            environment: The container's: ``PET_*`` is what operators tell torchrun.
-            restarts: How often lost peers are waited for.
-            patience: Seconds for which the other pods are waited for.
+            pods: The requested number of pods.
+            processes: The requested number of processes in each pod.
+            environment: The container's environment: operators configure torchrun by ``PET_*``.
+            restarts: How often to wait for lost peers.
+            patience: How long to wait for the other pods, in seconds.
 
         Raises:
-            UserError: They do not add up: each pod would train alone, or wait for ever.
+            UserError: They differ: each pod would train alone, or wait forever.
         """
-        told = environment.get("PET_NNODES", "1")
-        if set(told.split(":")) != {str(pods)}:
+        nodes = environment.get("PET_NNODES")
+        if set((nodes or "1").split(":")) != {str(pods)}:
             raise UserError(
-                f"{pods} pods shall train together, but this one was told of {told} "
-                f"(PET_NNODES is {environment.get('PET_NNODES', 'not set')}).",
-                "A PyTorchJob needs elasticPolicy with as many replicas, and a TrainJob "
-                "spec.trainer with numNodes.",
+                f"Expected {_count(pods, 'pod')} to train together, but PET_NNODES is "
+                f"{nodes or 'not set'} in this pod.",
+                f"Set minReplicas and maxReplicas of a PyTorchJob's elasticPolicy, or numNodes of "
+                f"a TrainJob's trainer, to {pods}.",
             )
-        told = environment.get("PET_NPROC_PER_NODE", str(processes))
-        if told.isdigit() and int(told) != processes:
+        started = environment.get("PET_NPROC_PER_NODE", str(processes))
+        if started.isdigit() and int(started) != processes:
             raise UserError(
-                f"{processes} processes of a pod shall train, but it was told to start {told}.",
-                "See nprocPerNode of the PyTorchJob, or numProcPerNode of the TrainJob.",
+                f"Expected {_count(processes, 'process', 'processes')} in each pod, but "
+                f"PET_NPROC_PER_NODE is {started} in this one.",
+                f"Set nprocPerNode of the PyTorchJob, or numProcPerNode of the TrainJob's trainer, "
+                f"to {processes}.",
             )
         endpoint = _endpoint(pods, environment)
         host = endpoint.rpartition(":")[0]
@@ -119,9 +121,9 @@ class World:
         """The command that starts this pod's processes.
 
         Args:
-            worker: The module that each of them runs.
-            arguments: The module's.
-            restarts: How often lost peers are waited for.
+            worker: The module that each process runs.
+            arguments: Its arguments.
+            restarts: How often to wait for lost peers.
         """
         waiting = f"is_host={int(self.is_host)},join_timeout={self.patience},read_timeout={ANSWERS}"
         return [
@@ -129,7 +131,7 @@ class World:
             *("--nnodes", str(self.pods), "--nproc-per-node", str(self.processes)),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", self.endpoint),
             *("--rdzv-id", "training", "--rdzv-conf", waiting),
-            # Ranks follow the order of the addresses.
+            # Ranks are assigned in the order of the addresses.
             *("--local-addr", self.address),
             *("--max-restarts", str(restarts), "--shutdown-timeout", str(STOPS_WITHIN)),
             *("-m", worker, "--world-size", str(self.pods * self.processes), *arguments),
@@ -137,7 +139,7 @@ class World:
 
 
 def _endpoint(pods: int, environment: Mapping[str, str]) -> str:
-    """Where the pods meet: the first one's address, by either operator."""
+    """The rendezvous in the first pod, as either operator describes it."""
     if found := environment.get("PET_RDZV_ENDPOINT"):
         return found
     if "PET_MASTER_ADDR" in environment:
@@ -145,14 +147,17 @@ def _endpoint(pods: int, environment: Mapping[str, str]) -> str:
     if pods == 1:
         return "127.0.0.1:0"
     raise UserError(
-        "This pod was not told where the others are: there is neither PET_RDZV_ENDPOINT nor "
-        "PET_MASTER_ADDR.",
-        "Let the Training Operator or Kubeflow Trainer start it.",
+        "This pod cannot find the others: neither PET_RDZV_ENDPOINT nor PET_MASTER_ADDR is set.",
+        "Start it through the Training Operator or Kubeflow Trainer, which set them.",
     )
 
 
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
 class _Notes:
-    """What the processes wrote of their starts and of their ends."""
+    """What the processes recorded about their starts and exits."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -164,24 +169,24 @@ class _Notes:
         return [Note.model_validate_json(path.read_text(encoding="utf-8")) for path in paths]
 
     def final(self) -> Note | None:
-        """The first of those after which another attempt is of no use."""
+        """The first note that rules out another attempt."""
         return next((note for note in self._all() if note.is_final), None)
 
     def last(self) -> Note | None:
-        """The latest."""
+        """The latest note."""
         return next(reversed(self._all()), None)
 
     def rounds(self, processes: int) -> int:
-        """How often so many processes were started."""
+        """How often that number of processes was started."""
         return self.starts.stat().st_size // processes
 
     def quiet_seconds(self) -> float:
-        """How long none was started."""
+        """How long ago a process was last started."""
         return time.time() - self.starts.stat().st_mtime
 
 
 class _Signals:
-    """The signal that this process was sent, if any."""
+    """The signal that this process received, if any."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -193,12 +198,12 @@ class _Signals:
 
 
 def run(world: World, worker: str, arguments: Sequence[str]) -> int:
-    """Trains until it is done, or until another attempt is of no use.
+    """Trains until it succeeds or until another attempt would not help.
 
     Args:
         world: The processes.
-        worker: The module that each of them runs.
-        arguments: The module's.
+        worker: The module that each process runs.
+        arguments: Its arguments.
 
     Returns:
         The exit code of the container.
@@ -217,27 +222,28 @@ def run(world: World, worker: str, arguments: Sequence[str]) -> int:
                 print(note.text, file=sys.stderr, flush=True)
                 return note.exit_code
             left = world.restarts - notes.rounds(world.processes)
-            print("torchrun ended: it lost the other pods.", file=sys.stderr, flush=True)
+            print("torchrun exited: it lost the other pods.", file=sys.stderr, flush=True)
             time.sleep(PAUSE)
         if last := notes.last():
             print(last.text, file=sys.stderr)
-        text = f"The other pods did not come within {world.patience / 60:g} minutes."
+        text = f"The other pods did not start within {world.patience / 60:g} minutes."
         if left < 0:
-            text = f"The other pods were lost {world.restarts + 1} times."
+            limit = world.restarts
+            text = f"The other pods were lost {limit + 1} times; the limit is {limit}."
         print(f"Error: {text}", file=sys.stderr, flush=True)
         return 1
 
 
 def _torchrun(command: Sequence[str], notes: _Notes, signals: _Signals) -> int:
-    """Starts torchrun and sees it to its end, or to what ends it."""
-    # All of it is on the command line.
+    """Runs torchrun until it exits, or stops it after a signal or a final note."""
+    # The command line already says all of it.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PET_")}
     environment[NOTES] = str(notes.folder)
-    # Else a later round would go by the address that the first one's store has.
+    # Otherwise a later rendezvous would use the address in the store of the first one.
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    # Their warnings of lost peers are long, and of no use.
+    # Their warnings about lost peers are long and useless.
     environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", "LOGLEVEL": "ERROR", **environment}
-    # In a session of its own: what a terminal sends comes from here, once.
+    # In its own session, so that Ctrl-C in a terminal reaches it once, through this process.
     child = subprocess.Popen(
         command,
         env=environment,
@@ -250,14 +256,14 @@ def _torchrun(command: Sequence[str], notes: _Notes, signals: _Signals) -> int:
             child.send_signal(signals.received or signal.SIGTERM)
             stop_by = time.monotonic() + 2 * STOPS_WITHIN
         elif time.monotonic() > stop_by:
-            # Its processes go with it.
+            # Its processes die with it.
             child.kill()
         time.sleep(POLL)
     return ended
 
 
 def _reap(child: subprocess.Popen[bytes]) -> int | None:
-    """The child's exit code, once it has ended; orphans that fell to process 1 go, too."""
+    """The exit code of the child once it has exited; reaps orphans adopted by process 1, too."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -270,12 +276,16 @@ def _reap(child: subprocess.Popen[bytes]) -> int | None:
 
 
 def main() -> int:
-    """Trains as one pod of a job."""
+    """Runs one pod of a training job."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pods", type=int, required=True)
     parser.add_argument("--processes", type=int, required=True)
-    parser.add_argument("--restarts", type=int, default=RESTARTS, help="for lost pods")
-    parser.add_argument("--patience", type=int, default=PATIENCE, help="seconds, for other pods")
+    parser.add_argument(
+        "--restarts", type=int, default=RESTARTS, help="how often to wait for lost pods"
+    )
+    parser.add_argument(
+        "--patience", type=int, default=PATIENCE, help="how long to wait for the others, in seconds"
+    )
     parser.add_argument("--task", required=True)
     parser.add_argument("--worker", default=WORKER, help="the module that each process runs")
     given = parser.parse_args()

@@ -291,7 +291,7 @@ class Launch:
         since = self._away_since = self._away_since or time.monotonic()
         self._tell(AWAY.format(error))
         # Rights that were there a moment ago come back like the server itself.
-        comes_back = error.passes or (jobs.is_known and pods.is_known)
+        comes_back = error.is_temporary or (jobs.is_known and pods.is_known)
         if time.monotonic() - since > (self.outage if comes_back else limits.refused):
             if comes_back:
                 raise JobFailed(
@@ -459,7 +459,7 @@ class Launch:
         """What the API server refused, and who can mend it."""
         namespace = self.request.namespace
         message = " ".join(error.message.split()).removesuffix(".")
-        if error.passes:
+        if error.is_temporary:
             return JobFailed(f"The API server did not answer: {message}.", "Try again later.")
         launcher = self.launcher
         known = (

@@ -1,7 +1,8 @@
-"""What a training job is told: one stage, in a text short enough for a pod's command line.
+"""What a training job runs: one stage, as text that fits on a pod's command line.
 
-A job's pods share no disk with the step that asks for them, so a task carries the text of the
-step's small artifacts (references and policies), and all that these name must lie in a bucket.
+The pods of a job share no disk with the step that creates it. So a task contains the text of the
+step's small artifacts (references and policies), and everything that these name must be in a
+bucket.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from srccore.steps.step import Finished, Reference, locate_stage, run_stage
 __all__ = ["StageTask"]
 
 LARGEST = 2**16
-"""Bytes that are read of an artifact; references and policies are far smaller."""
+"""How many bytes of an artifact are read; references and policies are far smaller."""
 Given = str | Sequence[str] | None
 
 
 class StageTask(Section):
-    """A stage that a job's pods run, as `srccore.steps.step.run_stage` is asked for it."""
+    """A stage for the pods of a job to run, as the arguments of `srccore.steps.step.run_stage`."""
 
     stage: str
     artifact_root: str
     inputs: dict[str, str | list[str] | None]
-    """By the stage function's arguments, the texts of the artifacts' files."""
+    """The text of each artifact's file, by the stage function's argument."""
     settings: dict[str, Any]
     device: str = "auto"
     threads: int = 0
@@ -54,19 +55,19 @@ class StageTask(Section):
         """Reads the artifacts of a step.
 
         Args:
-            stage: As for `run_stage`; so are the others.
-            artifact_root: Where it is a folder, the pods are taken to see this machine's files.
+            stage: The stage's name, as for `run_stage`; so are the other arguments.
+            artifact_root: If it is a folder, the pods are assumed to share this machine's files.
             inputs: The paths of Kubeflow's artifacts.
-            settings: The stage function's other arguments, as JSON has them.
+            settings: The stage function's other arguments, as JSON values.
             device: ``cpu``, ``cuda`` or ``auto``.
-            threads: CPU threads of torch; 0 leaves it alone.
+            threads: CPU threads of torch; 0 keeps torch's default.
 
         Returns:
             The task.
 
         Raises:
-            UserError: An artifact is neither a reference nor a policy, or names what the pods do
-                not see.
+            UserError: An artifact is neither a reference nor a policy, or names something that
+                the pods cannot access.
         """
         is_shared = not storage.is_remote(artifact_root)
         return cls(
@@ -82,10 +83,10 @@ class StageTask(Section):
         )
 
     def uri(self) -> str:
-        """Where the stage's folder will lie.
+        """The URI of the stage's output folder.
 
         Raises:
-            UserError: An input is missing, or a setting does not hold.
+            UserError: An input is missing, or a setting is invalid.
         """
         with self._artifacts() as inputs:
             return locate_stage(
@@ -93,10 +94,10 @@ class StageTask(Section):
             )
 
     def run(self) -> Finished:
-        """Runs the stage here, or finds it done.
+        """Runs the stage here, unless it is already finished.
 
         Raises:
-            SystemExit: With 2, where the user can mend what is wrong.
+            SystemExit: With 2, for an error that the user can fix.
         """
         with self._artifacts() as inputs:
             return run_stage(
@@ -110,12 +111,12 @@ class StageTask(Section):
 
     @contextmanager
     def _artifacts(self) -> Iterator[dict[str, str | list[str] | None]]:
-        """The paths of files with the inputs' texts."""
+        """Writes the inputs to files and yields their paths."""
         with tempfile.TemporaryDirectory() as scratch:
             numbers = itertools.count()
 
             def write(text: str) -> str:
-                # What ends so is a policy's file, and not a folder with one.
+                # The ending marks a policy's file, as opposed to a folder with one.
                 file = Path(scratch) / f"{next(numbers)}.json"
                 file.write_text(text, encoding="utf-8")
                 return str(file)
@@ -131,7 +132,7 @@ class StageTask(Section):
         """Reads what `to_json` wrote.
 
         Raises:
-            UserError: It is something else.
+            UserError: The text is not a valid task.
         """
         try:
             return cls.model_validate_json(text)
@@ -140,35 +141,36 @@ class StageTask(Section):
 
 
 def _each(given: Given, do: Callable[[str], str]) -> str | list[str] | None:
-    """Does it with one text, with each of several, or with none."""
+    """Applies a function to one text, to each of several, or to none."""
     if given is None or isinstance(given, str):
         return None if given is None else do(given)
     return [do(each) for each in given]
 
 
 def _read(stage: str, name: str, is_shared: bool, path: str) -> str:
-    """The text of an artifact, where a job's pods can make use of it."""
-    mend = "Copy it to a bucket, and give what the component import-output makes of its URI."
+    """The text of an artifact, provided that the pods of a job can use it."""
+    fix = "Copy it to a bucket, and pass the output of the component import-output for its URI."
     try:
         with Path(path).open("rb") as file:
             text = file.read(LARGEST).decode()
         addresses = _addresses(text)
     except (OSError, ValueError, UserError):
         raise UserError(
-            f"The input {name} of {stage} is neither a reference nor a policy, and a job's pods do "
-            f"not see {path}.",
-            mend,
+            f"The input {name} of {stage} is neither a reference nor a policy, and the pods of a "
+            f"job cannot access {path}.",
+            fix,
         ) from None
     unseen = [each for each in addresses if not (is_shared or storage.is_remote(each))]
     if unseen:
         raise UserError(
-            f"The input {name} of {stage} names {unseen[0]}, which a job's pods do not see.", mend
+            f"The input {name} of {stage} names {unseen[0]}, which a job's pods cannot access.",
+            fix,
         )
     return text
 
 
 def _addresses(text: str) -> list[str]:
-    """What an artifact names; hub ids and the models of this package are no addresses."""
+    """The paths and URIs that an artifact names, without hub ids and this package's models."""
     try:
         return [Reference.model_validate_json(text).uri]
     except ValidationError:

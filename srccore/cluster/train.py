@@ -1,4 +1,4 @@
-"""Where a training stage runs: in the pod of its step, or as a job that the step watches."""
+"""Runs a training stage in the pod of its step, or as a job that the step watches."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 __all__ = ["SPEC_FILE", "train"]
 
 SPEC_FILE = "job.yaml"
-"""In the folder of a stage that a job trained: the job as it was asked for."""
+"""In the folder of a stage that was trained by a job: the job as it was requested."""
 
 WORKFLOW_LABEL = "workflows.argoproj.io/workflow"
 RUN_LABEL = "pipeline/runid"
 ARGO = "argoproj.io/v1alpha1"
 ASKING_SECONDS = 120.0
-"""How long the API server may be away before there is a job."""
+"""How long the API server may be unavailable before there is a job."""
 
 
 def train(
@@ -58,30 +58,31 @@ def train(
     memory: str = "",
     gpus: str = "",
 ) -> Finished:
-    """Runs a training stage by a launcher; for the rest see `srccore.steps.step.run_stage`.
+    """Runs a training stage with a launcher; see also `srccore.steps.step.run_stage`.
 
     Args:
-        stage: Its name.
-        artifact_root: The folder or ``s3://...`` below which it writes. A job needs the latter.
-        launcher: ``inprocess`` trains here; ``pytorchjob`` and ``trainjob`` create a job of that
-            kind, watch it and show its log. A second attempt goes on with the job of the first.
+        stage: The name of the stage.
+        artifact_root: The folder or ``s3://...`` to write below. A job requires the latter.
+        launcher: ``inprocess`` trains here; one of `srccore.cluster.request.LAUNCHERS` creates a
+            job, watches it and shows its log. A second attempt resumes watching the first one's
+            job.
         inputs: Paths of Kubeflow's artifacts.
         settings: The stage function's other arguments.
         device: ``cpu``, ``cuda`` or ``auto``.
-        threads: CPU threads of torch; 0 leaves it alone.
+        threads: CPU threads of torch; 0 keeps torch's default.
         round_number: Part of the job's name.
-        job: The fields of `srccore.cluster.request.JobSettings`; none where nothing is a job.
-        node_selector: Where given, instead of the job's.
-        tolerations: Where given, instead of the job's.
-        memory: Where given, instead of the job's.
-        gpus: Where given, instead of the job's.
+        job: Fields of `srccore.cluster.request.JobSettings`; not used by ``inprocess``.
+        node_selector: Overrides that of the job.
+        tolerations: Override those of the job.
+        memory: Overrides that of the job.
+        gpus: Overrides that of the job.
 
     Returns:
-        Where its folder lies, and its figures.
+        The URI of the output folder, and the metrics.
 
     Raises:
-        SystemExit: With 2, where the user can mend what is wrong; with 1, where the job failed;
-            with 143, where this process was told to end.
+        SystemExit: With 2 for an error that the user can fix, with 1 if the job failed, with 143
+            if this process was stopped.
     """
     if launcher == INPROCESS:
         return run_stage(
@@ -114,8 +115,8 @@ def _chosen(launcher: str, artifact_root: str) -> Launcher:
         raise UserError(f"Unknown launcher {launcher!r}.", f"Choose one of {names}.")
     if not storage.is_remote(artifact_root):
         raise UserError(
-            f"A job's pods cannot write to {artifact_root}: they share no disk with this one.",
-            "Give an artifact root in a bucket: s3://bucket/path.",
+            f"The pods of a job cannot write to {artifact_root}: they share no disk with this pod.",
+            "Pass an artifact root in a bucket: s3://BUCKET/PATH.",
         )
     return LAUNCHERS[launcher]
 
@@ -144,14 +145,14 @@ def _settings(
 
 
 def _check_share(config: Mapping[str, Any], settings: JobSettings) -> None:
-    """Refuses at once what the processes would, once they had a place and their image."""
+    """Refuses a batch now that the processes would refuse once they are scheduled and started."""
     from srccore.training.ranks import local_share
 
     known = {name: config[name] for name in OptimizerSettings.model_fields if name in config}
     try:
         optimizer = OptimizerSettings.model_validate(known)
     except ValidationError:
-        return  # The stage itself says better what is wrong with its settings.
+        return  # The stage explains invalid settings better.
     local_share(optimizer, settings.pods * settings.processes)
 
 
@@ -192,10 +193,10 @@ def _train_as_job(
 
 
 def _belongs_to(api: Api, uri: str) -> tuple[str, Owner | None]:
-    """A short name of the run, and the Workflow that this pod is a step of.
+    """A short name for the run, and the Workflow that this pod is a step of.
 
-    Outside a workflow the run is named after what is trained, so that the same command goes on
-    with the same job.
+    Outside a workflow the run is named after what is trained, so that repeating a command resumes
+    the same job.
     """
     from srccore.cluster.api import ApiError, retried
 
@@ -215,8 +216,8 @@ def _belongs_to(api: Api, uri: str) -> tuple[str, Owner | None]:
         workflow = ask(f"/apis/{ARGO}/namespaces/{api.namespace}/workflows/{name}")
     except ApiError as error:
         raise UserError(
-            f"This pod cannot find out which workflow it belongs to ({error}).",
-            "Bind the Role srccore-launcher of manifests/base to the account that runs the step.",
+            f"This pod cannot determine which workflow it belongs to ({error}).",
+            "Bind the Role srccore-launcher of manifests/base to the service account of the step.",
         ) from None
     owner = Owner(api_version=ARGO, kind="Workflow", name=name, uid=workflow["metadata"]["uid"])
     run = labels.get(RUN_LABEL) or owner.uid

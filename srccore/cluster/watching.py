@@ -1,8 +1,8 @@
-"""Keeps a list of objects, and the log of a pod, as the API server has them.
+"""Follows a list of objects, and the log of a pod, on the API server.
 
-Both follow in a thread of their own and survive whatever a connection does: a list is read once,
-then watched; where the watch ends, it goes on from the last version that was seen, and where that
-is too old (410), the list is read again. A log goes on after its last line's time stamp.
+Each runs in its own thread and survives lost connections. A list is read once and then watched; a
+watch that ends is resumed from the last version seen, and if that is too old (410), the list is
+read again. A log is resumed after the timestamp of its last line.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from srccore.cluster.api import Api, ApiError, Stream
 __all__ = ["LogStream", "Mirror"]
 
 WATCH_SECONDS = 60
-"""After which, at the latest, the server ends a watch; a dead connection is noticed a little later.
-Clients that began together do not come back together."""
+"""The longest time until the server ends a watch; a dead connection is noticed a little later.
+The time is randomised, so that clients that started together do not reconnect together."""
 LONGEST_PAUSE = 15.0
 _STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\S+) ?(.*)", re.DOTALL)
 
 
 class _Follower(ABC):
-    """A thread that follows a stream until it is stopped, again and again."""
+    """A thread that follows a stream, and reopens it until it is stopped."""
 
     def __init__(self, name: str) -> None:
         self._stopped = threading.Event()
@@ -37,11 +37,11 @@ class _Follower(ABC):
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Begins to follow."""
+        """Starts following."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread, wherever it waits."""
+        """Stops the thread, wherever it waits."""
         self._stopped.set()
         with self._lock:
             if self._stream:
@@ -64,7 +64,7 @@ class _Follower(ABC):
             if held:
                 pause = 0.0
             if lost or not held:
-                # Many clients of one server must not come back all at once.
+                # Many clients of one server must not all reconnect at once.
                 pause = min(LONGEST_PAUSE, max(0.5, 2 * pause)) * random.uniform(0.7, 1.0)
 
     def _open(self, api: Api, path: str, **query: str) -> Stream:
@@ -77,20 +77,20 @@ class _Follower(ABC):
 
     @abstractmethod
     def _follow(self) -> bool:
-        """Follows until the stream ends; says whether that was all."""
+        """Follows until the stream ends; returns whether to stop following."""
 
     @abstractmethod
     def _lost(self, error: ApiError) -> bool:
-        """Hears of an error; says whether that was all."""
+        """Receives an error; returns whether to stop following."""
 
 
 class Mirror(_Follower):
-    """The objects of a list, as the API server has them.
+    """An up-to-date copy of a list of objects on the API server.
 
     Args:
         api: The API server.
-        path: Of the list.
-        changed: Told, in another thread, that something changed.
+        path: The path of the list.
+        changed: Called after every change, in another thread.
         selectors: ``labelSelector``, ``fieldSelector``.
     """
 
@@ -113,19 +113,19 @@ class Mirror(_Follower):
 
     @property
     def objects(self) -> list[dict[str, Any]]:
-        """What there is, or was when the server last answered."""
+        """The objects, as of the last response of the server."""
         with self._lock:
             return list(self._objects.values())
 
     def take_gone(self) -> list[dict[str, Any]]:
-        """Those that were deleted since the last call, as they were."""
+        """The objects deleted since the last call, in their last state."""
         with self._lock:
             gone, self._gone = self._gone, []
             return gone
 
     @property
     def error(self) -> ApiError | None:
-        """Why nothing new is known at the moment."""
+        """Why the copy may be out of date; None while it is being watched."""
         return self._error
 
     def _follow(self) -> bool:
@@ -140,8 +140,8 @@ class Mirror(_Follower):
             allowWatchBookmarks="true",
             **self.selectors,
         )
-        # It may be quiet from now on.
-        self._heard(None)
+        # Report it now: the watch may send nothing for a long time.
+        self._report(None)
         try:
             for line in watch.lines():
                 self._apply(line)
@@ -161,7 +161,7 @@ class Mirror(_Follower):
             event = json.loads(line)
             kind, thing = event["type"], event["object"]
         except (ValueError, KeyError, TypeError):
-            raise ApiError(0, "BrokenWatch", "The watch was cut in the middle of a line.") from None
+            raise ApiError(0, "BrokenWatch", "The watch ended in the middle of a line.") from None
         if kind == "ERROR":
             raise ApiError(
                 int(thing.get("code", 0)), str(thing.get("reason")), str(thing.get("message"))
@@ -182,10 +182,10 @@ class Mirror(_Follower):
         if error.status == 410:
             self._version = ""
         else:
-            self._heard(error)
+            self._report(error)
         return False
 
-    def _heard(self, error: ApiError | None) -> None:
+    def _report(self, error: ApiError | None) -> None:
         self._error = error
         self._changed()
 
@@ -195,10 +195,10 @@ class LogStream(_Follower):
 
     Args:
         api: The API server.
-        path: Of the pod.
-        uid: Of the pod: another one may get its name.
+        path: The pod's path.
+        uid: The pod's UID: another pod may get its name.
         container: The container's name.
-        say: Told of a line, in another thread.
+        say: Called with each line, in another thread.
     """
 
     def __init__(
@@ -214,11 +214,11 @@ class LogStream(_Follower):
         self._is_again = False
 
     def finish(self, seconds: float, enough: Callable[[], bool]) -> None:
-        """Waits for the rest of the log of a container that has ended, then stops.
+        """Waits for the rest of the log of a terminated container, then stops.
 
         Args:
-            seconds: No longer than that.
-            enough: Whether to stop before.
+            seconds: The longest time to wait.
+            enough: Whether to stop earlier.
         """
         ends = time.monotonic() + seconds
         while self._thread.is_alive() and time.monotonic() < ends and not enough():
@@ -239,16 +239,16 @@ class LogStream(_Follower):
             **since,
         )
         try:
-            # sinceTime is exact to the second, so it begins with lines that were said before.
+            # sinceTime has a resolution of seconds, so the first lines may be known already.
             said = self._last
             for line in log.lines():
-                self._tell(line, said)
+                self._pass_on(line, said)
         finally:
             log.close()
-        # The kubelet ends the stream of a container that has ended; a proxy may end it before.
+        # The kubelet ends the stream once the container has terminated, a proxy at any time.
         return self._has_ended()
 
-    def _tell(self, line: str, said: str) -> None:
+    def _pass_on(self, line: str, said: str) -> None:
         matched = _STAMPED.fullmatch(line)
         stamp, text = matched.groups() if matched else ("", line)
         if matched and stamp <= said:
@@ -257,7 +257,7 @@ class LogStream(_Follower):
         self._say(text)
 
     def _pod(self) -> dict[str, Any] | None:
-        """The pod as it is; None where it is gone, whatever has its name now."""
+        """The pod; None if it is gone, even if another pod has its name now."""
         try:
             pod = self._api.get(self._path)
         except ApiError as error:
@@ -276,6 +276,6 @@ class LogStream(_Follower):
 
     def _lost(self, error: ApiError) -> bool:
         if error.status == 403:
-            self._say(f"The log cannot be read: {error}")
-        # 404: the pod is gone. 400: its container has not begun, or its log was removed.
+            self._say(f"Cannot read the log: {error}")
+        # 404: the pod is gone. 400: its container has not started, or its log was removed.
         return error.status in (403, 404)

@@ -1,9 +1,9 @@
-"""One process of a training job, as torchrun starts it; leaves a note of how it ended.
+"""One process of a training job, as torchrun starts it; leaves a note about how it exited.
 
-torchrun restarts a process that ends badly, and says no more of it than that. A note tells
-`srccore.cluster.entry` which ends are worth another attempt: a connection to another process that
-broke (its pod is gone and comes back), and nothing else. What a process raised by itself, it would
-raise again.
+torchrun restarts a process that fails, and reports nothing else about it. The note tells
+`srccore.cluster.entry` which failures are worth another attempt: a broken connection to another
+process (its pod was lost and comes back), and nothing else. An error of the process's own would
+occur again.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from srccore.files import write_json
 __all__ = ["NOTES", "STARTED", "Note", "die_with_parent", "is_lost_peer", "supervised"]
 
 NOTES = "SRCCORE_NOTES"
-"""The environment variable that names the folder for notes."""
+"""The environment variable with the folder for notes."""
 STARTED = "started"
 """The file in it that grows by a byte with every process that starts."""
 _SET_DEATH_SIGNAL = 1
-# How gloo, and autograd over it, say that a peer is gone: a plain RuntimeError.
+# How gloo, and autograd on top of it, report a lost peer: in a plain RuntimeError.
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer")
 
 
 class Note(Section):
-    """How a process ended, unless it ended well or was told to end."""
+    """How a process failed; there is none if it succeeded or was stopped."""
 
     is_final: bool
-    """Whether another attempt would end the same way."""
+    """Whether another attempt would fail the same way."""
     exit_code: int
     text: str
-    """What the pod's log shall end with."""
+    """The last line of the pod's log."""
 
     def leave(self, path: Path | None) -> None:
-        """Writes it down, where somebody reads notes."""
+        """Writes the note, if there is a folder for notes."""
         if path:
             write_json(path, self.model_dump(mode="json"))
 
@@ -62,20 +62,20 @@ def _train(task: str, world_size: int) -> None:
     found = int(os.environ.get("WORLD_SIZE", "1"))
     if found != world_size:
         raise UserError(
-            f"{found} processes were started to train together, but {world_size} were asked for.",
-            "See the job's number of pods, and of processes in each.",
+            f"Expected {world_size} processes to train together, but WORLD_SIZE is {found}.",
+            "Check the number of pods of the job, and the number of processes in each pod.",
         )
     StageTask.from_json(task).run()
 
 
 def supervised(work: Callable[[], object]) -> int:
-    """Does the work in a child process, so that even its killing is noted.
+    """Does the work in a child process, so that a kill leaves a note as well.
 
     Args:
-        work: What to do; it imports torch itself.
+        work: The work; it imports torch itself.
 
     Returns:
-        The exit code: 128 + n where signal n killed the child.
+        The exit code: 128 + n if signal n killed the child.
     """
     die_with_parent()
     path = None
@@ -89,29 +89,29 @@ def supervised(work: Callable[[], object]) -> int:
         if code := _done(work, path):
             sys.stdout.flush()
             sys.stderr.flush()
-            # The other processes may be gone: leaving their group in good order could hang.
+            # Other processes may be gone, and leaving their group properly could hang.
             os._exit(code)
         return 0
     for number in (signal.SIGTERM, signal.SIGINT):
-        # torchrun tells the child, too; this process waits for its end.
-        signal.signal(number, lambda number, _: _tell(child, number))
+        # torchrun signals the child, too; this process waits until it exits.
+        signal.signal(number, lambda number, _: _forward(child, number))
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code < 0 and -code not in (signal.SIGTERM, signal.SIGINT):
         name = signal.Signals(-code).name
-        # NCCL aborts a process whose peer is gone.
+        # NCCL aborts a process that has lost a peer.
         Note(
             is_final=-code != signal.SIGABRT,
             exit_code=128 - code,
-            text=f"Error: A process that trains was killed by {name}.",
+            text=f"Error: A training process was killed by {name}.",
         ).leave(path)
     elif code > 0 and path and not path.exists():
-        text = f"Error: A process that trains ended with exit code {code}, without a word."
+        text = f"Error: A training process exited with code {code} and left no message."
         Note(is_final=True, exit_code=1, text=text).leave(path)
     return code if code >= 0 else 128 - code
 
 
-def _tell(child: int, number: int) -> None:
+def _forward(child: int, number: int) -> None:
     try:
         os.kill(child, number)
     except ProcessLookupError:
@@ -119,11 +119,11 @@ def _tell(child: int, number: int) -> None:
 
 
 def _done(work: Callable[[], object], path: Path | None) -> int:
-    """Does the work; an error becomes a note and an exit code."""
+    """Does the work and turns an error into a note and an exit code."""
     try:
         work()
     except SystemExit as stop:
-        # `run_stage` has told the user.
+        # `run_stage` has printed the error.
         if isinstance(stop.__cause__, UserError):
             Note(is_final=True, exit_code=2, text=f"Error: {stop.__cause__}").leave(path)
         return stop.code if isinstance(stop.code, int) else 1
@@ -132,7 +132,7 @@ def _done(work: Callable[[], object], path: Path | None) -> int:
         Note(is_final=True, exit_code=2, text=f"Error: {error}").leave(path)
         return 2
     except KeyboardInterrupt:
-        # An end by signal, for whoever waits for this process.
+        # Die from the signal, so that the parent process sees it.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
     except BaseException as error:
@@ -144,10 +144,10 @@ def _done(work: Callable[[], object], path: Path | None) -> int:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error says that a connection to another process broke.
+    """Whether an error means that a connection to another process broke.
 
     Args:
-        error: What was raised; its causes count too.
+        error: The exception; its causes are checked, too.
     """
     if "torch" not in sys.modules:
         return False
@@ -164,7 +164,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def die_with_parent() -> None:
-    """Has the kernel kill this process when the one that started it ends: nobody else would."""
+    """Makes the kernel kill this process when its parent exits; nothing else would."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
 

@@ -1240,8 +1240,8 @@ def test_the_cluster_is_that_of_the_kubeconfig(
 
 def test_no_cluster_at_all_is_told_with_what_to_do(tmp_path: Path) -> None:
     done = connected(tmp_path / "none")
-    assert "There is no cluster to talk to" in done.stderr
-    assert "name a kubeconfig by KUBECONFIG" in done.stderr
+    assert "Found no Kubernetes cluster" in done.stderr
+    assert "set KUBECONFIG to a kubeconfig" in done.stderr
 
 
 def connected(kubeconfig: Path) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""Pods of a training job on this machine: the entry of each, with torchrun and its processes."""
+"""The pods of a training job on this machine: each one's entry, with torchrun and processes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ WITHIN = 120.0
 
 
 def until(done: Callable[[], object]) -> None:
-    """Waits for something, with a deadline."""
+    """Waits for a condition, with a deadline."""
     deadline = time.monotonic() + WITHIN
     while not done():
-        assert time.monotonic() < deadline, "it did not come"
+        assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
 
 
@@ -63,9 +63,9 @@ class Job:
 
     Args:
         folder: For logs and caches.
-        pods: How many there are.
-        task: What they are given.
-        worker: The module that their processes run; None is the real one.
+        pods: The number of pods.
+        task: Their task.
+        worker: The module that their processes run; None means the real one.
     """
 
     def __init__(self, folder: Path, pods: int, task: str, worker: str | None = None) -> None:
@@ -77,7 +77,7 @@ class Job:
         self.started: list[Pod] = []
 
     def start(self, index: int) -> Pod:
-        """Starts a pod, as an operator would; an empty disk for each."""
+        """Starts a pod with an empty disk, as an operator would."""
         own = self.folder / f"pod-{len(self.started)}"
         environment = os.environ | {
             "HOSTNAME": f"127.0.0.{index + 1}",
@@ -91,7 +91,7 @@ class Job:
         return self.started[-1]
 
     def kill(self) -> None:
-        """Ends what is left; the processes of a pod go with its entry."""
+        """Kills what is left; the processes of a pod die with its entry."""
         for pod in self.started:
             pod.process.kill()
             pod.process.wait()
@@ -99,7 +99,7 @@ class Job:
 
 @pytest.fixture
 def jobs(tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """Makes jobs, and leaves none behind."""
+    """Makes jobs, and kills them all in the end."""
     made = itertools.count()
     with contextlib.ExitStack() as stack:
 

@@ -1,4 +1,4 @@
-"""Training pods end as their processes did, and wait for each other. torchrun is the real one."""
+"""Training pods exit as their processes did, and wait for each other, with the real torchrun."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Jobs = Callable[..., Job]
 
 pytestmark = pytest.mark.long
 
-USER_ERROR = 'from srccore.errors import UserError; raise UserError("It is wrong.", "Mend it.")'
+USER_ERROR = 'from srccore.errors import UserError; raise UserError("It is wrong.", "Fix it.")'
 ENDS = [
     ("raise ValueError('It is broken.')", 1, "Error: ValueError: It is broken."),
-    (USER_ERROR, 2, "Error: It is wrong. Mend it."),
+    (USER_ERROR, 2, "Error: It is wrong. Fix it."),
     ("import os; os.kill(os.getpid(), 9)", 137, "was killed by SIGKILL"),
     ("import os; os.kill(os.getpid(), 11)", 139, "was killed by SIGSEGV"),
-    ("import os; os._exit(7)", 1, "ended with exit code 7, without a word"),
+    ("import os; os._exit(7)", 1, "exited with code 7 and left no message"),
 ]
 
 
@@ -84,14 +84,14 @@ def test_what_a_process_raises_ends_its_pod_and_the_other_one_waits(
     first, second = job.start(0), job.start(1)
     assert second.ends() == 1
     assert second.last_line == "Error: ValueError: It is broken."
-    # An operator that sees a pod fail ends the others.
+    # An operator that sees a pod fail stops the others.
     assert first.process.poll() is None
     first.tell(signal.SIGTERM)
     assert first.ends() == 143
 
 
 def dpo_task(finished: Path, bucket: S3Server, folder: Path) -> StageTask:
-    """DPO of the run's first round, for a good while; all that goes in lies in the bucket."""
+    """DPO of the run's first round, slowed down; all inputs are in the bucket."""
     folder.mkdir()
     given = {
         "data": ("data", "calibration.parquet"),
@@ -137,7 +137,7 @@ def test_two_pods_of_which_one_is_lost_train_what_one_trains(
     second = job.start(1)
     assert (first.ends(), second.ends()) == (0, 0)
     assert "Training goes on from step " in first.log
-    # The first process alone speaks.
+    # Only the first process prints anything.
     assert f"Finished train-dpo: {uri}" in first.log
     assert second.log == ""
     done = finished_stage("train-dpo", uri)
@@ -146,7 +146,7 @@ def test_two_pods_of_which_one_is_lost_train_what_one_trains(
     manifest = json.loads(storage.read_text(f"{uri}/manifest.json"))
     assert not any(name.startswith("checkpoint") for name in manifest["outputs"])
 
-    # Whoever comes later finds it done.
+    # A later job finds it done.
     stored = storage.listing(uri)
     again = [job.start(index) for index in range(2)]
     assert [pod.ends() for pod in again] == [0, 0]

@@ -45,7 +45,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    # Neither says anything of its own.
+    # Neither process prints anything.
     assert done.stdout == ""
     return out
 
@@ -92,7 +92,7 @@ def test_how_a_batch_is_shared_changes_no_loss(alone: Path) -> None:
         (8, 4, 4, (8, 1)),
         (8, 4, 2, (8, 2)),
         (8, 1, 2, (4, 1)),
-        # By both: twice fewer passes, and twice fewer samples of each.
+        # By both: half the passes, and half the samples in each.
         (8, 2, 4, (4, 1)),
         (3, 2, 6, (1, 1)),
     ],

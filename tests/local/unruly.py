@@ -1,7 +1,7 @@
-"""A process of a training job that does what a test wants of it, in place of the worker.
+"""A process of a training job that replaces the worker and does what a test tells it to.
 
-``--task`` is JSON: what the process of each rank shall ``do`` (Python), and whether it is to join
-the others over gloo. It ends well when the file ``go`` is there.
+``--task`` is JSON: what the process of each rank must ``do`` (Python), and whether it joins the
+others over gloo. It succeeds once the file ``go`` exists.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def work(task: dict[str, Any]) -> None:
 
 def begin(folder: Path, rank: str, do: dict[str, str]) -> None:
     (folder / f"began-{rank}").touch()
-    # The tests' own words.
+    # Written by the tests themselves.
     exec(do.get(rank, ""))
 
 

@@ -1,4 +1,4 @@
-"""What a training pod makes of what its operator tells it."""
+"""What a training pod makes of the environment that its operator sets."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def test_one_pod_needs_no_operator() -> None:
     [
         # A TrainJob without spec.trainer: each pod would train alone.
         (2, 1, {}, "2 pods .*PET_NNODES is not set"),
-        (2, 1, pytorchjob(0) | {"PET_NNODES": "1:2"}, "told of 1:2"),
-        (3, 1, pytorchjob(0), "3 pods .* told of 2:2"),
-        (1, 1, trainjob(0), "1 pods .* told of 2"),
-        (2, 2, pytorchjob(0), "2 processes of a pod .* to start 1"),
-        (2, 1, {"PET_NNODES": "2"}, "not told where the others are"),
+        (2, 1, pytorchjob(0) | {"PET_NNODES": "1:2"}, "PET_NNODES is 1:2"),
+        (3, 1, pytorchjob(0), "3 pods .* PET_NNODES is 2:2"),
+        (1, 1, trainjob(0), "1 pod .* PET_NNODES is 2 "),
+        (2, 2, pytorchjob(0), "2 processes in each pod, but PET_NPROC_PER_NODE is 1"),
+        (2, 1, {"PET_NNODES": "2"}, "neither PET_RDZV_ENDPOINT nor PET_MASTER_ADDR is set"),
     ],
 )
 def test_a_world_other_than_the_one_asked_for_is_refused(
@@ -113,14 +113,15 @@ def ended(module: str, *arguments: str, **environment: str) -> subprocess.Comple
 def test_a_pod_that_would_train_alone_ends_with_2_and_says_why() -> None:
     done = ended("srccore.cluster.entry", "--pods", "2", "--processes", "1", "--task", "{}")
     assert done.returncode == 2
-    assert done.stderr.startswith("Error: 2 pods shall train together")
+    assert done.stderr.startswith("Error: Expected 2 pods to train together")
 
 
 def test_a_process_that_would_train_alone_ends_with_2_and_says_why() -> None:
     arguments = ("--world-size", "2", "--task", "{}")
     done = ended("srccore.cluster.worker", *arguments, WORLD_SIZE="1")
     assert done.returncode == 2
-    assert done.stderr.startswith("Error: 1 processes were started")
+    said = "Error: Expected 2 processes to train together, but WORLD_SIZE is 1."
+    assert done.stderr.startswith(said)
 
 
 def test_what_a_process_raises_by_itself_is_no_lost_peer() -> None:

@@ -337,7 +337,7 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
         lambda folder: train(
             "train-dpo", str(folder), launcher="pytorchjob", inputs={}, settings={}
         ),
-        "Give an artifact root in a bucket",
+        "Pass an artifact root in a bucket",
     ),
     (
         "a batch that a job's pods cannot share",

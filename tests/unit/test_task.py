@@ -1,4 +1,4 @@
-"""Tasks: what a job's pods are told of a stage."""
+"""Tasks: what the pods of a job get to know about a stage."""
 
 from __future__ import annotations
 

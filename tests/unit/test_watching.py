@@ -1,4 +1,4 @@
-"""Lists and logs that are followed over a connection that fails, against a server that says so."""
+"""Following lists and logs over connections that fail, against a server that fails on request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExce
 LIST = "/api/v1/namespaces/ns/pods"
 POD = f"{LIST}/pod"
 LEAST_PAUSE = 0.35
-"""Seconds between two tries at the least, as watching.py draws them."""
+"""The shortest pause between two attempts that watching.py may draw, in seconds."""
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def event(kind: str, thing: Object) -> str:
 
 
 class Watch:
-    """What a watch says, as a test goes on; it is open until it is told to end."""
+    """A watch that a test feeds with lines; it stays open until the test ends it."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -212,7 +212,7 @@ def test_a_list_that_is_refused_is_not_known(server: Proxy, follows: Follows) ->
     wait_until("it is refused", lambda: mirror.error is not None)
     assert mirror.error is not None
     assert (mirror.error.status, mirror.error.reason) == (403, "Forbidden")
-    assert not mirror.error.passes
+    assert not mirror.error.is_temporary
     assert not mirror.is_known
 
 
@@ -241,7 +241,7 @@ def stamped(seconds: int, nanoseconds: int, text: str) -> str:
 
 
 class Log:
-    """A log that is followed, and what it told."""
+    """A log that is followed, and the lines that it reported."""
 
     def __init__(self, api: Api) -> None:
         self.told: list[str] = []
@@ -249,14 +249,14 @@ class Log:
         self.stream.start()
 
     def finish(self) -> list[str]:
-        """What it told, once it has ended of its own accord."""
+        """All lines, once it has ended by itself."""
         self.stream.finish(30, lambda: False)
         assert not self.stream._thread.is_alive()
         return self.told
 
 
 def pods_log(server: Proxy, *faults: Fault) -> None:
-    """Answers the first request for the log by the first fault and so on."""
+    """Answers the first request for the log with the first fault, and so on."""
     for fault in reversed(faults):
         server.add(fault, path=f"{POD}/log$", times=1)
 
@@ -321,7 +321,7 @@ def test_the_log_of_a_pod_that_is_gone_ends_though_another_has_its_name(
 
 def test_a_log_that_may_not_be_read_says_so_once(server: Proxy, api: Api) -> None:
     pods_log(server, answer(403, "Forbidden", 'User "x" cannot get resource "pods/log"'))
-    assert Log(api).finish() == ['The log cannot be read: User "x" cannot get resource "pods/log"']
+    assert Log(api).finish() == ['Cannot read the log: User "x" cannot get resource "pods/log"']
 
 
 def test_a_log_is_left_where_enough_was_waited(server: Proxy, api: Api) -> None:
@@ -346,9 +346,9 @@ def test_an_answer_of_another_kind_is_an_error_with_what_it_says(server: Proxy, 
     with pytest.raises(ApiError, match="404 page not found"):
         api.get(LIST)
     server.add(lambda exchange: exchange.answer(200, b"<html>", "text/html"))
-    with pytest.raises(ApiError, match="no JSON") as caught:
+    with pytest.raises(ApiError, match="not JSON") as caught:
         api.get(LIST)
-    assert caught.value.passes
+    assert caught.value.is_temporary
 
 
 def test_a_delete_names_the_object_and_not_only_its_name(server: Proxy, api: Api) -> None:
