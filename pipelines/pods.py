@@ -1,9 +1,9 @@
-"""What a task's pod is given: image, resources, placement, security, environment.
+"""Configures the pods of tasks: image, resources, placement, security, environment.
 
 Node selector and tolerations are run-time parameters, and so are the GPUs and the memory of
-train-dpo, which stands outside the loops. Inside a loop kfp would leave a parameter of the latter
-kind dangling: there the profile decides. Where DPO is a job, its pods are given all this by way of
-the task's parameters, and the task's own pod, which only watches, asks for little and no GPU.
+train-dpo, which is outside the loops. Inside a loop kfp would leave a parameter for resources
+dangling, so there the profile decides. If DPO is a job, the task passes all this to the job's pods
+in its parameters, and its own pod, which only watches, requests few resources and no GPU.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ __all__ = ["Placement", "Pods"]
 
 _TRAINING = "train-dpo"
 _IN_CLUSTER = "localhost,127.0.0.1,.svc,.cluster.local,.kubeflow"
-"""Not by a proxy: Kubeflow's own launcher, in the same container, would go through it too."""
+"""Hosts to reach without a proxy, also for Kubeflow's own launcher in the same container."""
 RETRY_PAUSE = 60
-"""Seconds before a failed task is tried again."""
+"""Seconds before a failed task is retried."""
 _PROXIES = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
 _AT_RUN_TIME = {"node_selector", "tolerations", "memory", "gpus"}
-"""Of a job's settings: parameters of the pipeline say them."""
+"""Settings of a job that come from parameters of the pipeline."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Run-time parameters of the pipeline that say where its GPU tasks run."""
+    """Run-time parameters of the pipeline that determine where its GPU tasks run."""
 
     node_selector: Any
     tolerations: Any
@@ -59,11 +59,11 @@ class Pods:
     images: Images
 
     def configure(self, task: Any, stage: str, placement: Placement) -> Any:
-        """Gives a task its image and what its pod asks for.
+        """Sets the image of a task and what its pod requests.
 
         Args:
             task: The task of a component.
-            stage: The stage that it runs.
+            stage: The stage that the task runs.
             placement: The pipeline's parameters.
 
         Returns:
@@ -99,13 +99,13 @@ class Pods:
         return task
 
     def training(self, placement: Placement) -> dict[str, Any]:
-        """What train-dpo is told of the job that trains.
+        """The arguments of train-dpo that describe its job.
 
         Args:
             placement: The pipeline's parameters.
 
         Returns:
-            Arguments of the component; none where it trains in its own pod.
+            Arguments of the component; none if it trains in its own pod.
         """
         profile, resources = self.profile, self.profile.resources(_TRAINING)
         if profile.launcher not in LAUNCHERS:
@@ -120,7 +120,7 @@ class Pods:
             image_pull_secrets=profile.image_pull_secrets,
             ca_bundle=profile.ca_bundle,
             cache_claim=profile.cache_claim,
-            # What a job's pods are is not up to the backend.
+            # A job's pods do not depend on what the backend accepts.
             run_as_user=profile.run_as_user or USER_ID,
             running_hours=resources.timeout_hours,
             **profile.training_job.model_dump(),
@@ -153,7 +153,7 @@ class Pods:
         seconds = round(resources.timeout_hours * 3600)
         kubernetes.set_timeout(task, seconds)
         if resources.retries:
-            # Argo counts the longest duration from when the first attempt began, over all of them.
+            # Argo counts this maximum from the start of the first attempt, over all attempts.
             task.set_retry(
                 resources.retries,
                 backoff_duration=f"{RETRY_PAUSE}s",

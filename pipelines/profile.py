@@ -1,4 +1,4 @@
-"""What is fixed when a pipeline is compiled: how wide it is, and what its pods ask for."""
+"""What is fixed when a pipeline is compiled: how wide it is, and what its pods request."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ __all__ = ["Profile", "Resources", "StageSecretKeys", "TrainingJob", "load_profi
 
 def _known(stages: tuple[str, ...]) -> tuple[str, ...]:
     if unknown := sorted(set(stages) - set(STAGES)):
-        raise ValueError(f"there is no stage {unknown[0]}; there are {', '.join(STAGES)}")
+        raise ValueError(f"unknown stage {unknown[0]}; choose from {', '.join(STAGES)}")
     return stages
 
 
 class Resources(Section):
-    """What the pod of a task asks for."""
+    """What the pod of a task requests."""
 
     cpu: str = Field(pattern=r"^\d+(\.\d+)?m?$")
-    """Request; there is no limit, so a pod may use what its node has left."""
+    """Request; there is no limit, so a pod may use idle CPUs of its node."""
     memory: str = Field(pattern=QUANTITY)
     """Request and limit."""
     gpus: int = Field(default=0, ge=0)
     shared_memory: str | None = Field(default=None, pattern=QUANTITY)
-    """Size of ``/dev/shm``, which counts as memory; None leaves the runtime's 64 MiB."""
+    """Size of ``/dev/shm``, which counts as memory; None keeps the runtime's 64 MiB."""
     timeout_hours: float = Field(gt=0)
     retries: int = Field(default=2, ge=0)
-    """A retried task goes on where it can: finished work is found by its inputs."""
+    """A retried task resumes where possible: finished work is found by its inputs."""
 
 
 class StageSecretKeys(SecretKeys):
-    """Environment variables from a Secret, for the pods of some stages or of all."""
+    """Environment variables from a Secret, for the pods of some or all stages."""
 
     stages: tuple[str, ...] = ()
-    """Stages whose pods get them; none named is all."""
+    """The stages whose pods get them; empty means all."""
 
     @field_validator("stages")
     @classmethod
@@ -60,45 +60,46 @@ class StageSecretKeys(SecretKeys):
 
 
 class TrainingJob(Section):
-    """DPO as a job; each of its pods asks for what the profile gives to ``train-dpo``."""
+    """DPO as a job; each of its pods requests the profile's resources of ``train-dpo``."""
 
     pods: int = Field(default=1, ge=1)
     queue: str | None = None
     """Kueue's LocalQueue."""
     priority_class: str | None = None
     service_account: str | None = None
-    """Of the job's pods, which ask nothing of the API server; None is the namespace's default."""
+    """Of the pods, which do not use the API server; None means the namespace's default."""
     waiting_hours: float = Field(default=24, gt=0)
-    """For a place in the queue and on nodes. How long it may run is the timeout of train-dpo."""
+    """How long the job may wait in total, in the queue and for nodes. The timeout of train-dpo
+    limits how long it may run."""
     max_restarts: int = Field(default=10, ge=0)
-    """Pods lost and made again, all together; preemption is the usual cause."""
+    """How many lost pods are replaced in total; preemption is the usual cause."""
     ttl_hours: float = Field(default=24, gt=0)
-    """After which a finished job is removed, with its pods and their logs."""
+    """Time until a finished job is deleted with its pods and their logs."""
 
 
 class Profile(Section):
-    """A cluster, and the shape that a pipeline takes on it.
+    """A cluster, and the shape of a pipeline on it.
 
-    Method and data are no part of it: they are run-time parameters with the preset's values as
-    defaults.
+    Method and data are not part of it: they are run-time parameters whose defaults are the
+    preset's values.
     """
 
     rounds: int = Field(default=3, ge=1)
     shards: int = Field(default=1, ge=1)
-    """Pods that search a round's samples, and as many that score them."""
+    """Number of pods that search a round's samples, and of those that score them."""
     parallelism: int | None = Field(default=None, ge=1)
-    """How many of them run at once; None is all."""
+    """How many of them run at the same time; None means all."""
     augment: bool = True
-    """Whether a teacher writes the rationales that the data lack."""
+    """Whether a teacher writes the rationales that are missing in the data."""
     scorer: Literal["train", "train-on-given-pairs", "given"] = "train"
-    """Where R-Scorer comes from: sampled responses that a teacher rates, labelled pairs at
-    ``labelled_pairs_uri``, or a finished one at ``scorer_uri``."""
+    """Where R-Scorer comes from: trained on sampled responses that a teacher rates, trained on
+    labelled pairs at ``labelled_pairs_uri``, or already trained at ``scorer_uri``."""
     launcher: str = PYTORCHJOB.name
-    """Where DPO trains: ``inprocess`` in its step's pod, each other launcher as a job that the
-    step watches."""
+    """Where DPO trains: ``inprocess`` in the pod of its step, or as a job that the step watches:
+    one of `srccore.cluster.request.LAUNCHERS`."""
     training_job: TrainingJob = TrainingJob()
     launcher_resources: Resources | None = None
-    """Of the step that watches a job; None is little, for as long as the job may take."""
+    """Of the step that watches a job; None means few, for as long as the job may take."""
 
     light: Resources = Resources(cpu="1", memory="4Gi", timeout_hours=12)
     """Of stages without a model."""
@@ -107,25 +108,25 @@ class Profile(Section):
     )
     """Of stages that run a model."""
     stages: dict[str, Resources] = Field(default_factory=dict)
-    """Of single stages, instead."""
+    """Override both for single stages."""
 
     accelerator: str = "nvidia.com/gpu"
-    """The extended resource that a GPU is asked for by."""
+    """The extended resource for GPUs."""
     node_selector: dict[str, str] = Field(default_factory=dict)
-    """Of tasks that ask for a GPU; a run may change it, and the tolerations."""
+    """Of tasks that request a GPU; a run may override it, and the tolerations."""
     tolerations: tuple[Toleration, ...] = (
         Toleration(key="nvidia.com/gpu", operator="Exists", effect="NoSchedule"),
     )
 
     run_as_user: int | None = Field(default=USER_ID, ge=1)
-    """The images' user. None writes no security context: backends before 2.16 refuse one."""
+    """The user of the images. None sets no security context: backends before 2.16 reject it."""
     image_pull_secrets: tuple[str, ...] = ()
     environment: dict[str, str] = Field(default_factory=dict)
-    """Of every task: a proxy, ``AWS_ENDPOINT_URL``, ``AWS_REGION``. No secrets."""
+    """For every task: a proxy, ``AWS_ENDPOINT_URL``, ``AWS_REGION``. No secrets."""
     secrets: tuple[StageSecretKeys, ...] = ()
     ca_bundle: CaBundle | None = None
     cache_claim: str | None = None
-    """A PersistentVolumeClaim (ReadWriteMany, writable by the user) for models and data; None
+    """A PersistentVolumeClaim (ReadWriteMany, writable for the user) for models and data; None
     gives each pod an emptyDir."""
 
     @field_validator("stages")
@@ -144,12 +145,12 @@ class Profile(Section):
         raise PydanticKnownError("literal_error", {"expected": expected})
 
     def resources(self, stage: str) -> Resources:
-        """What the pod of a stage asks for."""
+        """The resources of the pod of a stage."""
         base = self.light if STAGES[stage].base == "light" else self.models
         return self.stages.get(stage, base)
 
     def launching(self) -> Resources:
-        """What the pod of a step asks for that watches a training job."""
+        """The resources of the pod of a step that watches a training job."""
         training = self.resources("train-dpo")
         both_clocks = self.training_job.waiting_hours + training.timeout_hours
         return self.launcher_resources or Resources(
@@ -161,20 +162,20 @@ def load_profile(path: Path | None, config: RunConfig, **changes: Any) -> Profil
     """Loads a profile.
 
     Args:
-        path: A YAML file of `Profile`'s fields; None takes the defaults.
-        config: The run: gives rounds and shards. Where its device is the CPU, pods ask for no GPU
-            and DPO for no operator.
-        **changes: Fields that win over all; None is none.
+        path: A YAML file with fields of `Profile`; None means the defaults.
+        config: The run: sets rounds and shards. If its device is the CPU, pods request no GPU,
+            and DPO needs no operator.
+        **changes: Fields that override the file; None does not.
 
     Returns:
         The profile.
 
     Raises:
-        UserError: The file cannot be read, or a field is unknown or ill-typed.
+        UserError: The file cannot be read, or a field is unknown or invalid.
     """
     values: dict[str, Any] = {"rounds": config.rounds, "shards": config.shards}
     if config.device == "cpu":
-        # Such a pipeline is tried out: whoever looks on wants to hear of a failure at once.
+        # Such a pipeline is a trial, and its user wants to see a failure at once.
         values["models"] = Resources(cpu="2", memory="8Gi", timeout_hours=12, retries=0)
         values["light"] = Resources(cpu="1", memory="2Gi", timeout_hours=12, retries=0)
         values["launcher"] = INPROCESS
@@ -187,7 +188,7 @@ def load_profile(path: Path | None, config: RunConfig, **changes: Any) -> Profil
     except ValidationError as error:
         wrong = explain(source, error)
         name = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise UserError(wrong.what, f"Mend {name} in the profile or on the command line.") from None
+        raise UserError(wrong.what, f"Fix {name} in the profile or on the command line.") from None
     if launcher := LAUNCHERS.get(profile.launcher):
         launcher.check(source, {**dict(profile), **dict(profile.training_job)})
     return profile
@@ -198,12 +199,12 @@ def _read(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
-            f"The profile {path} cannot be read: {' '.join(str(error).split())}.",
-            "Give a YAML file of the fields that docs/pipelines.md lists.",
+            f"Cannot read the profile {path}: {' '.join(str(error).split())}.",
+            "Pass a YAML file with the fields that docs/pipelines.md lists.",
         ) from None
     if not isinstance(values, dict):
         raise UserError(
             f"The profile {path} is not a YAML mapping.",
-            "Give a YAML file of the fields that docs/pipelines.md lists.",
+            "Pass a YAML file with the fields that docs/pipelines.md lists.",
         )
     return values

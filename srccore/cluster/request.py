@@ -1,12 +1,13 @@
-"""What a training job is asked for, and how it is written for the operator that runs it.
+"""What a training job consists of, and how it is written for the operator that runs it.
 
-Pure: nothing here talks to a cluster. A job consists of pods that are all alike; each has one
-container whose entry is `srccore.cluster.entry`. It passes the Pod Security standard
-``restricted``: no root, no capabilities, a root file system that cannot be written.
+Pure: nothing here talks to a cluster. All pods of a job are identical; each has one container that
+runs `srccore.cluster.entry`. They meet the Pod Security standard ``restricted``: no root, no
+capabilities, a read-only root file system.
 
 Assumes the Training Operator 1.9 for a PyTorchJob. A TrainJob is written for Trainer 2.1
-(``v1alpha1``, whose override field was renamed twice) and stands on the TrainingRuntime of
-``manifests/components/trainjob``, since overrides of that version have no security context.
+(``v1alpha1``, whose override field was renamed twice) and relies on the TrainingRuntime of
+``manifests/components/trainjob``, since overrides of that version have no security context. To add
+an operator, write a function for the spec of its jobs and add a `Launcher` to `LAUNCHERS`.
 """
 
 from __future__ import annotations
@@ -40,22 +41,22 @@ __all__ = [
 ]
 
 QUANTITY = r"^\d+(\.\d+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
-"""A Kubernetes quantity, as far as CPU and memory need one."""
+"""The Kubernetes quantities that are useful for memory."""
 SPEC_HASH = "srccore.dev/spec-hash"
-"""The annotation by which a job is known again."""
+"""The annotation that identifies a job."""
 TRAINING_RUNTIME = "srccore-training"
 """The TrainingRuntime that a TrainJob refers to."""
 CA_FOLDER = "/etc/srccore/ca"
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE")
 NO_SIDECAR = {"sidecar.istio.io/inject": "false"}
-"""A label: where Istio is at home, as in Kubeflow's profiles, its proxy would outlive the training
-and keep the pods of a job from each other."""
+"""A label for pods: where Istio is enabled, as in Kubeflow's profiles, its proxy would outlive the
+training and block connections between the pods of a job."""
 GRACE_SECONDS = 60
-"""What a pod has from SIGTERM to SIGKILL: torchrun stops its processes within half of it."""
+"""Time between SIGTERM and SIGKILL; torchrun needs less than half of it to stop its processes."""
 
 
 class Toleration(Section):
-    """A toleration, by the names that Kubernetes uses."""
+    """A toleration, with the field names of Kubernetes."""
 
     key: str | None = None
     operator: Literal["Exists", "Equal"] = "Exists"
@@ -64,7 +65,7 @@ class Toleration(Section):
 
 
 class SecretKeys(Section):
-    """Environment variables from a Secret; the values pass through neither pipeline nor job."""
+    """Environment variables from a Secret; neither pipeline nor job contains their values."""
 
     name: str
     keys: dict[str, str]
@@ -72,14 +73,14 @@ class SecretKeys(Section):
 
 
 class CaBundle(Section):
-    """All certificates to trust, the public ones among them, in a ConfigMap."""
+    """A ConfigMap with all certificates to trust, including the public ones."""
 
     config_map: str
     key: str = "ca-bundle.crt"
 
 
 class Owner(Section):
-    """The object that a job belongs to: it goes when its owner goes."""
+    """The object that owns a job: Kubernetes deletes the job along with its owner."""
 
     api_version: str
     kind: str
@@ -88,7 +89,7 @@ class Owner(Section):
 
 
 class JobSettings(Section):
-    """What the pods of a training job are, and how long they may take."""
+    """The pods of a training job, and how long they may take."""
 
     image: str
     pods: int = Field(default=1, ge=1)
@@ -97,10 +98,10 @@ class JobSettings(Section):
     memory: str = Field(default="4Gi", pattern=QUANTITY)
     """Request and limit of each pod."""
     gpus: int = Field(default=0, ge=0)
-    """Of each pod; one process a GPU, or one process in all."""
+    """GPUs of each pod, which runs one process per GPU, or a single one without GPUs."""
     accelerator: str = "nvidia.com/gpu"
     shared_memory: str | None = Field(default=None, pattern=QUANTITY)
-    """Size of ``/dev/shm``, which counts as memory; None leaves the runtime's 64 MiB."""
+    """Size of ``/dev/shm``, which counts as memory; None keeps the runtime's 64 MiB."""
     node_selector: dict[str, str] = Field(default_factory=dict)
     tolerations: tuple[Toleration, ...] = ()
     environment: dict[str, str] = Field(default_factory=dict)
@@ -111,27 +112,27 @@ class JobSettings(Section):
     """A PersistentVolumeClaim for models and data; None gives each pod an emptyDir."""
     run_as_user: int = Field(default=USER_ID, ge=1)
     service_account: str | None = None
-    """Of the job's pods, which ask nothing of the API server; None is the namespace's default."""
+    """Of the pods, which do not use the API server; None means the namespace's default."""
     queue: str | None = None
     """Kueue's LocalQueue."""
     priority_class: str | None = None
     waiting_hours: float = Field(default=24, gt=0)
-    """For a place in the queue and on nodes, all waits together."""
+    """How long the job may wait in total, in the queue and for nodes."""
     running_hours: float = Field(default=48, gt=0)
-    """From the first moment that all pods run."""
+    """How long it may run, from the moment when all pods are running."""
     max_restarts: int = Field(default=10, ge=0)
-    """Pods lost and made again, all together; preemption is the usual cause."""
+    """How many lost pods are replaced in total; preemption is the usual cause."""
     ttl_hours: float = Field(default=24, gt=0)
-    """After which a finished PyTorchJob is removed, with its pods and their logs."""
+    """Time until a finished PyTorchJob is deleted with its pods and their logs."""
 
     @property
     def processes(self) -> int:
-        """Of each pod."""
+        """Processes in each pod."""
         return max(1, self.gpus)
 
 
 class TrainingJobRequest(Section):
-    """A stage's training as a job: all that is known before a cluster is asked."""
+    """The training of a stage as a job: all that is known without a cluster."""
 
     stage: str
     run: str = Field(pattern=r"^[a-z0-9]{1,12}$")
@@ -139,12 +140,12 @@ class TrainingJobRequest(Section):
     round_number: int = Field(default=1, ge=0)
     namespace: str
     task: str
-    """What `srccore.cluster.entry` is given, in JSON."""
+    """The argument of `srccore.cluster.entry`, in JSON."""
     settings: JobSettings
     owner: Owner | None = None
 
     def name(self, attempt: int) -> str:
-        """The job's name: a label of DNS, short enough that its pods' names are too."""
+        """The job's name: a DNS label, short enough for its pods' names to be DNS labels, too."""
         short = self.stage.removeprefix("train-")
         return f"src-{short}-{self.run}-r{self.round_number}-a{attempt}"
 
@@ -198,7 +199,7 @@ class TrainingJobRequest(Section):
         """The spec of each pod.
 
         Args:
-            container: What the operator expects its container to be called.
+            container: The name that the operator expects of the container.
         """
         settings = self.settings
         pod: dict[str, Any] = {
@@ -208,7 +209,7 @@ class TrainingJobRequest(Section):
                 "runAsNonRoot": True,
                 "runAsUser": settings.run_as_user,
                 "runAsGroup": settings.run_as_user,
-                # Lets the user write to a claim.
+                # Makes a claim writable for the user.
                 "fsGroup": settings.run_as_user,
                 "fsGroupChangePolicy": "OnRootMismatch",
                 "seccompProfile": {"type": "RuntimeDefault"},
@@ -243,7 +244,7 @@ class TrainingJobRequest(Section):
                 *("--pods", str(settings.pods)),
                 *("--processes", str(settings.processes)),
                 *("--restarts", str(settings.max_restarts)),
-                # Whoever watches the job gives it up before; alone, it ends by itself.
+                # The step that watches the job gives up earlier; without it, the pod ends itself.
                 *("--patience", str(round(settings.waiting_hours * 3600))),
                 *("--task", self.task),
             ],

@@ -410,7 +410,7 @@ def test_an_image_without_a_digest_is_refused(tmp_path: Path) -> None:
         ({"launcher": "trainjob", "run_as_user": 7}, "TrainingRuntime srccore-training"),
         ({"rounds": 0}, "rounds: Input should be greater than or equal to 1"),
         ({"scorer": "found"}, "scorer: Input should be"),
-        ({"stages": {"train": {}}}, "Mend stages.train"),
+        ({"stages": {"train": {}}}, "Fix stages.train"),
         ({"launcher": "mpijob"}, "launcher: Input should be"),
         ({"training_job": {"pods": 0}}, "training_job.pods"),
     ],
@@ -426,8 +426,8 @@ def test_a_wrong_profile_is_refused(changes: dict[str, Any], message: str) -> No
     [
         ("shard: 4", "shard: Extra inputs are not permitted"),
         ("- 1", "is not a YAML mapping"),
-        ("a: [", "cannot be read"),
-        ("stages: {train: {cpu: '1', memory: 1Gi, timeout_hours: 1}}", "there is no stage train"),
+        ("a: [", "Cannot read the profile"),
+        ("stages: {train: {cpu: '1', memory: 1Gi, timeout_hours: 1}}", "unknown stage train"),
         ("models: {cpu: '1', memory: lots, timeout_hours: 1}", "models.memory"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A training job as it is written for its operator.
+"""Training jobs as they are written for their operators.
 
 ``SRCCORE_WRITE_GOLDENS=1`` writes the files that jobs are compared with.
 """
@@ -37,7 +37,7 @@ from srccore.stages.table import STAGES
 GOLDENS = Path(__file__).parent / "goldens" / "jobs"
 RUNTIME = Path(__file__).parents[2] / "manifests/components/trainjob/training-runtime.yaml"
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
-"""What a service's name has to be, and the operator makes one of the name of each pod."""
+"""What the name of a Service must be; the operator creates a Service for each pod."""
 
 LEAST = JobSettings(image="registry.example.com/srccore/train-dpo:0.1.0")
 MOST = JobSettings(
@@ -133,7 +133,7 @@ def test_launchers_are_found_by_their_names() -> None:
     assert INPROCESS not in LAUNCHERS
 
 
-# The hash: what is another job, and what is another attempt at the same
+# The hash: what makes a different job, and what is another attempt at the same job
 
 
 @BOTH
@@ -181,7 +181,7 @@ def test_the_two_kinds_have_different_hashes() -> None:
 def test_names_of_jobs_and_pods_are_labels(launcher: Launcher, stage: str) -> None:
     of = request(stage=stage, run="a" * 12, round_number=9999)
     name = of.to_object(launcher, 9999)["metadata"]["name"]
-    # The names of Trainer's pods have five random letters besides.
+    # Trainer adds five random letters to the names of its pods.
     last = {"PyTorchJob": "-worker-999", "TrainJob": "-node-0-999-xxxxx"}[launcher.kind]
     assert DNS_LABEL.fullmatch(f"{name}{last}")
 
@@ -222,7 +222,7 @@ def test_pods_are_what_restricted_asks_for(settings: JobSettings) -> None:
 
 
 def test_the_runtime_of_trainjobs_gives_pods_the_same_context() -> None:
-    """A TrainJob cannot: what its pods lack stands in manifests/."""
+    """A TrainJob cannot set it, so it is in manifests/."""
     runtime = yaml.safe_load(RUNTIME.read_text(encoding="utf-8"))
     assert runtime["metadata"]["name"] == TRAINING_RUNTIME
     (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
