@@ -298,7 +298,7 @@ class World:
                 job.condition("Suspended", drops="Running")
                 Kubelet.running.discard(job.pod(0))
                 job.remove_pod(0)
-        word = "1 pod runs" if there else "waits in its queue"
+        word = "1 pod is running" if there else "is waiting in its queue"
 
         def says(job: JobController) -> bool:
             return word in self._told(job)[told[job.name] :]

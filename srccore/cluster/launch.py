@@ -1,11 +1,11 @@
-"""Creates a training job, or goes on with the one that an earlier attempt made, to its end.
+"""Creates a training job, or adopts that of an earlier attempt, and watches it until it ends.
 
-Invariants, which docs/training-job.md gives the reasons for:
+Invariants, whose reasons are in docs/training-job.md:
 
-* One name, one specification: a job is adopted only where its hash is the same.
-* A job that is given up is deleted; a job that goes on without us is one that can be adopted.
-* Success is what lies in the store, not what the operator says.
-* Whatever the API server does for a while, nothing is lost but time.
+* One name, one specification: a job is adopted only if its hash is the same.
+* A job that is given up is deleted; a job that continues without the step can be adopted.
+* Success means that the output is in the store, not that the operator reports it.
+* An outage of the API server costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -43,45 +43,45 @@ __all__ = ["JobFailed", "Launch", "Stopped", "signals"]
 Object = dict[str, Any]
 
 OUTAGE_SECONDS = 900.0
-"""How long the API server may be away."""
+"""How long the API server may be unavailable."""
 DELETE_SECONDS = 20.0
 ASK_SECONDS = 5.0
-"""How long it is tried, after SIGTERM, to find out whether the workflow goes on."""
+"""How long to try, after SIGTERM, to find out whether the workflow continues."""
 QUOTA_SECONDS = 15.0
 TICK_SECONDS = 5.0
-"""How often clocks are looked at where nothing else happens; costs no request."""
+"""How often to check the clocks if nothing else happens; costs no request."""
 WARNINGS_SECONDS = 10.0
-"""How often it is asked why pods are missing, at first; each time is twice as long as before."""
+"""The first interval between two requests for the reasons of missing pods; it doubles each time."""
 SELDOM_SECONDS = 300.0
 LAST_LINES = 30
 LAST_EVENTS = 5
 REST_OF_LOG_SECONDS = 20.0
-AWAY = "The API server does not answer as it should ({}): trying again."
+AWAY = "The API server is not responding as expected ({}); retrying."
 NO_RIGHT = re.compile(r'User ".*" cannot ')
-"""How the API server names the verb and the resource that a role lacks."""
+"""How the API server reports a verb and a resource that a role lacks."""
 
 
-class JobFailed(Exception):  # noqa: N818  # said to people as it stands
-    """The job failed or was given up; the same step may go better another time.
+class JobFailed(Exception):  # noqa: N818  # an outcome, not a defect
+    """The job failed or was given up; the same step may succeed another time.
 
     Args:
         what: What happened.
-        mend: What to do about it.
-        exit_code: Of the pod that failed first, where one did.
+        fix: What to do about it.
+        exit_code: The exit code of the pod that failed first, if any.
     """
 
-    def __init__(self, what: str, mend: str, exit_code: int | None = None) -> None:
-        super().__init__(f"{what} {mend}")
+    def __init__(self, what: str, fix: str, exit_code: int | None = None) -> None:
+        super().__init__(f"{what} {fix}")
         self.exit_code = exit_code
 
 
-class Stopped(Exception):  # noqa: N818  # no error: somebody wanted it
-    """This process was told to end."""
+class Stopped(Exception):  # noqa: N818  # not an error: somebody asked for it
+    """This process was asked to stop."""
 
 
 @contextlib.contextmanager
 def signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Calls a function on SIGTERM and SIGINT for as long as it is open."""
+    """Calls a function on SIGTERM and SIGINT while the context is open."""
 
     def handle(_number: int, _frame: object) -> None:
         stop()
@@ -100,16 +100,16 @@ def _say(line: str) -> None:
 
 @dataclass
 class Launch:
-    """One attempt of a step to have its job done.
+    """One attempt of a step to run its job.
 
     Args:
         api: The API server.
         launcher: Which operator runs the job.
         request: The job.
-        published: Whether what the job makes is there.
-        limits: How long what may last; those of the request if not given.
-        say: Told of every line for people, the job's own log among them.
-        outage: How long the API server may be away, in seconds.
+        published: Whether the output of the job is in the store.
+        limits: The limits of the job; None means those of the request.
+        say: Called with every line for the log, including those of the job's own log.
+        outage: How long the API server may be unavailable, in seconds.
     """
 
     api: Api
@@ -119,7 +119,7 @@ class Launch:
     limits: Limits | None = None
     say: Callable[[str], None] = _say
     outage: float = OUTAGE_SECONDS
-    # Unlike an event it may be written to by a signal handler whatever the main thread is doing.
+    # Unlike an event, a signal handler may write to it whatever the main thread is doing.
     _wakes: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
     _stopping: bool = False
     _said: str = ""
@@ -131,15 +131,15 @@ class Launch:
     _last_warnings: list[Object] = field(default_factory=list)
 
     def stop(self) -> None:
-        """Ends `run` soon; may be called by a signal handler or by another thread."""
+        """Makes `run` stop soon; may be called from a signal handler or another thread."""
         self._stopping = True
         self._wake()
 
     def run(self) -> None:
-        """Has the job done.
+        """Runs the job until it succeeds.
 
         Raises:
-            UserError: The API server refuses what somebody has to mend.
+            UserError: The API server refused something that the user has to fix.
             JobFailed: The job failed, was given up or was deleted.
             Stopped: `stop` was called.
         """
@@ -147,11 +147,11 @@ class Launch:
         job = None
         try:
             job = self._create()
-            self._see_to_its_end(job, self.limits)
+            self._watch(job, self.limits)
         except Stopped:
-            job = job or self._made_unseen()
-            if job and self._goes_on():
-                self.say(f"{_path(job)} goes on; the next attempt of this step watches it.")
+            job = job or self._created_unseen()
+            if job and self._continues():
+                self.say(f"{_path(job)} continues; the next attempt of this step will watch it.")
             elif job:
                 self._delete(job)
             raise
@@ -159,7 +159,7 @@ class Launch:
     # -- creating ------------------------------------------------------------------------------
 
     def _create(self) -> Object:
-        """The job, created or adopted."""
+        """Creates or adopts the job."""
         assert self.limits is not None
         began = time.monotonic()
         attempt = 1
@@ -173,7 +173,7 @@ class Launch:
                 waited = self._waited = time.monotonic() - began
                 in_time = waited < self.limits.waiting
                 if error.status == 409:
-                    # The name is taken; or many ask for one quota at once.
+                    # The name is taken, or many requests compete for one quota.
                     found = self._existing(body)
                     if found is None and not in_time:
                         raise self._refusal(error) from None
@@ -182,22 +182,22 @@ class Launch:
                     elif condition(found, "Failed"):
                         attempt += 1
                     else:
-                        self.say(f"{_path(found)} is there already: this step goes on with it.")
+                        self.say(f"{_path(found)} already exists; this step adopts it.")
                         return found
                 elif QUOTA.search(error.message) and in_time:
-                    self._tell(f"The job waits for the namespace's quota: {error.message}")
+                    self._tell(f"Waiting for the namespace's quota: {error.message}")
                     self._pause(QUOTA_SECONDS)
                 elif NO_RIGHT.search(error.message) and waited < self.limits.refused:
-                    # A server that has just begun does not know all its roles yet.
+                    # A server that has just started does not know all roles yet.
                     self._away(error, 1.0)
                 else:
                     raise self._refusal(error) from None
             else:
-                self.say(f"{_path(job)} is created ({self.launcher.api_version}).")
+                self.say(f"Created {_path(job)} ({self.launcher.api_version}).")
                 return job
 
     def _existing(self, body: Object) -> Object | None:
-        """The job of that name if it is ours; None where it is going or gone."""
+        """The job of that name if it is ours; None if it is deleted or being deleted."""
         name = body["metadata"]["name"]
         path = f"{self._jobs}/{name}"
         try:
@@ -207,34 +207,34 @@ class Launch:
                 return None
             raise self._refusal(error) from None
         if "deletionTimestamp" in found["metadata"]:
-            self._tell(f"{_path(found)} is being deleted: waiting until it is gone.")
+            self._tell(f"{_path(found)} is being deleted; waiting until it is gone.")
             return None
         if _hash(found) != _hash(body):
             raise UserError(
-                f"{_path(found)} is there already and is another job than this step asks for.",
-                "Two tasks of one run train the same stage in the same round: give them different "
-                "values of round_number. Or delete the job, if it is of no use.",
+                f"{_path(found)} already exists with a different spec.",
+                "If two tasks of one run train the same stage in the same round, set different "
+                "values of round_number. Otherwise delete the job, if nobody needs it.",
             )
         return found
 
-    def _made_unseen(self) -> Object | None:
-        """The job, where there is one that no answer has told of yet."""
+    def _created_unseen(self) -> Object | None:
+        """The job that may have been created although its response was lost."""
         body = self._asked_for
         try:
             found = self.api.get(f"{self._jobs}/{body['metadata']['name']}") if body else None
         except ApiError as error:
             if body and error.status != 404:
-                self.say(f"{_path(body)} may have been created: the API server is away.")
+                self.say(f"{_path(body)} may have been created, but the API server is unavailable.")
                 return None
             found = None
         if found is None or body is None or _hash(found) != _hash(body):
-            self.say("Stopped before there was a job.")
+            self.say("Stopped before the job was created.")
             return None
         return found
 
     # -- watching ------------------------------------------------------------------------------
 
-    def _see_to_its_end(self, job: Object, limits: Limits) -> None:
+    def _watch(self, job: Object, limits: Limits) -> None:
         name, uid = job["metadata"]["name"], job["metadata"]["uid"]
         jobs = Mirror(self.api, self._jobs, self._wake, fieldSelector=f"metadata.name={name}")
         pods = Mirror(
@@ -273,7 +273,7 @@ class Launch:
         warnings = self._late_warnings(job, known, observer.pods)
         seen = observer.look(job, known, warnings, datetime.now(UTC), gone)
         if seen.outcome and not seen.outcome.succeeded:
-            # Watches come late, and each at its own pace: nothing is given up on their word.
+            # Watches lag behind, each by its own time: confirm the state before giving up.
             try:
                 job = self.api.get(f"{self._jobs}/{job['metadata']['name']}")
                 known = list(self.api.get(self._pods, **pods.selectors)["items"])
@@ -283,20 +283,20 @@ class Launch:
         return job, seen
 
     def _is_up_to_date(self, jobs: Mirror, pods: Mirror, limits: Limits, job: Object) -> bool:
-        """Whether the mirrors may be believed; gives up where the API server refuses for good."""
+        """Whether the mirrors are current; gives up if they have not been for too long."""
         error = jobs.error or pods.error
         if error is None:
             self._away_since = None
             return jobs.is_known and pods.is_known
         since = self._away_since = self._away_since or time.monotonic()
         self._tell(AWAY.format(error))
-        # Rights that were there a moment ago come back like the server itself.
+        # Permissions that existed a moment ago may come back, like the server itself.
         comes_back = error.is_temporary or (jobs.is_known and pods.is_known)
         if time.monotonic() - since > (self.outage if comes_back else limits.refused):
             if comes_back:
                 raise JobFailed(
-                    f"The API server has been away for {self.outage:.0f} s ({error}).",
-                    f"{_path(job)} may go on; the next attempt of this step watches it.",
+                    f"The API server has been unavailable for {self.outage:.0f} s ({error}).",
+                    f"{_path(job)} may continue; the next attempt of this step will watch it.",
                 )
             self._delete(job)
             raise self._refusal(error)
@@ -307,15 +307,17 @@ class Launch:
             if not self.published():
                 self._delete(job)
                 raise JobFailed(
-                    f"{_path(job)} is reported as succeeded, but it has published nothing.",
-                    "See its log above: its pods may have been ended from outside.",
+                    f"{_path(job)} is reported as succeeded, but has published nothing.",
+                    "Check its log above: its pods may have been stopped from outside.",
                 )
             self.say(f"{_path(job)} has succeeded.")
             return
         if self._is_published_after_all():
             if not condition(job, "Failed"):
                 self._delete(job)
-            self.say(f"{_path(job)} has published its result, and then: {outcome.what}")
+            self.say(
+                f"{_path(job)} has published its result, so this is not an error: {outcome.what}"
+            )
             return
         if outcome.pod and outcome.pod != log.pod:
             self._tail(outcome.pod)
@@ -324,27 +326,27 @@ class Launch:
             self.say(f"Event: {warning['involvedObject']['name']}: {warning['message']}")
         if not condition(job, "Failed"):
             self._delete(job)
-        raise JobFailed(f"{_path(job)}: {outcome.what}", outcome.mend, outcome.exit_code)
+        raise JobFailed(f"{_path(job)}: {outcome.what}", outcome.fix, outcome.exit_code)
 
     def _is_published_after_all(self) -> bool:
         try:
             return self.published()
         except UserError:
-            return False  # How the job failed says more than that the store cannot be read.
+            return False  # The failure of the job says more than that of the store.
 
     def _deleted(self, job: Object) -> None:
-        """The job is gone: removed after its time, or by somebody."""
+        """Handles a job that is gone: its TTL is over, or somebody deleted it."""
         if not self.published():
             raise JobFailed(
-                f"{_path(job)} was deleted, and has published nothing.",
-                "Somebody deleted it, or what it belongs to. Run the step again.",
+                f"{_path(job)} was deleted before it published anything.",
+                "Somebody deleted the job or its owner. Run the step again.",
             )
-        self.say(f"{_path(job)} is gone, and what it made is there.")
+        self.say(f"{_path(job)} is gone, but its output has been published.")
 
     # -- ending --------------------------------------------------------------------------------
 
-    def _goes_on(self) -> bool:
-        """Whether the workflow goes on, so that another attempt may come."""
+    def _continues(self) -> bool:
+        """Whether the workflow continues, so that there may be another attempt."""
         owner = self.request.owner
         if owner is None:
             return False
@@ -354,7 +356,7 @@ class Launch:
         try:
             workflow = retried(lambda: self.api.get(path), ASK_SECONDS, _sleep)
         except ApiError as error:
-            # Unknown is taken as going on: what was trained so far is worth more than a guess.
+            # If unknown, assume that it continues: do not lose the training because of a guess.
             return error.status != 404
         spec, status = workflow.get("spec", {}), workflow.get("status", {})
         return not (
@@ -376,16 +378,16 @@ class Launch:
         try:
             retried(ask, DELETE_SECONDS, _sleep)
         except ApiError as error:
-            # Gone already, or another one has its name.
+            # It is gone already, or another job has its name.
             if error.status not in (404, 409):
-                self.say(f"{_path(job)} could not be deleted ({error}): delete it by kubectl.")
+                self.say(f"Could not delete {_path(job)} ({error}). Delete it with kubectl.")
                 return
-        self.say(f"{_path(job)} is deleted.")
+        self.say(f"Deleted {_path(job)}.")
 
-    # -- telling -------------------------------------------------------------------------------
+    # -- logging -------------------------------------------------------------------------------
 
     def _tell(self, message: str) -> None:
-        """Says what has changed."""
+        """Logs a message unless it is the same as before."""
         if message != self._said:
             self._said = message
             self.say(message)
@@ -398,25 +400,25 @@ class Launch:
         self._wakes.put(None)
 
     def _pause(self, seconds: float) -> None:
-        """Waits until something happens, or for that long."""
-        self._heed_stop()
+        """Waits until something happens, at most for that long."""
+        self._check_stop()
         with contextlib.suppress(queue.Empty):
             self._wakes.get(timeout=seconds)
             while True:
                 self._wakes.get_nowait()
-        self._heed_stop()
+        self._check_stop()
 
-    def _heed_stop(self) -> None:
+    def _check_stop(self) -> None:
         if self._stopping:
             raise Stopped
 
     def _late_warnings(self, job: Object, pods: list[Object], wanted: int) -> list[Object]:
-        """Warnings about what keeps pods from running, asked for more and more seldom.
+        """Warnings about what keeps pods from running, requested less and less often.
 
-        The API server reads all events of the namespace for it, and a queue may last for hours.
+        The API server reads all events of the namespace for this, and a queue may last for hours.
         """
         missing = (job["metadata"]["name"], self._maker(job)) if len(pods) < wanted else ()
-        set_up = [each["metadata"]["name"] for each in pods if _is_being_set_up(each)]
+        set_up = [each["metadata"]["name"] for each in pods if _is_starting(each)]
         names = (*missing, *sorted(set_up)[:1])
         if condition(job, "Suspended") or not names:
             self._last_warnings, self._warned_every = [], 0.0
@@ -428,17 +430,17 @@ class Launch:
         return self._last_warnings
 
     def _maker(self, job: Object) -> str:
-        """What makes the pods of a job: for some kinds another object."""
+        """The object that creates the pods of a job: not the job itself for some launchers."""
         return f"{job['metadata']['name']}{self.launcher.maker}"
 
     def _warnings(self, job: Object, *names: str | None) -> list[Object]:
-        """Warnings about objects of those names since there is the job, the oldest first."""
+        """Warnings about objects of those names since the job was created, the oldest first."""
         found = []
         for name in filter(None, set(names)):
             selector = f"type=Warning,involvedObject.name={name}"
             with contextlib.suppress(ApiError):
                 found += self.api.get(self._events, fieldSelector=selector)["items"]
-        # An earlier job may have had its name.
+        # An earlier job may have had the same name.
         since = job["metadata"]["creationTimestamp"][:19]
         return sorted((each for each in found if happened(each) >= since), key=happened)
 
@@ -451,55 +453,55 @@ class Launch:
             )
         except ApiError as error:
             text = f"(no log: {error})"
-        self.say(f"The last lines of {pod}:")
+        self.say(f"Last lines of {pod}:")
         for line in text.splitlines():
             self.say(f"  {line}")
 
     def _refusal(self, error: ApiError) -> UserError | JobFailed:
-        """What the API server refused, and who can mend it."""
+        """Explains a refusal of the API server."""
         namespace = self.request.namespace
         message = " ".join(error.message.split()).removesuffix(".")
         if error.is_temporary:
-            return JobFailed(f"The API server did not answer: {message}.", "Try again later.")
+            return JobFailed(f"The API server did not respond: {message}.", "Try again later.")
         launcher = self.launcher
         known = (
             (
                 "being terminated" in message,
                 f"The namespace {namespace} is being deleted.",
-                "Wait, or run in another one.",
+                "Wait until it is gone, or use another namespace.",
             ),
             (
                 QUOTA.search(message) is not None,
                 f"The job did not fit into the namespace's quota in time: {message}.",
-                "Make room, or have the quota raised.",
+                "Delete finished jobs, or have the quota raised.",
             ),
             (
                 error.status == 401,
-                f"The API server does not know the account of this step: {message}.",
-                "See that its service account is there and that its token holds.",
+                f"The API server rejected the credentials of this step: {message}.",
+                "Check that its service account exists and that its token is valid.",
             ),
             (
                 error.status == 403 and NO_RIGHT.search(message),
-                f"The account of this step lacks a right: {message}.",
+                f"The service account of this step lacks a permission: {message}.",
                 "Bind the Role srccore-launcher of manifests/base to it.",
             ),
             (
                 error.status == 404 and "namespaces" not in message,
-                f"The cluster knows no {launcher.kind} ({launcher.api_version}).",
+                f"The cluster has no {launcher.kind} API ({launcher.api_version}).",
                 f"Install {launcher.operator}, or compile the pipeline with another launcher.",
             ),
             (
                 error.status == 409,
                 f"The job could not be created in time: {message}.",
-                "See by kubectl describe what holds the job of that name.",
+                "Check with kubectl describe what blocks the deletion of the job of that name.",
             ),
             (
                 True,
-                f"The API server refuses the {launcher.kind}: {message}.",
-                "Mend what it says in the profile, and compile the pipeline anew.",
+                f"The API server rejected the {launcher.kind}: {message}.",
+                "Fix the profile accordingly, and compile the pipeline again.",
             ),
         )
-        return next(UserError(what, mend) for holds, what, mend in known if holds)
+        return next(UserError(what, fix) for holds, what, fix in known if holds)
 
     @property
     def _jobs(self) -> str:
@@ -516,7 +518,7 @@ class Launch:
 
 
 class _Log:
-    """The log of the job's first pod, also where that pod is made anew."""
+    """The log of the job's first pod, also after that pod is recreated."""
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
@@ -525,10 +527,10 @@ class _Log:
         self.pod: str | None = None
 
     def follow(self, pods: list[Object]) -> None:
-        """Begins to follow the first pod once its container has begun."""
+        """Starts following the first pod once its container has started."""
         launch, launcher = self._launch, self._launch.launcher
-        first = [each for each in pods if pod_index(launcher, each) == 0 and _has_begun(each)]
-        # One that is made anew may be there beside the one before.
+        first = [each for each in pods if pod_index(launcher, each) == 0 and _has_started(each)]
+        # The recreated pod may exist beside the former one.
         pod = max(first, key=lambda each: each["metadata"]["creationTimestamp"], default=None)
         if pod is None or pod["metadata"]["uid"] == self._uid:
             return
@@ -544,7 +546,7 @@ class _Log:
             self._stream.finish(REST_OF_LOG_SECONDS, lambda: self._launch._stopping)
 
     def stop(self) -> None:
-        """Leaves off."""
+        """Stops following."""
         if self._stream:
             self._stream.stop()
 
@@ -558,11 +560,11 @@ def _hash(job: Object) -> str | None:
     return found
 
 
-def _has_begun(pod: Object) -> bool:
+def _has_started(pod: Object) -> bool:
     return any({"running", "terminated"} & state.keys() for state in states(pod))
 
 
-def _is_being_set_up(pod: Object) -> bool:
+def _is_starting(pod: Object) -> bool:
     return any("waiting" in state for state in states(pod))
 
 

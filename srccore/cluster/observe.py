@@ -1,8 +1,9 @@
-"""What the state of a training job means. No requests here: objects come in, a judgement goes out.
+"""Judges the state of a training job. Makes no requests: objects in, an assessment out.
 
-Two clocks run, since ``activeDeadlineSeconds`` counts the queue too: one while pods are missing,
-one from when all of them run. Pods that can never start are noticed by why they wait, and lost
-pods are counted, for the operator's own limit does not hold for pods that it makes anew.
+There are two clocks, since ``activeDeadlineSeconds`` would count the queue too: one runs while
+pods are missing, the other starts when all of them run. Pods that can never start are recognised
+by the reason why they wait. Lost pods are counted here, since the operator's own limit does not
+apply to pods that it recreates.
 """
 
 from __future__ import annotations
@@ -30,58 +31,56 @@ __all__ = [
 Object = dict[str, Any]
 
 PULLING = (
-    "The image cannot be pulled. Check its name and tag, and that the node may pull it: "
-    "image_pull_secrets in the profile names the Secret of a private registry."
+    "Check the image's name and tag, and that the node is allowed to pull it: a private registry "
+    "needs a Secret that image_pull_secrets of the profile names."
 )
-MOUNTING = (
-    "A volume cannot be mounted: a ConfigMap, Secret or claim that the profile names is missing."
-)
+MOUNTING = "Create the ConfigMap, Secret or claim that the profile names, or fix its name there."
 NEVER_STARTS = {
     "FailedMount": MOUNTING,
     "ErrImagePull": PULLING,
     "ImagePullBackOff": PULLING,
-    "InvalidImageName": "The image's name is none: compile the pipeline with another --registry.",
-    "ErrImageNeverPull": "The image is not on the node and may not be pulled there.",
-    "CreateContainerConfigError": "The container cannot be set up: a Secret or ConfigMap that the "
-    "profile names is missing, or lacks a key, or the image's user is root.",
-    "CreateContainerError": "The container cannot be made: see the event, and the node's runtime.",
-    "RunContainerError": "The container cannot be started: see the event, and the node's runtime.",
+    "InvalidImageName": "Fix the image's name: compile the pipeline with another --registry.",
+    "ErrImageNeverPull": "Load the image on the node, or allow the node to pull it.",
+    "CreateContainerConfigError": "Create the Secret or ConfigMap that the profile names, with all "
+    "of its keys; or, if the message says that the image runs as root, rebuild the image.",
+    "CreateContainerError": "Check the pod's events and the container runtime of the node.",
+    "RunContainerError": "Check the pod's events and the container runtime of the node.",
 }
-"""Why a container waits that will wait for ever, and what to do."""
+"""Reasons for which a container waits forever, and what to do."""
 NEVER_PULLED = (
     *("not found", "manifest unknown", "name unknown"),
     *("denied", "unauthorized", "forbidden", "no basic auth"),
 )
-"""Of a registry that answers; one that does not answer may be back in a minute."""
+"""Responses of a registry; a registry that does not respond may be back in a minute."""
 NEVER_MADE = ("is forbidden: ", "is invalid: ", "denied the request", "denied request")
-"""How a pod is refused that will always be refused, but for a quota."""
+"""How a pod is refused for good, unless it is by a quota."""
 QUOTA = re.compile("exceeded quota|status unknown for quota")
-"""It is full, or the controllers have not counted yet: minutes, for a kind that is new to them."""
+"""It is exceeded, or not calculated yet, which takes minutes for a new kind of object."""
 
 EXIT_ADVICE = {
-    1: "The training raised an error: its last lines say which.",
-    2: "What to mend is said in its last lines.",
-    126: "The image's command cannot be executed: was the image built by srccore images build?",
-    127: "The image lacks the command: was the image built by srccore images build?",
-    132: "An instruction that this CPU does not know: use nodes of a newer kind.",
-    134: "A library aborted, often NCCL or CUDA: see the lines before, and the node's driver.",
-    135: "A bus error: /dev/shm is full. Give shared_memory in the profile a greater size.",
-    137: "Killed: out of memory, or taken from its node. Ask for more memory, or smaller batches.",
-    139: "A segmentation fault: the node's GPU driver may not fit the image's CUDA.",
-    143: "Ended from outside: the node was drained, or the pod preempted.",
+    1: "The training raised an error, which is in its last lines.",
+    2: "Its last lines say what to fix.",
+    126: "The command in the image cannot be executed. Build the image with srccore images build.",
+    127: "The image does not contain the command. Build the image with srccore images build.",
+    132: "This CPU lacks an instruction that the training uses. Choose newer nodes.",
+    134: "A library aborted, often NCCL or CUDA. Check the lines above and the node's driver.",
+    135: "Bus error: /dev/shm is full. Increase shared_memory in the profile.",
+    137: "It was killed: out of memory, or evicted. Request more memory, or use smaller batches.",
+    139: "Segmentation fault: the node's GPU driver may not match the image's CUDA version.",
+    143: "It was stopped from outside: the node was drained, or the pod was preempted.",
 }
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long what may last, in seconds.
+    """Time limits in seconds, and the limit of lost pods.
 
     Attributes:
-        waiting: Without all pods running, all together.
-        running: From the first moment that all run.
-        restarts: Pods lost, a number.
+        waiting: Total time in which not all pods run.
+        running: Time since all pods run.
+        restarts: Number of lost pods.
         refused: In a state that a pod never leaves.
-        doubtful: In one that it may leave.
+        doubtful: In a state that a pod may leave.
         unclaimed: Without a sign of the operator.
     """
 
@@ -94,7 +93,7 @@ class Limits:
 
     @classmethod
     def of(cls, settings: JobSettings) -> Limits:
-        """The limits that a job's settings name."""
+        """The limits in the settings of a job."""
         return cls(
             waiting=settings.waiting_hours * 3600,
             running=settings.running_hours * 3600,
@@ -104,30 +103,30 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended, or why it is given up.
+    """How a job ended, or why to give it up.
 
     Attributes:
-        succeeded: The operator says so; what it should have made is not looked at here.
+        succeeded: The operator reports success; the output is not checked here.
         what: What happened.
-        mend: What to do.
-        pod: Whose log tells more.
-        exit_code: Of that pod.
+        fix: What to do about it.
+        pod: The pod whose log explains more.
+        exit_code: The exit code of that pod.
     """
 
     succeeded: bool
     what: str = ""
-    mend: str = ""
+    fix: str = ""
     pod: str | None = None
     exit_code: int | None = None
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """What is to be said of a job now.
+    """The present state of a job.
 
     Attributes:
-        message: One line for people; the same as long as nothing changes.
-        outcome: None while it goes on.
+        message: One line for the log; stays the same as long as nothing changes.
+        outcome: None while the job continues.
     """
 
     message: str
@@ -136,13 +135,13 @@ class Assessment:
 
 @dataclass
 class Observer:
-    """Looks at one job again and again, and remembers what the API server forgets.
+    """Assesses one job repeatedly, and remembers what the API server forgets.
 
     Args:
-        launcher: Of the job.
-        pods: How many it has.
-        limits: How long what may last.
-        waited: Seconds that were spent before there was a job.
+        launcher: The launcher of the job.
+        pods: The number of its pods.
+        limits: Its limits.
+        waited: Seconds spent waiting before the job existed.
     """
 
     launcher: Launcher
@@ -165,18 +164,18 @@ class Observer:
         now: datetime,
         lost: Sequence[Object] = (),
     ) -> Assessment:
-        """Judges a job by what is there now.
+        """Assesses a job by its present state.
 
         Args:
             job: The object.
             pods: Its pods.
             events: Warnings about it and about pods, the oldest first; needed only while pods are
-                missing or are set up.
-            now: The time, with a zone.
-            lost: Pods that have gone since the last look, as they were.
+                missing or starting.
+            now: The time, with a time zone.
+            lost: Pods that were deleted since the last look, in their last state.
 
         Returns:
-            What to say, and the outcome once there is one.
+            The message, and the outcome once there is one.
         """
         if ended := self._ended(job, pods):
             return ended
@@ -205,19 +204,19 @@ class Observer:
             return None
         outcome = _blame(pods) or Outcome(
             succeeded=False,
-            what=f"The job has failed: {failed.get('message') or failed.get('reason')}",
-            mend="See the events of the job and its pods with kubectl describe.",
+            what=f"The job failed: {failed.get('message') or failed.get('reason')}",
+            fix="Check the events of the job and its pods with kubectl describe.",
         )
         return Assessment(outcome.what, outcome)
 
     def _count_time(
         self, job: Object, pods: Sequence[Object], all_run: bool, now: datetime
     ) -> None:
-        # How long a job waited that ran before we came, nobody knows.
+        # Nobody knows how long a job waited that ran before this observer started.
         last = self._looked or (now if _has_run(job, pods) else _created(job, now))
         if all_run:
             if self._running_since is None:
-                # The operator's condition Running holds from the first pod on.
+                # The operator's condition Running is true from the first pod on.
                 begun = [_time(text, now) for pod in pods for text in _begun(pod)]
                 self._running_since = max(begun, default=now)
         else:
@@ -231,8 +230,8 @@ class Observer:
                     return Outcome(
                         succeeded=False,
                         what=f"Pod {_name(pod)} ran out of memory and was killed.",
-                        mend="Ask for more memory (training_memory), or train with a smaller "
-                        "dpo.batch_size and more dpo.gradient_accumulation_steps.",
+                        fix="Request more memory (training_memory), or use a smaller "
+                        "dpo.batch_size with more dpo.gradient_accumulation_steps.",
                         pod=_name(pod),
                         exit_code=137,
                     )
@@ -245,11 +244,11 @@ class Observer:
             succeeded=False,
             what=f"Pods were lost {self.restarts(pods)} times; the limit is "
             f"{self.limits.restarts}.",
-            mend="Train on nodes that are not preempted so often, or raise max_restarts.",
+            fix="Use nodes that are preempted less often, or raise max_restarts.",
         )
 
     def restarts(self, pods: Sequence[Object]) -> int:
-        """How often a pod or its container was made anew, as far as this observer saw."""
+        """How many restarts of pods or containers this observer has seen."""
         inside: int = sum(
             status.get("restartCount", 0)
             for pod in pods
@@ -264,26 +263,26 @@ class Observer:
         for pod in pods:
             for reason, message in _waits(pod, events):
                 if reason in NEVER_STARTS:
-                    # Pulling again and backing off take turns: they count as one.
+                    # Pulling and backing off alternate: they count as one reason.
                     key = (pod["metadata"]["uid"], NEVER_STARTS[reason])
                     found[key] = (_name(pod), reason, message)
         before, self._stuck = self._stuck, {}
         for key, (name, reason, message) in found.items():
             since, sure = before.get(key, (now, False))
-            # Old nodes say what a registry answered in every other turn only.
+            # Old nodes report the registry's response only every other time.
             sure = sure or _is_final(key[1], message)
             self._stuck[key] = (since, sure)
             limit = self.limits.refused if sure else self.limits.doubtful
             if (now - since).total_seconds() >= limit:
                 why = f"{reason}: {message}".removesuffix(": ")
                 what = f"Pod {name} cannot start: {why}"
-                return Outcome(succeeded=False, what=what, mend=key[1])
+                return Outcome(succeeded=False, what=what, fix=key[1])
         return None
 
     def _never_made(
         self, pods: Sequence[Object], events: Sequence[Object], now: datetime
     ) -> Outcome | None:
-        # Events stay for an hour: what kept a pod away that came after all is of no account.
+        # Events stay for an hour: ignore those from before the newest pod was created.
         messages = [
             _one_line(event.get("message", ""))
             for event in events
@@ -300,26 +299,26 @@ class Observer:
         self._refused_since = self._refused_since or now
         if (now - self._refused_since).total_seconds() < self.limits.refused:
             return None
-        mend = "Mend what the API server says of the job's pods."
+        fix = "Fix what the message names in the profile, or in the policies of the cluster."
         if "PodSecurity" in refused[-1]:
-            mend = (
-                "The namespace's label pod-security.kubernetes.io/enforce asks for more than "
-                "the pods' template gives: report it, or set another label."
+            fix = (
+                "The namespace's label pod-security.kubernetes.io/enforce requires more than the "
+                "job's pods fulfil: report this as a bug, or set another label."
             )
         what = f"The job's pods are refused: {refused[-1]}"
-        return Outcome(succeeded=False, what=what, mend=mend)
+        return Outcome(succeeded=False, what=what, fix=fix)
 
     def _unclaimed(self, job: Object, pods: Sequence[Object], now: datetime) -> Outcome | None:
         self._first_look = self._first_look or now
-        # A TrainJob has no conditions until it ends.
+        # A TrainJob has no conditions until it has ended.
         if pods or self._seen or {"conditions", "jobsStatus"} & job.get("status", {}).keys():
             return None
         if (now - self._first_look).total_seconds() < self.limits.unclaimed:
             return None
         return Outcome(
             succeeded=False,
-            what=f"Nothing has taken up the job for {self.limits.unclaimed:.0f} s.",
-            mend=f"See that {self.launcher.operator} is running, and watches this namespace.",
+            what=f"No controller has picked up the job for {self.limits.unclaimed:.0f} s.",
+            fix=f"Check that {self.launcher.operator} is running and watches this namespace.",
         )
 
     def _out_of_time(self, all_run: bool, message: str, now: datetime) -> Outcome | None:
@@ -327,14 +326,14 @@ class Observer:
             return Outcome(
                 succeeded=False,
                 what=f"The job waited for more than {_hours(self.limits.waiting)}. {message}",
-                mend="Make room, ask for less, or raise waiting_hours in the profile.",
+                fix="Free some resources, request less, or raise waiting_hours in the profile.",
             )
         since = self._running_since
         if since and (now - since).total_seconds() > self.limits.running:
             return Outcome(
                 succeeded=False,
                 what=f"The job ran for more than {_hours(self.limits.running)}.",
-                mend="Raise timeout_hours of train-dpo in the profile; the next attempt goes on "
+                fix="Raise timeout_hours of train-dpo in the profile; the next attempt resumes "
                 "from the last checkpoint.",
             )
         return None
@@ -345,31 +344,31 @@ class Observer:
         lost = self.restarts(pods)
         note = f" (pods lost so far: {lost})" if lost else ""
         if running >= self.pods:
-            return f"{_pods(running)} {'runs' if running == 1 else 'run'}{note}."
+            return f"{_pods(running)} {'is' if running == 1 else 'are'} running{note}."
         if condition(job, "Suspended"):
-            return f"The job waits in its queue{note}."
+            return f"The job is waiting in its queue{note}."
         why = _one_line(events[-1].get("message", "")) if events else ""
         if not pods:
             return f"The job has no pods yet{note}. {why}".strip()
         why = _why_waiting(pods, events) or why
-        return f"{running} of {_pods(self.pods)} run{note}. {why}".strip()
+        return f"{running} of {_pods(self.pods)} running{note}. {why}".strip()
 
 
 def happened(event: Object) -> str:
-    """When it happened last, to the second; the fields differ with who reports it."""
+    """When it last happened, to the second; the field depends on who reports the event."""
     last = (event.get("series") or {}).get("lastObservedTime")
     made = event["metadata"]["creationTimestamp"]
     return _to_the_second(last or event.get("lastTimestamp") or event.get("eventTime") or made)
 
 
 def pod_index(launcher: Launcher, pod: Object) -> int:
-    """Which pod of its job it is, from 0."""
+    """The index of a pod in its job, from 0."""
     labels: dict[str, str] = pod["metadata"].get("labels", {})
     return int(labels.get(launcher.index_label, -1))
 
 
 def _blame(pods: Sequence[Object]) -> Outcome | None:
-    """The pod that failed first: the others fail because of it."""
+    """The pod that failed first: the others failed because of it."""
     failed = []
     for pod in pods:
         for state in states(pod):
@@ -382,7 +381,8 @@ def _blame(pods: Sequence[Object]) -> Outcome | None:
             if status.get("phase") == "Failed":
                 why = _one_line(f"{status.get('reason', '')}: {status.get('message', '')}")
                 what = f"Pod {_name(pod)} failed: {why.strip(': ')}."
-                return Outcome(succeeded=False, what=what, mend="See the node's events.")
+                fix = "Check the events of the pod and of its node."
+                return Outcome(succeeded=False, what=what, fix=fix)
         return None
     _, pod, ended = min(failed, key=lambda each: (each[0], _name(each[1])))
     code = int(ended["exitCode"])
@@ -390,21 +390,21 @@ def _blame(pods: Sequence[Object]) -> Outcome | None:
     note = f" ({reason})" if reason not in ("", "Error") else ""
     return Outcome(
         succeeded=False,
-        what=f"Pod {_name(pod)} ended with exit code {code}{note}.",
-        mend=EXIT_ADVICE.get(code, EXIT_ADVICE[1]),
+        what=f"Pod {_name(pod)} exited with code {code}{note}.",
+        fix=EXIT_ADVICE.get(code, EXIT_ADVICE[1]),
         pod=_name(pod),
         exit_code=code,
     )
 
 
 def _waits(pod: Object, events: Sequence[Object]) -> list[tuple[str, str]]:
-    """Why containers of a pod wait, and what is said of it."""
+    """Why containers of a pod wait: reasons and messages."""
     found = []
     for state in states(pod):
         if reason := state.get("waiting", {}).get("reason"):
             message = state["waiting"].get("message", "")
             if reason == "ContainerCreating":
-                # What a volume lacks is told by events alone.
+                # Only events say what a volume lacks.
                 of_it = [each for each in events if _is_about(each, pod)]
                 message = of_it[-1].get("message", "") if of_it else message
                 if of_it and of_it[-1].get("reason") == "FailedMount" and "not found" in message:
@@ -418,7 +418,7 @@ def _is_about(event: Object, pod: Object) -> bool:
 
 
 def _is_final(kind: str, message: str) -> bool:
-    """Whether what a pod waits for will not come by itself."""
+    """Whether what a pod waits for will certainly not come."""
     if kind is PULLING:
         return _has_any(message.lower(), NEVER_PULLED)
     return kind is not MOUNTING
@@ -433,13 +433,13 @@ def _why_waiting(pods: Sequence[Object], events: Sequence[Object]) -> str:
         for each in pod.get("status", {}).get("conditions", []):
             if each["type"] == "PodScheduled" and each["status"] == "False":
                 message = _one_line(each.get("message", ""))
-                return f"{_name(pod)} finds no node: {message}"
+                return f"{_name(pod)} cannot be scheduled: {message}"
         return f"{_name(pod)} is {pod.get('status', {}).get('phase', 'Pending')}."
     return ""
 
 
 def _is_running(pod: Object) -> bool:
-    """Whether it runs, or has done its part: pods of a job do not end at the same moment."""
+    """Whether it is running or has succeeded: a job's pods do not end at the same moment."""
     phase = pod.get("status", {}).get("phase")
     done = [state.get("terminated", {}).get("exitCode") == 0 for state in states(pod)]
     return phase == "Succeeded" or (
@@ -456,7 +456,7 @@ def _has_run(job: Object, pods: Sequence[Object]) -> bool:
 
 
 def _begun(pod: Object) -> list[str]:
-    """When its containers began."""
+    """When its containers started."""
     known = (state.get("running") or state.get("terminated") or {} for state in states(pod))
     return [each["startedAt"] for each in known if each.get("startedAt")]
 
@@ -467,7 +467,7 @@ def states(pod: Object, which: str = "state") -> list[Object]:
 
 
 def condition(job: Object, name: str) -> Object | None:
-    """A condition that holds: a job keeps those that held once, with another status."""
+    """A condition whose status is True: a job keeps former conditions with another status."""
     for each in job.get("status", {}).get("conditions") or []:
         if each.get("type") == name and each.get("status") == "True":
             return dict(each)
@@ -483,7 +483,7 @@ def _to_the_second(time_stamp: str) -> str:
 
 
 def _time(text: str | None, now: datetime) -> datetime:
-    """A time of the cluster, whose clock may be a little ahead of ours."""
+    """A time of the cluster, whose clock may be slightly ahead of ours."""
     if not text:
         return now
     return min(now, datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone(UTC))

@@ -95,8 +95,8 @@ def test_the_job_is_owned_by_the_workflow_and_kept_as_an_artifact(site: Site, po
 
 def test_the_steps_log_shows_the_training(pods: Pods) -> None:
     (log,) = (text for name, text in pods.logs.items() if "-train-dpo-" in name)
-    assert "is created (kubeflow.org/v1)" in log
-    assert "2 pods run" in log
+    assert "Created PyTorchJob srccore/" in log and "(kubeflow.org/v1)." in log
+    assert "2 pods are running" in log
     assert "train-dpo is done" in log
     assert "has succeeded" in log
 

@@ -292,7 +292,7 @@ def takes_up(scene: Scene) -> None:
 def runs(scene: Scene) -> None:
     """All pods run, and the launch knows."""
     scene.job.run(*range(scene.pods))
-    scene.hear("1 pod runs" if scene.pods == 1 else f"{scene.pods} pods run")
+    scene.hear("1 pod is running" if scene.pods == 1 else f"{scene.pods} pods are running")
 
 
 def is_running(scene: Scene) -> None:
@@ -661,7 +661,7 @@ UNHEARD = (
 )
 """The job is created, and nobody says so."""
 STOPPED_IN = {
-    "creating": (UNHEARD, (hears("does not answer as it should"),)),
+    "creating": (UNHEARD, (hears("is not responding as expected"),)),
     "waiting": ((), (takes_up,)),
     "running": ((), (is_running,)),
     "ending": ((), (is_running, job("end", 0, 0))),
@@ -681,7 +681,7 @@ STOPS = [
             before=before,
             steps=(*steps, stop),
             ends=Stopped,
-            says=("goes on; the next attempt of this step watches it",),
+            says=("continues; the next attempt of this step will watch it",),
         )
         for phase, (before, steps) in STOPPED_IN.items()
     ),
@@ -691,7 +691,7 @@ STOPS = [
             before=before,
             steps=(*steps, STOPPING[phase], stop),
             ends=Stopped,
-            says=("is deleted",),
+            says=("Deleted PyTorchJob",),
             left=(),
         )
         for phase, (before, steps) in STOPPED_IN.items()
@@ -699,17 +699,17 @@ STOPS = [
     Case(
         "SIGTERM before there is a job",
         before=(own_namespace, quota("count/pytorchjobs.kubeflow.org", 0)),
-        steps=(hears("waits for the namespace's quota"), stop),
+        steps=(hears("Waiting for the namespace's quota"), stop),
         ends=Stopped,
-        says=("Stopped before there was a job",),
+        says=("Stopped before the job was created",),
         left=(),
     ),
     Case(
         "SIGTERM while nobody knows whether there is a job",
         before=(spoilt(drop),),
-        steps=(hears("does not answer as it should"), stop),
+        steps=(hears("is not responding as expected"), stop),
         ends=Stopped,
-        says=("may have been created: the API server is away",),
+        says=("may have been created, but the API server is unavailable",),
         left=(),
     ),
     Case(
@@ -718,19 +718,19 @@ STOPS = [
             is_running,
             spoilt(drop),
             loses_all,
-            hears("does not answer as it should"),
+            hears("is not responding as expected"),
             workflow(spec={"shutdown": "Terminate"}),
             stop,
         ),
         ends=Stopped,
-        says=("goes on; the next attempt of this step watches it",),
+        says=("continues; the next attempt of this step will watch it",),
     ),
     Case(
         "SIGTERM while the last lines of a failed job do not come",
         before=(waits_long_for_logs, spoilt(say_nothing, path=LOGS)),
         steps=(is_running, met, job("end", 0, 1), job("fail"), is_judged, stop),
         ends=JobFailed,
-        says=("exit code 1",),
+        says=("exited with code 1",),
     ),
 ]
 
@@ -738,13 +738,20 @@ ENDS = [
     Case(
         "success",
         steps=(is_running, tells("step 1", "step 2"), succeeds),
-        says=("is created (kubeflow.org/v1)", "1 pod runs.", "has succeeded"),
+        says=("Created PyTorchJob", "(kubeflow.org/v1).", "1 pod is running.", "has succeeded"),
     ),
     Case(
         "success of two pods",
         before=(asks_for(pods=2),),
-        steps=(takes_up, job("run", 0), hears("1 of 2 pods run"), runs, tells("step 1"), succeeds),
-        says=("2 pods run.", "has succeeded"),
+        steps=(
+            takes_up,
+            job("run", 0),
+            hears("1 of 2 pods running"),
+            runs,
+            tells("step 1"),
+            succeeds,
+        ),
+        says=("2 pods are running.", "has succeeded"),
     ),
     Case(
         "a failure comes with its exit code, its events and advice",
@@ -756,7 +763,7 @@ ENDS = [
             job("fail"),
         ),
         ends=JobFailed,
-        says=("-worker-0 ended with exit code 2.", "Event: src-dpo-", "the job is failing", "mend"),
+        says=("-worker-0 exited with code 2.", "Event: src-dpo-", "the job is failing", "fix"),
     ),
     Case(
         "of a pod whose log was not followed the last lines are shown",
@@ -770,32 +777,32 @@ ENDS = [
             job("fail"),
         ),
         ends=JobFailed,
-        says=("-worker-1 ended with exit code 1.", "The last lines of", "  ValueError: odd"),
+        says=("-worker-1 exited with code 1.", "Last lines of", "  ValueError: odd"),
     ),
     Case(
         "success is reported and nothing is published",
         steps=(is_running, job("end", 0, 0), job("succeed")),
         ends=JobFailed,
-        says=("reported as succeeded, but it has published nothing", "is deleted"),
+        says=("reported as succeeded, but has published nothing", "Deleted PyTorchJob"),
         left=(),
     ),
     Case(
         "the job fails, but has published before",
         steps=(is_running, publishes, job("end", 0, 1), job("fail")),
-        says=("has published its result, and then: Pod", "ended with exit code 1"),
+        says=("has published its result, so this is not an error: Pod", "exited with code 1"),
     ),
     Case(
         "a pod out of memory is final, though the operator makes it anew",
         steps=(is_running, job("end", 0, 137, "OOMKilled"), job("remove_pod", 0)),
         ends=JobFailed,
-        says=("-worker-0 ran out of memory", "training_memory", "is deleted"),
+        says=("-worker-0 ran out of memory", "training_memory", "Deleted PyTorchJob"),
         left=(),
     ),
     Case(
         "the job is deleted under us",
         steps=(is_running, job("remove")),
         ends=JobFailed,
-        says=("was deleted, and has published nothing",),
+        says=("was deleted before it published anything",),
         left=(),
     ),
     Case(
@@ -811,7 +818,7 @@ ENDS = [
             job("remove"),
             mended,
         ),
-        says=("is gone, and what it made is there",),
+        says=("is gone, but its output has been published",),
         left=(),
     ),
 ]
@@ -819,9 +826,14 @@ ENDS = [
 TIMES = [
     Case(
         "the wait in the queue is too long",
-        steps=(job("take_up"), job("suspend"), hears("waits in its queue"), limited(waiting=1)),
+        steps=(
+            job("take_up"),
+            job("suspend"),
+            hears("is waiting in its queue"),
+            limited(waiting=1),
+        ),
         ends=JobFailed,
-        says=("waited for more than 1 s. The job waits in its queue.", "waiting_hours"),
+        says=("waited for more than 1 s. The job is waiting in its queue.", "waiting_hours"),
         left=(),
     ),
     Case(
@@ -834,7 +846,10 @@ TIMES = [
     Case(
         "the run is too long, but has published",
         steps=(is_running, publishes, limited(running=1)),
-        says=("has published its result, and then: The job ran for more than 1 s.", "is deleted"),
+        says=(
+            "has published its result, so this is not an error: The job ran for more than 1 s.",
+            "Deleted PyTorchJob",
+        ),
         left=(),
     ),
     Case(
@@ -855,18 +870,22 @@ TIMES = [
         steps=(
             takes_up,
             job("find_no_node", 0, "0/3 nodes: 3 Insufficient nvidia.com/gpu."),
-            hears("finds no node"),
+            hears("cannot be scheduled"),
             limited(waiting=1),
         ),
         ends=JobFailed,
-        says=("-worker-0 finds no node: 0/3 nodes", "waited for more than 1 s", "Make room"),
+        says=(
+            "-worker-0 cannot be scheduled: 0/3 nodes",
+            "waited for more than 1 s",
+            "Free some resources",
+        ),
         left=(),
     ),
     Case(
         "nobody takes the job up",
         before=(limited(unclaimed=0.5),),
         ends=JobFailed,
-        says=("Nothing has taken up the job", "the Training Operator"),
+        says=("No controller has picked up the job", "the Training Operator"),
         left=(),
     ),
     Case(
@@ -880,7 +899,7 @@ TIMES = [
             tells("step 2"),
             succeeds,
         ),
-        says=("1 pod runs (pods lost so far: 1).", "has succeeded"),
+        says=("1 pod is running (pods lost so far: 1).", "has succeeded"),
     ),
     Case(
         "pods are preempted too often",
@@ -893,7 +912,7 @@ TIMES = [
             job("lose", 0),
         ),
         ends=JobFailed,
-        says=("Pods were lost 2 times; the limit is 1.", "is deleted"),
+        says=("Pods were lost 2 times; the limit is 1.", "Deleted PyTorchJob"),
         left=(),
     ),
 ]
@@ -966,36 +985,36 @@ NAMES = [
         "a job of the same hash is adopted",
         before=(made_before(),),
         steps=(is_running, tells("step 1"), succeeds),
-        says=("is there already: this step goes on with it", "has succeeded"),
+        says=("already exists; this step adopts it", "has succeeded"),
     ),
     Case(
         "a job of the same hash that has succeeded is adopted",
         before=(made_before(), publishes, job("succeed")),
-        says=("is there already", "has succeeded"),
+        says=("already exists", "has succeeded"),
     ),
     Case(
         "a job of another hash has the name",
         before=(made_before(image="another"),),
         ends=UserError,
-        says=("is another job than this step asks for", "round_number"),
+        says=("already exists with a different spec", "round_number"),
     ),
     Case(
         "a job of the same hash has failed, and the next attempt is made",
         before=(made_before(), job("fail")),
         steps=(attempt(2), is_running, succeeds),
-        says=("-r1-a2 is created", "-r1-a2 has succeeded"),
+        says=("-r1-a2 (kubeflow.org/v1).", "-r1-a2 has succeeded"),
         left=(1, 2),
     ),
     Case(
         "a job of that name is being deleted",
         before=(made_before(), job_held, job("remove")),
         steps=(
-            hears("is being deleted: waiting until it is gone"),
+            hears("is being deleted; waiting until it is gone"),
             job_let_go,
             is_running,
             succeeds,
         ),
-        says=("is created", "has succeeded"),
+        says=("Created PyTorchJob", "has succeeded"),
     ),
     Case(
         "a job of that name does not go",
@@ -1013,7 +1032,7 @@ REFUSED = [
         before=(own_namespace, namespace_held, namespace_deleted),
         steps=(ended, namespace_let_go),
         ends=UserError,
-        says=("is being deleted", "another one"),
+        says=("is being deleted", "another namespace"),
         left=(),
     ),
     Case(
@@ -1021,7 +1040,7 @@ REFUSED = [
         before=(own_namespace,),
         steps=(is_running, namespace_held, namespace_deleted, ended, namespace_let_go),
         ends=JobFailed,
-        says=("was deleted, and has published nothing",),
+        says=("was deleted before it published anything",),
         left=(),
     ),
     Case(
@@ -1035,7 +1054,7 @@ REFUSED = [
         "the quota of jobs is exceeded for a while",
         before=(own_namespace, quota("count/pytorchjobs.kubeflow.org", 0)),
         steps=(
-            hears("waits for the namespace's quota"),
+            hears("Waiting for the namespace's quota"),
             quota("count/pytorchjobs.kubeflow.org", 1),
             is_running,
             succeeds,
@@ -1059,7 +1078,11 @@ REFUSED = [
         "the account may not list pods",
         before=(may(("kubeflow.org", "pytorchjobs", "create get list watch delete")),),
         ends=UserError,
-        says=('cannot list resource "pods"', "Bind the Role srccore-launcher", "is deleted"),
+        says=(
+            'cannot list resource "pods"',
+            "Bind the Role srccore-launcher",
+            "Deleted PyTorchJob",
+        ),
         left=(),
     ),
     Case(
@@ -1085,27 +1108,33 @@ REFUSED = [
         ),
         steps=(is_running, rights_taken),
         ends=JobFailed,
-        says=("has been away for 1 s", "may go on; the next attempt of this step watches it"),
+        says=(
+            "has been unavailable for 1 s",
+            "may continue; the next attempt of this step will watch it",
+        ),
     ),
     Case(
         "the account is unknown",
         before=(as_nobody,),
         ends=UserError,
-        says=("does not know the account of this step: Unauthorized", "token"),
+        says=("rejected the credentials of this step: Unauthorized", "token"),
         left=(),
     ),
     Case(
         "the kind is not installed",
         before=(as_trainjob, as_administrator),
         ends=UserError,
-        says=("knows no TrainJob (trainer.kubeflow.org/v1alpha1)", "Install Kubeflow Trainer 2.1"),
+        says=(
+            "has no TrainJob API (trainer.kubeflow.org/v1alpha1)",
+            "Install Kubeflow Trainer 2.1",
+        ),
         left=(),
     ),
     Case(
         "a policy refuses the job",
         before=(own_namespace, refused_by_policy),
         ends=UserError,
-        says=("refuses the PyTorchJob", "jobs cannot be without a budget", "profile"),
+        says=("rejected the PyTorchJob", "jobs cannot be without a budget", "profile"),
         left=(),
     ),
     Case(
@@ -1121,13 +1150,13 @@ AWAY = [
         "the request for the job is refused for a while",
         before=(spoilt(answer(503, "ServiceUnavailable", "not yet"), "POST", times=2),),
         steps=(hears("not yet"), is_running, succeeds),
-        says=("is created", "has succeeded"),
+        says=("Created PyTorchJob", "has succeeded"),
     ),
     Case(
         "the answer to the request for the job is lost",
         before=(spoilt(lose_answer, "POST", times=1),),
         steps=(is_running, succeeds),
-        says=("is there already: this step goes on with it", "has succeeded"),
+        says=("already exists; this step adopts it", "has succeeded"),
     ),
     Case(
         "the stream of the log is lost",
@@ -1148,21 +1177,24 @@ AWAY = [
         before=(outage(1),),
         steps=(is_running, spoilt(drop), loses_all, ended, mended),
         ends=JobFailed,
-        says=("has been away for 1 s", "may go on; the next attempt of this step watches it"),
+        says=(
+            "has been unavailable for 1 s",
+            "may continue; the next attempt of this step will watch it",
+        ),
     ),
     Case(
         "the API server is away before there is a job",
         before=(outage(1), spoilt(drop)),
         steps=(ended, mended),
         ends=JobFailed,
-        says=("The API server did not answer",),
+        says=("The API server did not respond",),
         left=(),
     ),
     Case(
         "the API server is restarted while the job is created",
         before=(limited(refused=60), api_server_stops),
         steps=(
-            hears("does not answer as it should"),
+            hears("is not responding as expected"),
             api_server_restarts,
             is_running,
             tells("step 1"),
@@ -1302,7 +1334,7 @@ def test_a_process_that_is_told_to_end_does_so_in_order(
         scene.job.take_up()
         scene.job.make_pods()
         scene.job.run(0)
-        scene.wait_until("the pod runs", lambda: "1 pod runs" in log.read_text())
+        scene.wait_until("the pod runs", lambda: "1 pod is running" in log.read_text())
         if not goes_on:
             workflow(spec={"shutdown": "Stop"})(scene)
         step.send_signal(number)
@@ -1310,5 +1342,5 @@ def test_a_process_that_is_told_to_end_does_so_in_order(
     finally:
         step.kill()
         step.wait()
-    assert ("goes on; the next attempt" in log.read_text()) is goes_on
+    assert ("continues; the next attempt" in log.read_text()) is goes_on
     assert scene.left() == ((1,) if goes_on else ())

@@ -55,7 +55,7 @@ def job_of(pods: Pods, name: str) -> str:
 
     def look() -> str | None:
         for line in pods.log(name).splitlines():
-            if "Job srccore/" in line and (" is created " in line or " is there already" in line):
+            if "Job srccore/" in line and ("Created " in line or " already exists" in line):
                 return line.split("srccore/")[1].split()[0]
         return None
 
@@ -112,7 +112,7 @@ def test_a_retried_step_goes_on_with_the_running_job(site: Site, pods: Pods, ste
     ended = pods.wait(second)
     log = pods.log(second)
     assert ended.status.phase == "Succeeded", log
-    assert "is there already: this step goes on with it" in log
+    assert "already exists; this step adopts it" in log
     # The same pods; where the job has succeeded, the operator removes one that is about to end.
     assert training_pods(site, job).items() <= before.items()
 
@@ -125,7 +125,7 @@ def test_what_the_training_raises_is_in_the_steps_log(site: Site, pods: Pods, st
     log = pods.log(name)
     assert ended.status.phase == "Failed"
     assert ended.status.container_statuses[0].state.terminated.exit_code != 0
-    assert "no_such_module" in log and "exit code 1" in log
+    assert "no_such_module" in log and "exited with code 1" in log
     assert log.strip().splitlines()[-1].startswith("Error: ") or "Error: PyTorchJob" in log
 
 
@@ -138,11 +138,11 @@ def test_an_image_that_does_not_exist_is_told_within_a_minute(
     ended = pods.wait(name)
     log = pods.log(name)
     assert ended.status.phase == "Failed"
-    assert "no-such-image" in log and "The image cannot be pulled" in log
+    assert "no-such-image" in log and "Check the image's name" in log
     ran = ended.status.container_statuses[0].state.terminated
     # What was promised to people; it takes half of it.
     assert (ran.finished_at - ran.started_at).total_seconds() < 60
-    assert "is deleted" in log
+    assert "Deleted PyTorchJob" in log
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the state of a training job means: objects and times come in, a judgement comes out."""
+"""How the state of a training job is assessed: objects and times in, an assessment out."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def given_up(assessment: Assessment) -> str:
     assert outcome is not None
     assert not outcome.succeeded
     assert assessment.message == outcome.what
-    return f"{outcome.what} {outcome.mend}"
+    return f"{outcome.what} {outcome.fix}"
 
 
 # What is said
@@ -113,21 +113,21 @@ def given_up(assessment: Assessment) -> str:
     [
         ([], [], "The job has no pods yet."),
         ([], [warning("first"), warning("so it  is")], "The job has no pods yet. so it is"),
-        ([pod()], [], "0 of 2 pods run. job-worker-0 is Pending."),
+        ([pod()], [], "0 of 2 pods running. job-worker-0 is Pending."),
         (
             [runs(0), waits("ContainerCreating", index=1)],
             [],
-            "1 of 2 pods run. job-worker-1: ContainerCreating",
+            "1 of 2 pods running. job-worker-1: ContainerCreating",
         ),
         (
             [runs(0), waits("Odd", "It is\nso.", index=1)],
             [],
-            "1 of 2 pods run. job-worker-1: Odd: It is so.",
+            "1 of 2 pods running. job-worker-1: Odd: It is so.",
         ),
-        ([runs(0)], [warning("exceeded quota")], "1 of 2 pods run. exceeded quota"),
-        ([runs(0), runs(1)], [], "2 pods run."),
-        ([runs(0), ended(0, 1)], [], "2 pods run."),
-        ([runs(0), runs(1, going=True)], [], "1 of 2 pods run."),
+        ([runs(0)], [warning("exceeded quota")], "1 of 2 pods running. exceeded quota"),
+        ([runs(0), runs(1)], [], "2 pods are running."),
+        ([runs(0), ended(0, 1)], [], "2 pods are running."),
+        ([runs(0), runs(1, going=True)], [], "1 of 2 pods running."),
     ],
 )
 def test_one_line_says_how_far_a_job_is(
@@ -145,19 +145,20 @@ def test_a_pod_that_finds_no_node_says_why() -> None:
     }
     seen = looks(observer(), 1, [pod(conditions=[unscheduled])])
     assert seen.message == (
-        "0 of 1 pod run. job-worker-0 finds no node: "
+        "0 of 1 pod running. job-worker-0 cannot be scheduled: "
         "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
     )
 
 
 def test_a_suspended_job_waits_in_its_queue() -> None:
     seen = looks(observer(), 1, [], of=job(CREATED, holds("Suspended")))
-    assert seen == Assessment("The job waits in its queue.")
+    assert seen == Assessment("The job is waiting in its queue.")
 
 
 def test_a_condition_that_holds_no_more_is_none() -> None:
     resumed = {"type": "Suspended", "status": "False"}
-    assert looks(observer(), 1, [runs()], of=job(CREATED, resumed)) == Assessment("1 pod runs.")
+    seen = looks(observer(), 1, [runs()], of=job(CREATED, resumed))
+    assert seen == Assessment("1 pod is running.")
 
 
 # How it ends
@@ -166,7 +167,7 @@ def test_a_condition_that_holds_no_more_is_none() -> None:
 def test_a_pod_that_has_done_its_part_is_not_missing() -> None:
     done = pod(0, {"terminated": {"exitCode": 0, "reason": "Completed"}}, phase="Running")
     seen = observer(2).look(job(CREATED), [done, runs(1)], [], at(60))
-    assert seen == Assessment("2 pods run.")
+    assert seen == Assessment("2 pods are running.")
 
 
 @pytest.mark.parametrize(("launcher", "name"), [(PYTORCHJOB, "Succeeded"), (TRAINJOB, "Complete")])
@@ -184,20 +185,20 @@ def test_the_pod_that_failed_first_is_blamed() -> None:
     outcome = looks(observer(3), 10, pods, of=job(holds("Failed"))).outcome
     assert outcome is not None
     assert (outcome.pod, outcome.exit_code) == ("job-worker-1", 2)
-    assert outcome.what == "Pod job-worker-1 ended with exit code 2."
+    assert outcome.what == "Pod job-worker-1 exited with code 2."
 
 
 @pytest.mark.parametrize(
     ("code", "reason", "says", "advice"),
     [
-        (1, "Error", r"exit code 1\.", "raised an error"),
-        (2, "Error", r"exit code 2\.", "What to mend"),
-        (127, "StartError", r"exit code 127 \(StartError\)\.", "srccore images build"),
-        (135, "Error", "exit code 135", "shared_memory"),
-        (137, "OOMKilled", r"exit code 137 \(OOMKilled\)", "more memory"),
-        (139, "Error", "exit code 139", "driver"),
-        (143, "Error", "exit code 143", "drained"),
-        (77, "Error", "exit code 77", "raised an error"),
+        (1, "Error", r"exited with code 1\.", "raised an error"),
+        (2, "Error", r"exited with code 2\.", "what to fix"),
+        (127, "StartError", r"exited with code 127 \(StartError\)\.", "srccore images build"),
+        (135, "Error", "exited with code 135", "shared_memory"),
+        (137, "OOMKilled", r"exited with code 137 \(OOMKilled\)", "more memory"),
+        (139, "Error", "exited with code 139", "driver"),
+        (143, "Error", "exited with code 143", "drained"),
+        (77, "Error", "exited with code 77", "raised an error"),
     ],
 )
 def test_an_exit_code_comes_with_advice(code: int, reason: str, says: str, advice: str) -> None:
@@ -215,7 +216,7 @@ def test_a_pod_that_failed_as_a_whole_says_why() -> None:
 
 def test_a_failed_job_without_a_failed_pod_says_what_the_operator_says() -> None:
     failed = holds("Failed", reason="PyTorchJobFailed", message="the deadline is over")
-    assert "The job has failed: the deadline is over" in given_up(
+    assert "The job failed: the deadline is over" in given_up(
         looks(observer(), 1, [], of=job(failed))
     )
 
@@ -240,11 +241,12 @@ def test_a_pod_out_of_memory_is_final_also_where_it_is_gone_or_has_begun_anew() 
 
 def test_pods_made_anew_are_counted_and_no_more_than_so_many() -> None:
     by = observer(2)
-    assert looks(by, 0, [runs(0), runs(1)]).message == "2 pods run."
+    assert looks(by, 0, [runs(0), runs(1)]).message == "2 pods are running."
     assert looks(by, 1, [runs(0), ended(143, 1)]).outcome is None
     message = looks(by, 2, [runs(0), pod(1, uid="b")]).message
-    assert message.startswith("1 of 2 pods run (pods lost so far: 1). job-worker-1 is Pending")
-    assert looks(by, 3, [runs(0), runs(1, uid="c")]).message == "2 pods run (pods lost so far: 2)."
+    assert message.startswith("1 of 2 pods running (pods lost so far: 1). job-worker-1 is Pending")
+    message = looks(by, 3, [runs(0), runs(1, uid="c")]).message
+    assert message == "2 pods are running (pods lost so far: 2)."
     seen = looks(by, 4, [runs(0), runs(1, uid="d")])
     assert "Pods were lost 3 times; the limit is 2." in given_up(seen)
 
@@ -308,7 +310,7 @@ def test_a_volume_that_is_missing_may_come_and_is_named() -> None:
     assert looks(by, 599, [waits("ContainerCreating")], missing).outcome is None
     text = given_up(looks(by, 600, [waits("ContainerCreating")], missing))
     assert 'cannot start: FailedMount: volume "ca": configmap "trusted" not found' in text
-    assert "A volume cannot be mounted" in text
+    assert "Create the ConfigMap, Secret or claim" in text
 
 
 @pytest.mark.parametrize(
@@ -415,7 +417,7 @@ def test_a_job_that_nobody_takes_up_is_given_up() -> None:
     assert looks(by, 0, [], of=job()).outcome is None
     assert looks(by, 119, [], of=job()).outcome is None
     text = given_up(looks(by, 120, [], of=job()))
-    assert "Nothing has taken up the job for 120 s." in text
+    assert "No controller has picked up the job for 120 s." in text
     assert "the Training Operator" in text
 
 
@@ -440,7 +442,7 @@ def test_waiting_is_counted_over_all_waits_and_not_while_all_run() -> None:
     looks(by, 1000, [runs()])
     assert looks(by, 1030, [pod(uid="b")]).outcome is None  # 90 s
     text = given_up(looks(by, 1041, [pod(uid="b")]))  # 101 s
-    assert "waited for more than 100 s. 0 of 1 pod run" in text
+    assert "waited for more than 100 s. 0 of 1 pod running" in text
     assert "waiting_hours" in text
 
 
