@@ -1,9 +1,10 @@
-"""Builds and pushes the container images with podman, buildah or docker, whichever is there.
+"""Builds and pushes the container images with podman, buildah or docker, whichever is installed.
 
-Assumes a checkout with git, since the Containerfiles and the lock files of ``images/`` are no part
-of the installed package. An image is a thin layer, the wheel, on the environment of its base;
-bases hold no code of ours and carry a fixed time, so that a new commit leaves their layers as they
-are, byte for byte. Two builds of one commit are equal but for what docker stamps.
+Assumes a git checkout, since the Containerfiles and the lock files of ``images/`` are not part of
+the installed package. An image is a thin layer with the wheel on top of the environment of its
+base. Bases contain none of this project's code and have a fixed time, so that their layers stay
+the same, byte for byte, across commits. Two builds of one commit are identical, except for the
+times that docker sets.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ Tool = Literal["podman", "buildah", "docker"]
 TOOLS: tuple[Tool, ...] = get_args(Tool)
 
 DEFAULT_BASE_IMAGE = "docker.io/library/python:3.11-slim-bookworm"
-"""Any Debian with Python 3.11 and its venv module serves."""
+"""Any Debian with Python 3.11 and its venv module works."""
 BASE_TIME = 315532800
-"""1980-01-01, the first time that a zip file can tell."""
+"""1980-01-01, the earliest time that a zip file can represent."""
 SOURCES = (
     *("srccore", "components", "pipelines"),
     *("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"),
@@ -60,10 +61,10 @@ class Checkout:
     """The source that images are built from.
 
     Args:
-        root: Its folder.
-        revision: The commit, with ``-dirty`` where files differ from it.
-        committed: When, in seconds since 1970.
-        version: Of srccore.
+        root: The folder of the checkout.
+        revision: The commit, with ``-dirty`` if files differ from it.
+        committed: The time of the commit, in seconds since 1970.
+        version: The version of srccore.
     """
 
     root: Path
@@ -77,7 +78,7 @@ class Build:
     """How one image is built.
 
     Args:
-        image: Its name.
+        image: The name of the image.
         context: The folder with its Containerfile.
         arguments: Build arguments.
         labels: Labels, without ``org.opencontainers.image.``.
@@ -91,7 +92,7 @@ class Build:
     stamp: int = BASE_TIME
 
     def command(self, tool: Tool, extra: Sequence[str] = ()) -> list[str]:
-        """The command, word by word; docker takes the time from ``SOURCE_DATE_EPOCH`` alone."""
+        """The command as a list; docker only takes the time from ``SOURCE_DATE_EPOCH``."""
         words = [tool, "build", "--tag", self.image, "--file", str(self.context / "Containerfile")]
         if tool != "docker":
             words += ["--layers", "--timestamp", str(self.stamp)]
@@ -108,8 +109,8 @@ class Built:
 
     Args:
         name: The image.
-        seconds: What it took.
-        size: All of its layers, as the tool writes it.
+        seconds: How long it took.
+        size: The size of all its layers, as the tool formats it.
     """
 
     name: str
@@ -121,31 +122,31 @@ def find_tool(wanted: str | None = None) -> Tool:
     """Finds the program that builds.
 
     Args:
-        wanted: Its name; None takes the first of podman, buildah and docker that is there.
+        wanted: Its name; None means the first of podman, buildah and docker that is installed.
 
     Returns:
         Its name.
 
     Raises:
-        UserError: There is none, or not the one that is wanted.
+        UserError: None is installed, or not the requested one.
     """
     names = [tool for tool in TOOLS if wanted in (None, tool)]
     if not names:
-        raise UserError(f"{wanted} is no tool for images.", f"Name one of {', '.join(TOOLS)}.")
+        raise UserError(f"{wanted} cannot build images.", f"Choose one of {', '.join(TOOLS)}.")
     for name in names:
         if shutil.which(name):
             return name
     raise UserError(
-        f"Images are built and pushed with {' or '.join(names)}, which is not on the PATH.",
-        "Install it: apt-get install podman.",
+        f"Building and pushing images requires {' or '.join(names)}, which is not on the PATH.",
+        "Install it; podman with apt-get install podman.",
     )
 
 
 def open_checkout(root: Path | None = None) -> Checkout:
-    """Looks at the checkout that this package runs from.
+    """Opens the checkout that this package runs from.
 
     Args:
-        root: Another folder than that.
+        root: The folder of another checkout.
 
     Returns:
         The checkout.
@@ -156,13 +157,14 @@ def open_checkout(root: Path | None = None) -> Checkout:
     root = root or Path(__file__).parents[2]
     if not all((root / name).exists() for name in ("pyproject.toml", "images/stage/Containerfile")):
         raise UserError(
-            f"{root} is no checkout of the project, and images are built from one.",
+            f"{root} is not a checkout of the project, which is required to build images.",
             "Clone the repository, install it with make env, and run the command there.",
         )
     revision, committed = _run(
-        ["git", "-C", str(root), "log", "-1", "--format=%H\n%ct"], "Images carry their commit."
+        ["git", "-C", str(root), "log", "-1", "--format=%H\n%ct"],
+        "Images are labelled with the commit.",
     ).split()
-    changes = _run(["git", "-C", str(root), "status", "--porcelain"], "See what git says.")
+    changes = _run(["git", "-C", str(root), "status", "--porcelain"], "Fix what git reports.")
     return Checkout(root, revision + ("-dirty" if changes else ""), int(committed))
 
 
@@ -180,15 +182,15 @@ def build_images(
 
     Args:
         tool: The program that builds.
-        checkout: What is built.
-        names: Which; none means all.
-        base_image: What the bases stand on.
-        source: Where the source can be found, for the label.
-        extra: Further arguments of the tool, for every image.
-        starting: Told of an image before it is built.
+        checkout: The source.
+        names: The images to build; empty means all.
+        base_image: The image that the bases are built on.
+        source: The URL of the source, for the label.
+        extra: Additional arguments of the tool, for every image.
+        starting: Called with the name of each image before it is built.
 
     Yields:
-        What has been built.
+        The images, once they are built.
 
     Raises:
         UserError: There is no such image, or the tool failed.
@@ -205,19 +207,19 @@ def build_images(
             began = time.monotonic()
             _run(
                 build.command(tool, extra),
-                "Behind a proxy, pass on what docs/images.md says.",
+                "Behind a proxy, pass the options that docs/images.md lists.",
                 {"SOURCE_DATE_EPOCH": str(build.stamp)},
             )
             yield Built(build.image, time.monotonic() - began, _size(tool, build.image))
 
 
 def write_contexts(checkout: Checkout, bases: Sequence[Base], folder: Path) -> None:
-    """Writes what the builds read and nothing else: a folder for each base, one for the images.
+    """Writes the files that the builds need: a folder for each base, and one for the images.
 
     Args:
-        checkout: What is built.
-        bases: Which bases.
-        folder: Gets the folders; is there and empty.
+        checkout: The source.
+        bases: The bases to build.
+        folder: An empty folder to write to.
     """
     images = checkout.root / "images"
     for base in bases:
@@ -228,18 +230,18 @@ def write_contexts(checkout: Checkout, bases: Sequence[Base], folder: Path) -> N
     shutil.copytree(images / "stage", folder / "stage")
     _build_wheel(checkout, folder / "stage")
     for path in folder.rglob("*"):
-        # Neither the clock nor the umask of this machine goes into an image.
+        # Keep the clock and the umask of this machine out of the images.
         path.chmod(0o755 if path.is_dir() else 0o644)
         os.utime(path, (BASE_TIME, BASE_TIME))
 
 
 def base_build(base: Base, contexts: Path, base_image: str) -> Build:
-    """How a base is built: the same, whatever the commit."""
+    """How a base is built: the same way for every commit."""
     return Build(LOCAL.of(f"base-{base}"), contexts / base, arguments={"BASE_IMAGE": base_image})
 
 
 def image_build(name: str, contexts: Path, checkout: Checkout, source: str) -> Build:
-    """How an image is built, on a base that is there."""
+    """How an image is built on an existing base."""
     (wheel,) = (contexts / "stage").glob("*.whl")
     labels = {
         "title": f"srccore/{name}",
@@ -267,25 +269,25 @@ def push_images(
     tls_verify: bool = True,
     starting: Callable[[str], None] = lambda _name: None,
 ) -> Iterator[str]:
-    """Pushes all images; layers that several share are sent once.
+    """Pushes all images; shared layers are sent once.
 
     Args:
         tool: The program that pushes.
         registry: Host and path before ``/srccore/<name>``.
-        tls_verify: Whether the registry must show a certificate that is trusted.
-        starting: Told of an image before it is pushed.
+        tls_verify: Whether to require HTTPS with a trusted certificate.
+        starting: Called with the name of each image before it is pushed.
 
     Yields:
-        ``<repository>@sha256:...`` of every image, with the digest that the registry took.
+        ``<repository>@sha256:...`` of every image, with its digest in the registry.
 
     Raises:
         UserError: An image has not been built, or the tool failed.
     """
     if tool == "docker" and not tls_verify:
         raise UserError(
-            "docker has no switch for a registry without TLS.",
-            "Name the registry in insecure-registries of the daemon's configuration, or use "
-            "--tool podman.",
+            "docker has no option for a registry without TLS.",
+            "Add the registry to insecure-registries in the configuration of the Docker daemon, or "
+            "use --tool podman.",
         )
     remote = Images(registry)
     push = _push_with_docker if tool == "docker" else _push
@@ -319,44 +321,42 @@ def _push_with_docker(tool: Tool, image: str, target: str, _tls_verify: bool) ->
 def _build_wheel(checkout: Checkout, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
     with tempfile.TemporaryDirectory() as scratch:
-        # In the checkout, setuptools would pack what an earlier build left behind.
+        # In the checkout, setuptools would include the remains of earlier builds.
         for name in SOURCES:
             source, target = checkout.root / name, Path(scratch) / name
             copy = shutil.copytree if source.is_dir() else shutil.copy2
             copy(source, target)
         _run(
             [*command, str(folder), scratch],
-            "The wheel is built by pip with setuptools, which pip must be able to download.",
+            "pip builds the wheel with setuptools, which it must be able to download.",
             {"SOURCE_DATE_EPOCH": str(checkout.committed)},
         )
 
 
 def _known(names: Sequence[str]) -> list[str]:
-    """The images asked for, in the order of the method.
+    """The requested images, in the order of the method.
 
     Raises:
         UserError: There is no such image.
     """
     if unknown := [name for name in names if name not in IMAGES]:
-        raise UserError(
-            f"There is no image {', '.join(unknown)}.", f"Name some of {', '.join(IMAGES)}."
-        )
+        raise UserError(f"Unknown image {', '.join(unknown)}.", f"Choose from {', '.join(IMAGES)}.")
     return [name for name in IMAGES if not names or name in names]
 
 
 def _size(tool: Tool, image: str) -> str:
-    listed = _run([tool, "images", "--format", "{{.Size}}", image], "See what the tool says.")
+    listed = _run([tool, "images", "--format", "{{.Size}}", image], "Fix what the tool reports.")
     return listed.splitlines()[-1].strip()
 
 
 def _run(command: Sequence[str], advice: str, environment: Mapping[str, str] | None = None) -> str:
-    """Runs a program to its end.
+    """Runs a program and waits for it.
 
     Returns:
-        What it printed.
+        Its output.
 
     Raises:
-        UserError: It failed; says its last lines.
+        UserError: It failed; the message includes its last lines.
     """
     try:
         process = subprocess.Popen(
@@ -369,13 +369,13 @@ def _run(command: Sequence[str], advice: str, environment: Mapping[str, str] | N
             errors="replace",
         )
     except OSError as error:
-        raise UserError(f"{command[0]} cannot be run ({error.strerror}).", advice) from None
+        raise UserError(f"Cannot run {command[0]} ({error.strerror}).", advice) from None
     assert process.stdout is not None
     try:
         lines = list(process.stdout)
         code = process.wait()
     except BaseException:
-        # Ctrl-C: left alone, the tool would go on for minutes.
+        # Ctrl-C: without this, the tool would continue for minutes.
         process.terminate()
         process.wait()
         raise
@@ -383,6 +383,6 @@ def _run(command: Sequence[str], advice: str, environment: Mapping[str, str] | N
         last = "\n".join(line.strip()[:LINE_LENGTH] for line in lines[-LAST_LINES:])
         raise UserError(
             f"{' '.join(command[:2])} failed with exit code {code}.",
-            f"{advice} Its last lines:\n{last}",
+            f"{advice} Last lines of its output:\n{last}",
         )
     return "".join(lines).strip()

@@ -1,6 +1,6 @@
-"""How images are built and pushed, as far as that needs no container tool.
+"""How images are built and pushed, as far as this can be tested without a container tool.
 
-The tools are small programs here that say what they were asked; tests/container has the real one.
+Here the tools are small programs that log their arguments; tests/container uses a real one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DIGEST = "sha256:" + "7" * 64
 
 
 class Tools:
-    """A folder of programs that is all of the PATH, and what they were asked."""
+    """A folder of programs that makes up the PATH, and the arguments that they got."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, folder / "asked"
@@ -87,7 +87,7 @@ def test_the_first_tool_that_is_there_is_taken_unless_one_is_named(tools: Tools)
 def test_a_machine_without_a_tool_is_told_what_to_install(tools: Tools) -> None:
     with pytest.raises(UserError, match="podman or buildah or docker, which is not on the PATH"):
         find_tool()
-    with pytest.raises(UserError, match="kaniko is no tool for images"):
+    with pytest.raises(UserError, match="kaniko cannot build images"):
         find_tool("kaniko")
 
 
@@ -101,7 +101,7 @@ def test_a_checkout_has_its_commit_and_says_where_it_differs(checkout: Path) -> 
 
 
 def test_an_installed_package_is_no_checkout(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no checkout of the project"):
+    with pytest.raises(UserError, match="is not a checkout of the project"):
         open_checkout(tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_a_checkout_without_history_is_told_what_git_says(checkout: Path) -> Non
 
 
 def test_an_image_that_is_not_there_is_named_before_anything_is_built(checkout: Path) -> None:
-    with pytest.raises(UserError, match="no image evaluat"):
+    with pytest.raises(UserError, match="Unknown image evaluat"):
         next(build_images("podman", open_checkout(checkout), ["evaluat"]))
 
 
