@@ -15,7 +15,8 @@ from srccore.cli.options import Overrides, Parameters
 from srccore.errors import UserError
 
 if TYPE_CHECKING:
-    from srccore.kubeflow.client import Backend, Connection
+    from srccore.kubeflow.client import Backend
+    from srccore.kubeflow.connection import Connection
 
 __all__ = ["runs_app", "schedule_command", "submit_command"]
 
@@ -133,7 +134,8 @@ def submit_command(
     ui_url: UiUrl = None,
 ) -> None:
     """Start a run of a compiled pipeline on Kubeflow Pipelines."""
-    from srccore.kubeflow.client import Connection, connect
+    from srccore.kubeflow.client import connect
+    from srccore.kubeflow.connection import Connection
     from srccore.kubeflow.package import read_package, shared_root
     from srccore.kubeflow.runs import submit
 
@@ -191,7 +193,8 @@ def schedule_command(
     ui_url: UiUrl = None,
 ) -> None:
     """Start runs of a compiled pipeline by the clock, one at a time, without catching up."""
-    from srccore.kubeflow.client import Connection, connect
+    from srccore.kubeflow.client import connect
+    from srccore.kubeflow.connection import Connection
     from srccore.kubeflow.package import read_package, shared_root
     from srccore.kubeflow.schedule import next_times, read_cron, schedule
 
@@ -237,7 +240,8 @@ def list_command(
     ui_url: UiUrl = None,
 ) -> None:
     """List the newest runs."""
-    from srccore.kubeflow.client import Connection, connect
+    from srccore.kubeflow.client import connect
+    from srccore.kubeflow.connection import Connection
     from srccore.kubeflow.follow import duration
     from srccore.kubeflow.runs import list_runs
 
@@ -272,7 +276,8 @@ def status_command(
     """Show how far a run has come, or follow it."""
     from rich.console import Console
 
-    from srccore.kubeflow.client import Connection, connect
+    from srccore.kubeflow.client import connect
+    from srccore.kubeflow.connection import Connection
     from srccore.kubeflow.follow import tree
     from srccore.kubeflow.runs import get_run
 
@@ -299,7 +304,8 @@ def stop_command(
     ui_url: UiUrl = None,
 ) -> None:
     """Stop a run; what it has finished stays."""
-    from srccore.kubeflow.client import Connection, connect
+    from srccore.kubeflow.client import connect
+    from srccore.kubeflow.connection import Connection
     from srccore.kubeflow.runs import FINISHED, stop
 
     backend = connect(

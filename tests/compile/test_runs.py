@@ -17,7 +17,8 @@ from backend_commands import NO_BACKEND, ROOT, call
 from kfp_server import NEVER, KfpServer, Step, Workflow, clock
 from rich.console import Console
 
-from srccore.kubeflow.client import Connection, UnavailableError, connect
+from srccore.kubeflow.client import UnavailableError, connect
+from srccore.kubeflow.connection import Connection
 from srccore.kubeflow.follow import PATIENCE, ending, follow, screen, tree
 from srccore.kubeflow.tasks import node_id, task_tree, walk
 

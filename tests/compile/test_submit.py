@@ -21,7 +21,8 @@ from kfp_server import KfpServer, serving
 from small_pipeline import CONFIG
 
 import srccore
-from srccore.kubeflow import client
+from srccore.kubeflow import connection
+from srccore.kubeflow.client import connect
 from srccore.pipelines.compiling import COMPILED
 
 SECRET = "eyJhbGciOi.the-secret.of-ann"
@@ -409,7 +410,7 @@ def test_a_multi_user_install_needs_a_namespace_and_gets_it(
     server: KfpServer, pipeline: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     server.multi_user = True
-    monkeypatch.setattr(client, "POD_NAMESPACE", tmp_path / "namespace")
+    monkeypatch.setattr(connection, "POD_NAMESPACE", tmp_path / "namespace")
     _refused(call("submit", pipeline, ROOT, "--host", server.url), "--namespace or KFP_NAMESPACE")
     submit(server, pipeline, "--namespace", "ann")
     submit(server, pipeline, KFP_NAMESPACE="bob")
@@ -451,7 +452,7 @@ def test_every_request_carries_the_credential_and_nothing_prints_it(
 def test_a_token_that_is_renewed_in_its_file_is_taken_up(server: KfpServer, tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("old")
-    backend = client.connect(client.Connection(host=server.url, token_file=file))
+    backend = connect(connection.Connection(host=server.url, token_file=file))
     file.write_text("new")
     backend.experiment("none")
     sent = [request.headers["authorization"] for request in server.requests]
@@ -555,7 +556,7 @@ def test_the_kubeconfig_leads_through_the_proxy_of_the_kubernetes_api(
 def test_in_a_pod_the_service_and_the_projected_token_are_found(
     server: KfpServer, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "IN_CLUSTER_HOST", server.url)
+    monkeypatch.setattr(connection, "IN_CLUSTER_HOST", server.url)
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "KF_PIPELINES_SA_TOKEN_PATH": tmp_path / "token"}
     assert call("submit", pipeline, ROOT, **pod).code == 0, "a single-user install has no token"
     server.required = ("Authorization", f"Bearer {SECRET}")

@@ -101,7 +101,8 @@ def test_a_run_is_stopped(pipeline: Path) -> None:
 
 
 def test_a_schedule_is_replaced_by_one_of_its_name(pipeline: Path) -> None:
-    from srccore.kubeflow.client import Connection, connect
+    from srccore.kubeflow.client import connect
+    from srccore.kubeflow.connection import Connection
 
     # On 1 January, so that none starts a run before it is disabled.
     options = ("--artifact-root=s3://none/none", "--name", NAME, "--cron", "0 0 1 1 *")
@@ -109,9 +110,12 @@ def test_a_schedule_is_replaced_by_one_of_its_name(pipeline: Path) -> None:
     second = call("schedule", pipeline, *options)
     old, new = (out.splitlines()[0].removeprefix("Schedule ") for out in (first, second))
     assert f"Disabled the earlier one of that name: {old}" in second
-    header = os.environ.get("KFP_USER_HEADER")
     backend = connect(
-        Connection(os.environ["KFP_HOST"], os.environ.get("KFP_NAMESPACE"), user_header=header)
+        Connection(
+            host=os.environ["KFP_HOST"],
+            namespace=os.environ.get("KFP_NAMESPACE"),
+            user_header=os.environ.get("KFP_USER_HEADER"),
+        )
     )
     service = backend.recurring_runs
     for each, status in ((old, "DISABLED"), (new, "ENABLED")):
