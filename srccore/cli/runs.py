@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srccore.cli.options import Overrides, Parameters
+from srccore.cli.options import Overrides, Parameters, with_connection
 from srccore.errors import UserError
+from srccore.kubeflow.connection import Connection
 
 if TYPE_CHECKING:
     from srccore.kubeflow.client import Backend
-    from srccore.kubeflow.connection import Connection
 
 __all__ = ["runs_app", "schedule_command", "submit_command"]
 
@@ -28,47 +28,6 @@ runs_app = typer.Typer(
 
 TIMED_OUT = 124
 """Exit code where --timeout is over, as of coreutils' timeout."""
-
-Host = Annotated[
-    str | None,
-    typer.Option(
-        envvar=["KFP_HOST", "KF_PIPELINES_ENDPOINT"],
-        help="Address of Kubeflow Pipelines. Without it: the cluster that this runs in, or the "
-        "kubeconfig's.",
-    ),
-]
-Namespace = Annotated[
-    str | None,
-    typer.Option(envvar="KFP_NAMESPACE", help="Your profile's namespace, in multi-user installs."),
-]
-TokenFile = Annotated[
-    Path | None,
-    typer.Option(help="A file with a bearer token; or set KFP_TOKEN.", show_default=False),
-]
-CookiesFile = Annotated[
-    Path | None,
-    typer.Option(
-        help="A file with cookies as NAME=VALUE; NAME=VALUE; or set KFP_COOKIES.",
-        show_default=False,
-    ),
-]
-UserHeader = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME=VALUE",
-        envvar="KFP_USER_HEADER",
-        help="A header that names the user: kubeflow-userid=ann@example.org.",
-    ),
-]
-CaBundle = Annotated[
-    Path | None, typer.Option(help="Certificates to trust, in PEM; the public ones otherwise.")
-]
-UiUrl = Annotated[
-    str | None,
-    typer.Option(
-        envvar="KF_PIPELINES_UI_ENDPOINT", help="What links begin with; the host otherwise."
-    ),
-]
 
 File = Annotated[Path, typer.Argument(help="What srccore compile wrote.", show_default=False)]
 ArtifactRoot = Annotated[
@@ -112,7 +71,9 @@ Timeout = Annotated[
 Run = Annotated[str, typer.Argument(help="The run's id.", show_default=False)]
 
 
+@with_connection
 def submit_command(
+    connection: Connection,
     pipeline: File,
     artifact_root: ArtifactRoot,
     overrides: Overrides,
@@ -125,26 +86,15 @@ def submit_command(
     wait: Wait = False,
     interval: Interval = 10.0,
     timeout: Timeout = None,
-    host: Host = None,
-    namespace: Namespace = None,
-    token_file: TokenFile = None,
-    cookies_file: CookiesFile = None,
-    user_header: UserHeader = None,
-    ca_bundle: CaBundle = None,
-    ui_url: UiUrl = None,
 ) -> None:
     """Start a run of a compiled pipeline on Kubeflow Pipelines."""
     from srccore.kubeflow.client import connect
-    from srccore.kubeflow.connection import Connection
     from srccore.kubeflow.package import read_package, shared_root
     from srccore.kubeflow.runs import submit
 
     package = read_package(pipeline)
     arguments = package.arguments(shared_root(artifact_root), overrides, parameters)
     package.refuse_unreachable(arguments)
-    connection = Connection(
-        host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url
-    )
     backend = connect(connection)
     run = submit(
         backend,
@@ -165,7 +115,9 @@ def submit_command(
         typer.echo(f"Follow it: {_follow_it(connection, run.run_id)}")
 
 
+@with_connection
 def schedule_command(
+    connection: Connection,
     pipeline: File,
     artifact_root: ArtifactRoot,
     name: Annotated[
@@ -184,17 +136,9 @@ def schedule_command(
     service_account: ServiceAccount = None,
     cache: Cache = True,
     upload: Upload = False,
-    host: Host = None,
-    namespace: Namespace = None,
-    token_file: TokenFile = None,
-    cookies_file: CookiesFile = None,
-    user_header: UserHeader = None,
-    ca_bundle: CaBundle = None,
-    ui_url: UiUrl = None,
 ) -> None:
     """Start runs of a compiled pipeline by the clock, one at a time, without catching up."""
     from srccore.kubeflow.client import connect
-    from srccore.kubeflow.connection import Connection
     from srccore.kubeflow.package import read_package, shared_root
     from srccore.kubeflow.schedule import next_times, read_cron, schedule
 
@@ -202,9 +146,7 @@ def schedule_command(
     package = read_package(pipeline)
     arguments = package.arguments(shared_root(artifact_root), overrides, parameters)
     package.refuse_unreachable(arguments)
-    backend = connect(
-        Connection(host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url)
-    )
+    backend = connect(connection)
     made = schedule(
         backend,
         package,
@@ -226,28 +168,20 @@ def schedule_command(
 
 
 @runs_app.command("list")
+@with_connection
 def list_command(
+    connection: Connection,
     experiment: Annotated[
         str | None, typer.Option(help="Only the runs of the experiment of this name.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many at most, newest first.")] = 20,
-    host: Host = None,
-    namespace: Namespace = None,
-    token_file: TokenFile = None,
-    cookies_file: CookiesFile = None,
-    user_header: UserHeader = None,
-    ca_bundle: CaBundle = None,
-    ui_url: UiUrl = None,
 ) -> None:
     """List the newest runs."""
     from srccore.kubeflow.client import connect
-    from srccore.kubeflow.connection import Connection
     from srccore.kubeflow.follow import duration
     from srccore.kubeflow.runs import list_runs
 
-    backend = connect(
-        Connection(host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url)
-    )
+    backend = connect(connection)
     rows = [("ID", "NAME", "STATE", "CREATED (UTC)", "DURATION")]
     for row in list_runs(backend, experiment, limit):
         created = f"{row.created:%Y-%m-%d %H:%M}" if row.created else "-"
@@ -260,30 +194,21 @@ def list_command(
 
 
 @runs_app.command("status")
+@with_connection
 def status_command(
+    connection: Connection,
     run: Run,
     wait: Wait = False,
     interval: Interval = 10.0,
     timeout: Timeout = None,
-    host: Host = None,
-    namespace: Namespace = None,
-    token_file: TokenFile = None,
-    cookies_file: CookiesFile = None,
-    user_header: UserHeader = None,
-    ca_bundle: CaBundle = None,
-    ui_url: UiUrl = None,
 ) -> None:
     """Show how far a run has come, or follow it."""
     from rich.console import Console
 
     from srccore.kubeflow.client import connect
-    from srccore.kubeflow.connection import Connection
     from srccore.kubeflow.follow import tree
     from srccore.kubeflow.runs import get_run
 
-    connection = Connection(
-        host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url
-    )
     backend = connect(connection, needs_namespace=False)
     if wait:
         _follow(backend, connection, run, interval, timeout)
@@ -293,25 +218,16 @@ def status_command(
 
 
 @runs_app.command("stop")
+@with_connection
 def stop_command(
+    connection: Connection,
     run: Run,
-    host: Host = None,
-    namespace: Namespace = None,
-    token_file: TokenFile = None,
-    cookies_file: CookiesFile = None,
-    user_header: UserHeader = None,
-    ca_bundle: CaBundle = None,
-    ui_url: UiUrl = None,
 ) -> None:
     """Stop a run; what it has finished stays."""
     from srccore.kubeflow.client import connect
-    from srccore.kubeflow.connection import Connection
     from srccore.kubeflow.runs import FINISHED, stop
 
-    backend = connect(
-        Connection(host, namespace, token_file, cookies_file, user_header, ca_bundle, ui_url),
-        needs_namespace=False,
-    )
+    backend = connect(connection, needs_namespace=False)
     state = stop(backend, run)
     done = f"had finished before: {state}" if state in FINISHED else "is being stopped"
     typer.echo(f"Run {run} {done}.")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import ssl
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -195,6 +194,8 @@ def _header(text: str) -> tuple[str, str]:
 
 
 def _ca_bundle(path: Path | None) -> str | None:
+    import ssl
+
     if path is None:
         return None
     try:

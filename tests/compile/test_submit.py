@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import ipaddress
@@ -19,8 +20,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from kfp_server import KfpServer, serving
 from small_pipeline import CONFIG
+from typer.main import get_command
 
 import srccore
+from srccore.cli.main import app
+from srccore.cli.options import CONNECTION
 from srccore.kubeflow import connection
 from srccore.kubeflow.client import connect
 from srccore.pipelines.compiling import COMPILED
@@ -570,6 +574,14 @@ def test_nothing_is_written_to_the_home_of_the_user(
     server.multi_user = True
     submit(server, pipeline, "--namespace", "ann", HOME=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_options_of_a_connection_are_its_fields_and_come_last_in_every_command() -> None:
+    fields = [each.name for each in dataclasses.fields(connection.Connection)]
+    assert list(CONNECTION) == fields
+    commands = get_command(app).commands
+    for command in (commands["submit"], commands["schedule"], *commands["runs"].commands.values()):
+        assert [each.name for each in command.params][-len(fields) :] == fields
 
 
 def test_the_commands_are_imported_without_a_heavy_package() -> None:
