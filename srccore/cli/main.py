@@ -7,18 +7,45 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+import srccore
 from srccore.cli import images, pipeline, runs, stage
 from srccore.cli.options import Overrides, Preset
 from srccore.errors import UserError
 
 __all__ = ["app", "main"]
 
+GROUPS = {
+    "Local": ("run", "report", "export", "stage", "pipeline-local", "presets"),
+    "Kubeflow": ("compile", "submit", "schedule", "runs", "collect"),
+    "Images and data": ("images", "data"),
+}
+"""The commands as ``srccore --help`` lists them."""
+
+
+class _Grouped(TyperGroup):
+    """Lists the commands in `GROUPS`, in plain text; Typer's own panels need rich."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes a section for each group, with one column of names throughout."""
+        width = max(map(len, self.commands))
+        for title, names in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [
+                        (name.ljust(width), self.commands[name].get_short_help_str(limit=200))
+                        for name in names
+                    ]
+                )
+
+
 app = typer.Typer(
     name="srccore",
+    cls=_Grouped,
     help="Self-Rationale Calibration: search, score, curate and align a vision-language model "
     "on its own rationales.",
     no_args_is_help=True,
@@ -41,6 +68,24 @@ EXTRAS = {
     "openai": "teacher",
 }
 """The extra that brings each package that may be missing."""
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"srccore {srccore.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Takes the options of ``srccore`` itself."""
 
 
 @app.command("run", epilog="Example: srccore run --preset tiny --out runs/tiny --set rounds=4")
