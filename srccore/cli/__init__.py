@@ -1,1 +1,1 @@
-"""The command line, ``srccore``: one module for each group of commands."""
+"""The ``srccore`` command line: one module for each group of commands."""

@@ -1,6 +1,6 @@
 """``srccore images ...``: build, push and list the container images.
 
-Progress goes to standard error; standard output holds nothing but what was asked for.
+Progress goes to standard error, and only the result to standard output.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ app = typer.Typer(
 
 ToolName = Annotated[
     str | None,
-    typer.Option("--tool", help="podman, buildah or docker; the first that is there if not given."),
+    typer.Option("--tool", help="podman, buildah or docker; by default, the first one found."),
 ]
-BASE_IMAGE_HELP = "What the bases stand on: a Debian with Python 3.11 and its venv module."
+BASE_IMAGE_HELP = "The image to build the bases on: Debian with Python 3.11 and its venv module."
 
 
 def _say(text: str) -> None:
@@ -41,7 +41,11 @@ def build(
     names: Annotated[
         list[str],
         typer.Option(
-            "--image", metavar="NAME", show_default=False, default_factory=list, help="Only these."
+            "--image",
+            metavar="NAME",
+            show_default=False,
+            default_factory=list,
+            help="Build only this image; may be repeated.",
         ),
     ],
     extra: Annotated[
@@ -50,14 +54,17 @@ def build(
             metavar="-- ARGUMENTS",
             show_default=False,
             default_factory=list,
-            help="Further arguments of the tool, for every image.",
+            help="More arguments for the tool, for every image.",
         ),
     ],
     base_image: Annotated[str | None, typer.Option(help=BASE_IMAGE_HELP)] = None,
-    source: Annotated[str, typer.Option(help="Where the source lies, for the label.")] = "",
+    source: Annotated[str, typer.Option(help="The URL of the source code, for the label.")] = "",
     tool: ToolName = None,
 ) -> None:
-    """Build the images of this checkout under localhost/srccore/, on shared bases."""
+    """Build the images of this checkout as localhost/srccore/NAME.
+
+    Images share their bases, which are built first.
+    """
     from srccore.containers import build
 
     built = build.build_images(
@@ -76,21 +83,23 @@ def build(
 @app.command("push", epilog="Example: srccore images push --registry 127.0.0.1:5000 -o images.txt")
 def push(
     registry: Annotated[
-        str, typer.Option(help="Host and path before /srccore/NAME: registry.example.com/team.")
+        str, typer.Option(help="The host and path before /srccore/NAME: registry.example.com/team.")
     ],
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Also write the list to this file.")
     ] = None,
     tls_verify: Annotated[
-        bool, typer.Option(help="Whether the registry must show a trusted certificate.")
+        bool, typer.Option(help="Whether the registry must have a trusted certificate.")
     ] = True,
     tool: ToolName = None,
 ) -> None:
-    """Push the images that were built and print each with its digest."""
+    """Push the images that were built, and print their digests."""
     from srccore.containers import build
 
     if out is not None and not out.parent.is_dir():
-        raise UserError(f"There is no folder {out.parent}.", "Make it, or give another --out.")
+        raise UserError(
+            f"The folder {out.parent} does not exist.", "Create it, or choose another --out."
+        )
     lines = []
     pushed = build.push_images(
         build.find_tool(tool),
@@ -108,13 +117,14 @@ def push(
 @app.command("list", epilog="Example: srccore images list --registry mirror.example.com/src")
 def list_images(
     registry: Annotated[
-        str, typer.Option(help="Host and path before /srccore/NAME.")
+        str, typer.Option(help="The host and path before /srccore/NAME.")
     ] = DEFAULT_REGISTRY,
     digests: Annotated[
-        Path | None, typer.Option(help="The list that push wrote, of this registry or another.")
+        Path | None,
+        typer.Option(help="The list written by srccore images push, for this registry or another."),
     ] = None,
 ) -> None:
-    """Print every image that a pipeline of this release may pull."""
+    """Print every image that a pipeline of this release may use."""
     images = Images(registry, digests=read_digests(digests, registry) if digests else {})
     for name in IMAGES:
         typer.echo(images.of(name))

@@ -1,6 +1,6 @@
 """The command line: ``srccore ...``. A thin shell: every command calls one function.
 
-Heavy packages are imported by the commands that need them, so that ``--help`` answers at once.
+Heavy packages are imported by the commands that need them, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     epilog="Example: srccore run --preset tiny --out runs/tiny",
 )
-data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(help="Check data sets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 app.add_typer(stage.app, name="stage")
 app.add_typer(runs.runs_app, name="runs")
@@ -67,7 +67,7 @@ EXTRAS = {
     "kubernetes": "cluster",
     "openai": "teacher",
 }
-"""The extra that brings each package that may be missing."""
+"""The extra that installs each package that may be missing."""
 
 
 def _show_version(is_wanted: bool) -> None:
@@ -90,12 +90,12 @@ def root(
 
 @app.command("run", epilog="Example: srccore run --preset tiny --out runs/tiny --set rounds=4")
 def run_command(
-    out: Annotated[Path, typer.Option("--out", help="The run folder; made where missing.")],
+    out: Annotated[Path, typer.Option("--out", help="The run folder; created if missing.")],
     overrides: Overrides,
     preset: Preset = "tiny",
-    seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The seed of the run.")] = None,
 ) -> None:
-    """Carry a run through all stages and rounds, or go on with an interrupted one."""
+    """Run all stages and rounds, or resume an interrupted run."""
     from srccore.config import load_config
     from srccore.run.console import ConsoleObserver, quiet_libraries
     from srccore.run.loop import run
@@ -107,13 +107,13 @@ def run_command(
     try:
         run(config, out, observer)
     except KeyboardInterrupt:
-        observer.note(f"\nInterrupted. The same command goes on with {out}.")
+        observer.note(f"\nInterrupted. Run the same command to resume {out}.")
         raise typer.Exit(130) from None
     page = out / "report.html"
     if observer.worked or not page.exists():
         write_report(out)
     else:
-        observer.note("Nothing to do: the run is finished.")
+        observer.note("Nothing to do: the run has finished.")
     observer.note(f"Figures: {out / 'figures.json'}\nReport:  {page}")
 
 
@@ -123,13 +123,16 @@ app.command("report", epilog="Example: srccore report runs/tiny")(stage.report)
 @app.command("export", epilog="Example: srccore export runs/tiny --round 3 -o exported")
 def export_command(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
-    round_number: Annotated[int, typer.Option("--round", help="The round; 0 is stage 1.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write to.")],
+    round_number: Annotated[
+        int, typer.Option("--round", help="The round; 0 is the policy after stage 1.")
+    ],
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Write one LoRA adapter and no merged weights.")
+        bool,
+        typer.Option("--adapter", help="Write a single LoRA adapter instead of merged weights."),
     ] = False,
 ) -> None:
-    """Write a round's policy as a checkpoint that transformers loads by itself."""
+    """Write a round's policy as a plain transformers checkpoint."""
     from srccore.run.console import quiet_libraries
     from srccore.run.export import export_policy
 
@@ -172,9 +175,9 @@ def presets_command() -> None:
 
 @data_app.command("validate", epilog="Example: srccore data validate data/train.parquet")
 def validate_command(
-    path: Annotated[Path, typer.Argument(help="A Parquet file or a folder with samples.jsonl.")],
+    path: Annotated[Path, typer.Argument(help="A Parquet file, or a folder with a samples.jsonl.")],
 ) -> None:
-    """Check every row of a data set and list the bad ones."""
+    """Check every row of a data set and list the invalid ones."""
     from srccore.data.dataset import validate
 
     report = validate(path)
@@ -188,7 +191,7 @@ def validate_command(
 
 
 def main() -> None:
-    """Runs the command line: exit code 2 and one paragraph for what the user can mend."""
+    """Runs the command line; a `UserError` is printed as one paragraph, with exit code 2."""
     try:
         app()
     except UserError as error:

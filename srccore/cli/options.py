@@ -1,4 +1,4 @@
-"""Options that many commands share."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from srccore.kubeflow.connection import Connection
 __all__ = ["Overrides", "Parameters", "Preset", "with_connection"]
 
 Preset = Annotated[
-    str, typer.Option("--preset", help="A preset's name (see srccore presets) or a YAML file.")
+    str,
+    typer.Option("--preset", help="The name of a preset (see srccore presets), or a YAML file."),
 ]
 Overrides = Annotated[
     list[str],
@@ -34,7 +35,7 @@ Parameters = Annotated[
         metavar="NAME=VALUE",
         default_factory=list,
         show_default=False,
-        help="Give a parameter of the pipeline that is no setting.",
+        help="Set a pipeline parameter that is not a setting.",
     ),
 ]
 CONNECTION: dict[str, Any] = {
@@ -42,24 +43,26 @@ CONNECTION: dict[str, Any] = {
         str | None,
         typer.Option(
             envvar=["KFP_HOST", "KF_PIPELINES_ENDPOINT"],
-            help="Address of Kubeflow Pipelines. Without it: the cluster that this runs in, or the "
-            "kubeconfig's.",
+            help="The address of Kubeflow Pipelines. By default, the cluster that this runs in, or "
+            "the one in your kubeconfig.",
         ),
     ],
     "namespace": Annotated[
         str | None,
         typer.Option(
-            envvar="KFP_NAMESPACE", help="Your profile's namespace, in multi-user installs."
+            envvar="KFP_NAMESPACE", help="Your profile's namespace, on multi-user installations."
         ),
     ],
     "token_file": Annotated[
         Path | None,
-        typer.Option(help="A file with a bearer token; or set KFP_TOKEN.", show_default=False),
+        typer.Option(
+            help="A file with a bearer token. Alternatively, set KFP_TOKEN.", show_default=False
+        ),
     ],
     "cookies_file": Annotated[
         Path | None,
         typer.Option(
-            help="A file with cookies as NAME=VALUE; NAME=VALUE; or set KFP_COOKIES.",
+            help="A file with cookies, as NAME=VALUE; NAME=VALUE. Alternatively, set KFP_COOKIES.",
             show_default=False,
         ),
     ],
@@ -68,27 +71,29 @@ CONNECTION: dict[str, Any] = {
         typer.Option(
             metavar="NAME=VALUE",
             envvar="KFP_USER_HEADER",
-            help="A header that names the user: kubeflow-userid=ann@example.org.",
+            help="The header that identifies the user: kubeflow-userid=ann@example.org.",
         ),
     ],
     "ca_bundle": Annotated[
-        Path | None, typer.Option(help="Certificates to trust, in PEM; the public ones otherwise.")
+        Path | None,
+        typer.Option(help="A PEM file of certificates to trust instead of the public ones."),
     ],
     "ui_url": Annotated[
         str | None,
         typer.Option(
-            envvar="KF_PIPELINES_UI_ENDPOINT", help="What links begin with; the host otherwise."
+            envvar="KF_PIPELINES_UI_ENDPOINT",
+            help="The address that links to the UI start with; the host by default.",
         ),
     ],
 }
-"""The options that find Kubeflow Pipelines: the fields of `Connection`."""
+"""The options that locate Kubeflow Pipelines: the fields of `Connection`."""
 
 
 def with_connection(command: Callable[..., None]) -> Callable[..., None]:
     """Adds the options of `Connection` to a command, after its own.
 
     Args:
-        command: Takes an argument ``connection: Connection``, which is made from the options.
+        command: Takes an argument ``connection: Connection``, which is built from the options.
 
     Returns:
         The function to register with Typer.

@@ -19,25 +19,30 @@ def compile_command(
     overrides: Overrides,
     preset: Preset = "tiny",
     profile: Annotated[
-        Path | None, typer.Option(help="A YAML file: what pods ask for on your cluster.")
+        Path | None, typer.Option(help="A YAML file with what pods request on your cluster.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds; the preset's by default.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="The number of rounds; the preset's by default.")
+    ] = None,
     shards: Annotated[
-        int | None, typer.Option(help="Pods that search and score a round side by side.")
+        int | None,
+        typer.Option(help="The number of pods that search and score each round in parallel."),
     ] = None,
     registry: Annotated[
         str, typer.Option(help="Where the images are: registry.example.com/team.")
     ] = DEFAULT_REGISTRY,
-    tag: Annotated[str | None, typer.Option(help="Their tag; this release's by default.")] = None,
+    tag: Annotated[
+        str | None, typer.Option(help="The tag of the images; this release's by default.")
+    ] = None,
     digests: Annotated[
         Path | None,
-        typer.Option(help="The list of srccore images push: name images by digest."),
+        typer.Option(help="The list written by srccore images push, to refer to images by digest."),
     ] = None,
 ) -> None:
     """Compile the pipeline for Kubeflow.
 
-    Settings of the method become defaults of run-time parameters; rounds, shards, images and what
-    pods ask for are fixed in the file.
+    Settings of the method become the defaults of run-time parameters. Rounds, shards, images and
+    what pods request are fixed in the file.
     """
     import srccore
     from srccore.config import load_config
@@ -58,7 +63,7 @@ def compile_command(
         out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"{out} cannot be written ({error.strerror}).", "Give another file by -o."
+            f"{out} cannot be written ({error.strerror}).", "Choose another file with -o."
         ) from None
     typer.echo(out)
     if (warning := size_warning(fixed)) is not None:
@@ -66,19 +71,21 @@ def compile_command(
 
 
 def pipeline_local_command(
-    out: Annotated[Path, typer.Option("--out", help="The folder to write; made where missing.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write to; created if missing.")],
     overrides: Overrides,
     parameters: Parameters,
     preset: Annotated[
-        str, typer.Option("--preset", help="Whose shipped pipeline is run.")
+        str, typer.Option("--preset", help="The preset whose shipped pipeline to run.")
     ] = "tiny",
     pipeline: Annotated[
-        Path | None, typer.Option(help="What srccore compile wrote, instead of the shipped one.")
+        Path | None,
+        typer.Option(help="A file written by srccore compile, instead of the shipped pipeline."),
     ] = None,
 ) -> None:
-    """Run a compiled pipeline on this machine, as Kubeflow would: a process for every task.
+    """Run a compiled pipeline on this machine.
 
-    It is the pipeline that is tried here, not the machine: srccore run does the same work sooner.
+    Each task runs in a process of its own, as Kubeflow would run it in a pod. This is for trying
+    out a pipeline; srccore run does the same work faster.
     """
     from srccore.config import preset_names
     from srccore.kubeflow.package import read_package
@@ -88,7 +95,8 @@ def pipeline_local_command(
     if pipeline is None and preset not in preset_names():
         raise UserError(
             f"There is no shipped pipeline {preset!r}.",
-            f"There are {', '.join(preset_names())}; give another with --pipeline.",
+            f"Choose one of {', '.join(preset_names())}, or pass a compiled pipeline with "
+            "--pipeline.",
         )
     package = read_package(pipeline or COMPILED / f"{preset}.yaml")
     package.refuse_jobs()
@@ -100,7 +108,7 @@ def pipeline_local_command(
     try:
         page = run_locally(package.path, arguments, out, say)
     except KeyboardInterrupt:
-        say(f"Interrupted. The same command goes on with {out}.")
+        say(f"Interrupted. Run the same command to resume {out}.")
         raise typer.Exit(130) from None
     typer.echo(f"Report: {page}")
 
@@ -109,9 +117,12 @@ def collect_command(
     report: Annotated[
         str, typer.Argument(help="The folder ARTIFACT_ROOT/report/KEY of the pipeline's run.")
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The run folder to make.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The run folder to create.")],
 ) -> None:
-    """Bring a pipeline's run here, as a run folder for srccore report and export."""
+    """Download a pipeline's run as a run folder.
+
+    srccore report and srccore export work on it.
+    """
     from srccore.steps.home import collect_report
 
     collect_report(report, out)

@@ -1,4 +1,4 @@
-"""The commands against a Kubeflow Pipelines backend: ``srccore submit``, ``schedule``, ``runs``.
+"""The commands that talk to Kubeflow Pipelines: ``srccore submit``, ``schedule``, ``runs``.
 
 A thin shell: every command connects, calls one function and prints.
 """
@@ -27,48 +27,53 @@ runs_app = typer.Typer(
 )
 
 TIMED_OUT = 124
-"""Exit code where --timeout is over, as of coreutils' timeout."""
+"""The exit code when --timeout expires, as with ``timeout`` of coreutils."""
 
-File = Annotated[Path, typer.Argument(help="What srccore compile wrote.", show_default=False)]
+File = Annotated[
+    Path, typer.Argument(help="A file written by srccore compile.", show_default=False)
+]
 ArtifactRoot = Annotated[
     str,
-    typer.Option(metavar="URI", help="Where the run writes: s3://BUCKET/PREFIX."),
+    typer.Option(metavar="URI", help="Where the run writes its outputs: s3://BUCKET/PREFIX."),
 ]
 Experiment = Annotated[
-    str | None, typer.Option(help="The experiment; the pipeline's name otherwise.")
+    str | None, typer.Option(help="The experiment; named after the pipeline by default.")
 ]
 ServiceAccount = Annotated[
-    str | None, typer.Option(help="The pods' account; the backend's default otherwise.")
+    str | None,
+    typer.Option(help="The service account of the pods; the backend's default if not set."),
 ]
 Cache = Annotated[
     bool,
     typer.Option(
         "--cache/--no-cache",
-        help="Let Kubeflow take over tasks of earlier runs unseen; what lies finished under the "
-        "artifact root is found in any case.",
+        help="Whether Kubeflow may reuse tasks of earlier runs without starting a pod. Finished "
+        "work under the artifact root is reused either way.",
     ),
 ]
 Upload = Annotated[
     bool,
     typer.Option(
         "--upload",
-        help="Keep the pipeline on Kubeflow, as a version of the pipeline of its name, for all to "
-        "find and start from the UI.",
+        help="Also store the pipeline on Kubeflow, as a version of the pipeline of its name, so "
+        "that everyone can find and start it in the UI.",
     ),
 ]
 Wait = Annotated[
     bool,
     typer.Option(
-        "--wait", help="Follow the run; exit with 0 if it succeeds, 1 if not, 124 on --timeout."
+        "--wait",
+        help="Follow the run; exit with 0 if it succeeds, 1 if it doesn't, 124 on --timeout.",
     ),
 ]
 Interval = Annotated[
-    float, typer.Option(min=0.01, metavar="SECONDS", help="Time between two looks.")
+    float, typer.Option(min=0.01, metavar="SECONDS", help="The time between two status requests.")
 ]
 Timeout = Annotated[
-    float | None, typer.Option(metavar="SECONDS", help="How long to follow; the run goes on.")
+    float | None,
+    typer.Option(metavar="SECONDS", help="How long to follow the run. It keeps running."),
 ]
-Run = Annotated[str, typer.Argument(help="The run's id.", show_default=False)]
+Run = Annotated[str, typer.Argument(help="The ID of the run.", show_default=False)]
 
 
 @with_connection
@@ -121,13 +126,14 @@ def schedule_command(
     pipeline: File,
     artifact_root: ArtifactRoot,
     name: Annotated[
-        str, typer.Option(help="The schedule's name; an earlier one of that name is disabled.")
+        str,
+        typer.Option(help="The schedule's name; it replaces enabled schedules of the same name."),
     ],
     cron: Annotated[
         str,
         typer.Option(
             metavar="LINE",
-            help='Five fields as in a crontab, or six with seconds first: "0 2 * * 0".',
+            help='Five fields, as in a crontab, or six, starting with seconds: "0 2 * * 0".',
         ),
     ],
     overrides: Overrides,
@@ -137,7 +143,10 @@ def schedule_command(
     cache: Cache = True,
     upload: Upload = False,
 ) -> None:
-    """Start runs of a compiled pipeline by the clock, one at a time, without catching up."""
+    """Start runs of a compiled pipeline on a schedule.
+
+    Runs start one at a time, and missed times are skipped.
+    """
     from srccore.kubeflow.client import connect
     from srccore.kubeflow.package import read_package, shared_root
     from srccore.kubeflow.schedule import next_times, read_cron, schedule
@@ -162,9 +171,9 @@ def schedule_command(
     if upload:
         typer.echo(f"Pipeline: {backend.version_url(made.version)}")
     for old in made.disabled:
-        typer.echo(f"Disabled the earlier one of that name: {old}")
+        typer.echo(f"Disabled the earlier schedule of that name: {old}")
     times = ", ".join(f"{each:%a %Y-%m-%d %H:%M:%S}" for each in next_times(line, _now()))
-    typer.echo(f"Next runs, where the backend's clock is UTC: {times}")
+    typer.echo(f"Next runs, if the backend's clock is set to UTC: {times}")
 
 
 @runs_app.command("list")
@@ -172,11 +181,11 @@ def schedule_command(
 def list_command(
     connection: Connection,
     experiment: Annotated[
-        str | None, typer.Option(help="Only the runs of the experiment of this name.")
+        str | None, typer.Option(help="Only list the runs of this experiment.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="How many at most, newest first.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="The maximum number of runs.")] = 20,
 ) -> None:
-    """List the newest runs."""
+    """List the most recent runs, newest first."""
     from srccore.kubeflow.client import connect
     from srccore.kubeflow.follow import duration
     from srccore.kubeflow.runs import list_runs
@@ -202,7 +211,7 @@ def status_command(
     interval: Interval = 10.0,
     timeout: Timeout = None,
 ) -> None:
-    """Show how far a run has come, or follow it."""
+    """Show the progress of a run, or follow it."""
     from rich.console import Console
 
     from srccore.kubeflow.client import connect
@@ -223,39 +232,39 @@ def stop_command(
     connection: Connection,
     run: Run,
 ) -> None:
-    """Stop a run; what it has finished stays."""
+    """Stop a run. Its finished work is kept."""
     from srccore.kubeflow.client import connect
     from srccore.kubeflow.runs import FINISHED, stop
 
     backend = connect(connection, needs_namespace=False)
     state = stop(backend, run)
-    done = f"had finished before: {state}" if state in FINISHED else "is being stopped"
+    done = f"has already finished: {state}" if state in FINISHED else "is being stopped"
     typer.echo(f"Run {run} {done}.")
 
 
 def _follow(
     backend: Backend, connection: Connection, run_id: str, interval: float, timeout: float | None
 ) -> None:
-    """Follows a run, and exits with what became of it."""
+    """Follows a run, and exits with a code that tells how it ended."""
     from rich.console import Console
 
     from srccore.kubeflow.follow import ending, follow, screen
 
-    goes_on = (
-        f"The run goes on. Follow it: {_follow_it(connection, run_id)}\n"
+    still_running = (
+        f"The run continues. Follow it: {_follow_it(connection, run_id)}\n"
         f"Stop it: srccore runs stop {run_id}{connection.options()}"
     )
     try:
         with screen(Console(highlight=False)) as on:
             run = follow(backend, run_id, on, interval=interval, timeout=timeout)
     except KeyboardInterrupt:
-        typer.echo(f"\n{goes_on}")
+        typer.echo(f"\n{still_running}")
         raise typer.Exit(130) from None
     except TimeoutError:
-        typer.echo(f"It has not finished after {timeout:g} s. {goes_on}")
+        typer.echo(f"It has not finished after {timeout:g} s. {still_running}")
         raise typer.Exit(TIMED_OUT) from None
     except UserError:
-        typer.echo(goes_on)
+        typer.echo(still_running)
         raise
     typer.echo(ending(run, backend.run_url(run_id)))
     if run.state != "SUCCEEDED":

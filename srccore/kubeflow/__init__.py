@@ -1,1 +1,1 @@
-"""Kubeflow Pipelines as seen from outside: connecting, submitting, scheduling and following."""
+"""The client side of Kubeflow Pipelines: connect, submit, schedule and follow."""

@@ -32,30 +32,30 @@ __all__ = [
 ]
 
 TIMEOUT = (10, 60)
-"""Seconds to connect, and to wait for an answer."""
+"""Seconds to connect, and to wait for a response."""
 PAGE = 100
-"""Entries asked for at once; the backend gives at most 200."""
+"""Entries per page; the backend returns at most 200."""
 
 
 class UnavailableError(UserError):
-    """The backend does not answer now, and may do so later."""
+    """The backend is not responding, but may respond later."""
 
 
 class MissingError(UserError):
-    """The backend does not have what is asked for."""
+    """The backend does not have the requested object."""
 
 
 class ExistsError(UserError):
-    """The backend has one of this name already."""
+    """The backend already has an object of this name."""
 
 
 class Backend:
-    """A backend that has answered.
+    """A Kubeflow Pipelines backend.
 
     Args:
-        client: Knows host and credentials.
-        ui: What links begin with.
-        credential: What the user showed, to be named when it is refused.
+        client: The API client, with host and credentials.
+        ui: What links to the UI start with.
+        credential: What to call the user's credential in messages; None without one.
     """
 
     def __init__(self, client: ApiClient, ui: str, credential: str | None) -> None:
@@ -75,7 +75,7 @@ class Backend:
         self._specs: dict[str, Any] = {}
 
     def call(self, method: Callable[..., Any], **arguments: Any) -> Any:
-        """Makes one request.
+        """Sends one request.
 
         Args:
             method: A method of one of the services.
@@ -85,30 +85,30 @@ class Backend:
             The model that the method returns.
 
         Raises:
-            UnavailableError: No answer, or one of a server in trouble.
-            UserError: The request is refused, or whoever answers is no Kubeflow Pipelines.
+            UnavailableError: There is no response, or a server error.
+            UserError: The request is rejected, or the host is not Kubeflow Pipelines.
         """
         from kfp_server_api import ApiException
         from urllib3.exceptions import HTTPError
 
         try:
             answer = method(**arguments, _request_timeout=TIMEOUT)
-            # The client takes a page of HTML for a model without fields.
+            # The client reads an HTML page as a model without fields.
             json.loads(self.client.last_response.data)
         except ApiException as error:
             raise self._refused(error) from None
         except HTTPError as error:
             raise self._unreachable(error) from None
         except (json.JSONDecodeError, UnicodeDecodeError):
-            raise self._stranger() from None
+            raise self._not_kubeflow() from None
         return answer
 
     def pages(self, method: Callable[..., Any], field: str, **arguments: Any) -> Iterator[Any]:
-        """Lists entries from page to page.
+        """Lists entries, page by page.
 
         Args:
             method: A ``..._list_...`` method of one of the services.
-            field: The list in its answer.
+            field: The field of the response that has the list.
             arguments: Its arguments.
         """
         token = ""
@@ -120,7 +120,7 @@ class Backend:
                 return
 
     def experiment(self, name: str) -> str | None:
-        """The id of the experiment of a name, or None."""
+        """The ID of the experiment with this name, or None."""
         found = self.pages(
             self.experiments.experiment_service_list_experiments,
             "experiments",
@@ -130,7 +130,7 @@ class Backend:
         return next((each.experiment_id for each in found if each.display_name == name), None)
 
     def create_experiment(self, name: str) -> str:
-        """The id of the experiment of a name, which is made where missing."""
+        """The ID of the experiment with this name, which is created if missing."""
         from kfp_server_api import V2beta1Experiment
 
         def create() -> str:
@@ -138,10 +138,10 @@ class Backend:
             made = self.call(self.experiments.experiment_service_create_experiment, experiment=body)
             return str(made.experiment_id)
 
-        return _found_or_made(lambda: self.experiment(name), create)
+        return _find_or_create(lambda: self.experiment(name), create)
 
     def create_pipeline(self, name: str) -> str:
-        """The id of the pipeline of a name, which is made where missing, without a version yet."""
+        """The ID of the pipeline with this name, which is created without versions if missing."""
         from kfp_server_api import V2beta1Pipeline
 
         def find() -> str | None:
@@ -154,15 +154,15 @@ class Backend:
             return next((each.pipeline_id for each in found if each.name == name), None)
 
         def create() -> str:
-            # Uploading one would make a version too, of the pipeline's name.
+            # Uploading a pipeline would also create a version, named after the pipeline.
             body = V2beta1Pipeline(name=name, display_name=name, namespace=self.namespace)
             made = self.call(self.pipelines.pipeline_service_create_pipeline, pipeline=body)
             return str(made.pipeline_id)
 
-        return _found_or_made(find, create)
+        return _find_or_create(find, create)
 
     def create_version(self, pipeline_id: str, name: str, text: str) -> str:
-        """The id of a pipeline's version of a name, which is uploaded where missing.
+        """The ID of a pipeline's version with this name, which is uploaded if missing.
 
         Args:
             pipeline_id: The pipeline.
@@ -181,7 +181,7 @@ class Backend:
 
         def upload() -> str:
             with tempfile.TemporaryDirectory() as folder:
-                # The backend knows YAML by the end of the file's name.
+                # The backend recognizes YAML by the file name's extension.
                 file = Path(folder, "pipeline.yaml")
                 file.write_text(text, encoding="utf-8")
                 made = self.call(
@@ -192,10 +192,10 @@ class Backend:
                 )
             return str(made.pipeline_version_id)
 
-        return _found_or_made(find, upload)
+        return _find_or_create(find, upload)
 
     def version_spec(self, reference: Any) -> Any:
-        """The pipeline of a version, which never changes, so that it is asked for once.
+        """The pipeline of a version. A version never changes, so it is requested only once.
 
         Args:
             reference: A ``V2beta1PipelineVersionReference``.
@@ -211,15 +211,15 @@ class Backend:
         return self._specs[version_id]
 
     def run_url(self, run_id: str) -> str:
-        """Where the UI shows a run."""
+        """The address of a run in the UI."""
         return f"{self.ui}/#/runs/details/{run_id}"
 
     def schedule_url(self, recurring_run_id: str) -> str:
-        """Where the UI shows a recurring run."""
+        """The address of a recurring run in the UI."""
         return f"{self.ui}/#/recurringrun/details/{recurring_run_id}"
 
     def version_url(self, reference: Any) -> str:
-        """Where the UI shows the version that a ``V2beta1PipelineVersionReference`` names."""
+        """The address in the UI of the version of a ``V2beta1PipelineVersionReference``."""
         return (
             f"{self.ui}/#/pipelines/details/{reference.pipeline_id}"
             f"/version/{reference.pipeline_version_id}"
@@ -228,37 +228,37 @@ class Backend:
     def _refused(self, error: Any) -> UserError:
         message = _message(error.body)
         if error.status in (401, 403):
-            who = "does not know who asks" if error.status == 401 else "refuses whoever asks"
+            reason = "requires authentication" if error.status == 401 else "denies access"
             return UserError(
-                f"Kubeflow Pipelines at {self.host} {who} ({error.status}{_after(message)}).",
-                self._credential_mend(),
+                f"Kubeflow Pipelines at {self.host} {reason} ({error.status}{_after(message)}).",
+                self._credential_fix(),
             )
         if 300 <= error.status < 400:
             return self._redirected((error.headers or {}).get("Location") or "")
         if error.status >= 500 or error.status in (408, 429):
             return UnavailableError(
-                f"Kubeflow Pipelines at {self.host} is in trouble "
+                f"Kubeflow Pipelines at {self.host} failed to handle the request "
                 f"({error.status}{_after(message)}).",
-                "Try again later; the logs of the deployment ml-pipeline say more.",
+                "Try again later. See the logs of the deployment ml-pipeline for details.",
             )
         if message is None:
-            return self._stranger()
+            return self._not_kubeflow()
         return self._denied(error.status, message)
 
     def _denied(self, status: int, message: str) -> UserError:
         if status == 409:
             return ExistsError(
-                f"Kubeflow Pipelines at {self.host} has one of this name already: {message}.",
-                "Try again: another client may be making it right now.",
+                f"Kubeflow Pipelines at {self.host} already has an object of this name: {message}.",
+                "Try again: another client may be creating it at the same time.",
             )
         if status == 404:
             return MissingError(
-                f"Kubeflow Pipelines at {self.host} does not have it: {message}.",
-                "List what is there with srccore runs list.",
+                f"Kubeflow Pipelines at {self.host} has no such object (404): {message}.",
+                "List the runs with srccore runs list.",
             )
         return UserError(
-            f"Kubeflow Pipelines at {self.host} refuses this ({status}): {message}.",
-            "Mend what it names; its version must be 2.15 or later.",
+            f"Kubeflow Pipelines at {self.host} rejected the request ({status}): {message}.",
+            "Fix what the message names, and check that its version is 2.15 or later.",
         )
 
     def _redirected(self, location: str) -> UserError:
@@ -266,10 +266,10 @@ class Backend:
         where = f"{target.scheme}://{target.netloc}" if target.netloc else target.path
         is_same = here.hostname == target.hostname
         if is_same and (here.scheme, target.scheme) == ("http", "https"):
-            return UserError(f"{self.host} speaks TLS alone.", f"Write --host {where}.")
+            return UserError(f"{self.host} only accepts HTTPS.", f"Pass --host {where}.")
         return UserError(
-            f"{self.host} sends its visitors on to {where}, a page to log in as it seems.",
-            self._credential_mend(),
+            f"{self.host} redirects to {where}, which seems to be a login page.",
+            self._credential_fix(),
         )
 
     def _unreachable(self, error: Any) -> UserError:
@@ -277,86 +277,87 @@ class Backend:
 
         if isinstance(error, LocationValueError):
             return UserError(
-                f"The host {self.host} is no address.", "Write --host https://NAME[:PORT]."
+                f"The host {self.host} is not a valid address.", "Pass --host https://NAME[:PORT]."
             )
         reason = getattr(error, "reason", None) or error
         if isinstance(reason, SSLError):
             return UserError(
-                f"The TLS connection to {self.host} fails: {_innermost(reason)}.",
-                "Give the certificates of its authority with --ca-bundle; where it speaks plain "
-                "HTTP, write --host http://...",
+                f"The TLS connection to {self.host} failed: {_innermost(reason)}.",
+                "Pass the certificates of its authority with --ca-bundle. If it only accepts plain "
+                "HTTP, pass --host http://...",
             )
         return UnavailableError(
-            f"{self.host} does not answer: {_innermost(reason)}.",
+            f"{self.host} is not responding: {_innermost(reason)}.",
             f"Check the address, or forward a port: {FORWARD}.",
         )
 
-    def _stranger(self) -> UserError:
+    def _not_kubeflow(self) -> UserError:
         return UserError(
-            f"{self.host} answers, but not as Kubeflow Pipelines 2 does.",
-            "Give the address under which /apis/v2beta1/healthz answers, such as "
-            "https://kubeflow.example.org/pipeline. If a browser sees a login page there: "
-            + self._credential_mend(),
+            f"{self.host} does not respond like Kubeflow Pipelines 2.",
+            "Pass the address at which /apis/v2beta1/healthz responds, such as "
+            "https://kubeflow.example.org/pipeline. If a browser shows a login page there: "
+            + self._credential_fix(),
         )
 
-    def _credential_mend(self) -> str:
+    def _credential_fix(self) -> str:
         if self.credential:
-            return f"Renew {self.credential}, or ask for the rights if it is current."
+            return f"Renew {self.credential}. If it is still valid, ask for the permissions."
         return (
-            "Give a token with --token-file or KFP_TOKEN, cookies with --cookies-file or "
+            "Pass a token with --token-file or KFP_TOKEN, cookies with --cookies-file or "
             "KFP_COOKIES, or the user with --user-header."
         )
 
 
 def connect(connection: Connection, *, needs_namespace: bool = True) -> Backend:
-    """Reaches a backend and asks after its health.
+    """Connects to a backend and checks its health.
 
     Args:
-        connection: What the user says.
-        needs_namespace: Whether what follows needs a namespace in a multi-user install.
+        connection: How to reach it.
+        needs_namespace: Whether the requests that follow need a namespace on a multi-user
+            installation.
 
     Returns:
-        The backend. It has a namespace if, and only if, it is a multi-user install.
+        The backend. It has a namespace only on a multi-user installation.
 
     Raises:
-        UserError: It cannot be reached, or lets nobody in, or is no Kubeflow Pipelines.
+        UserError: The backend cannot be reached, denies access, or is not Kubeflow Pipelines.
     """
     client, ui, credential = open_client(connection)
-    # Its warnings say what our errors say.
+    # Its warnings repeat our errors.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     backend = Backend(client, ui, credential)
     health = backend.call(backend.health.healthz_service_get_healthz)
     if health.multi_user is None:
-        raise backend._stranger()
+        raise backend._not_kubeflow()
     if health.multi_user:
         backend.namespace = connection.namespace or pod_namespace()
         if backend.namespace is None and needs_namespace:
             raise UserError(
-                f"Kubeflow Pipelines at {backend.host} is a multi-user install, and no namespace "
-                "is given.",
-                "Give the namespace of your profile with --namespace or KFP_NAMESPACE.",
+                f"Kubeflow Pipelines at {backend.host} is a multi-user installation, and no "
+                "namespace is set.",
+                "Pass the namespace of your profile with --namespace or KFP_NAMESPACE.",
             )
     return backend
 
 
 def named(name: str, key: str = "display_name") -> str:
-    """The filter of list calls for a name.
+    """The filter by name for list requests.
 
     Args:
         name: The name.
-        key: ``name`` for pipelines and their versions, whose display names users may change.
+        key: ``name`` for pipelines and their versions, since users can change display names.
     """
     predicate = {"operation": "EQUALS", "key": key, "stringValue": name}
     return json.dumps({"predicates": [predicate]})
 
 
-def _found_or_made(find: Callable[[], str | None], make: Callable[[], str]) -> str:
-    """The id of what there is, or else is made, by us or by another client at the same time."""
+def _find_or_create(find: Callable[[], str | None], create: Callable[[], str]) -> str:
+    """The ID of an existing object, or of one that we or another client just created."""
     found = find()
     if found is not None:
         return found
     try:
-        return make()
+        return create()
     except ExistsError:
         found = find()
         if found is None:
@@ -365,10 +366,10 @@ def _found_or_made(find: Callable[[], str | None], make: Callable[[], str]) -> s
 
 
 def _message(body: str | None) -> str | None:
-    """What the backend, or the Kubernetes API before it, says; None if it is another."""
+    """The message of the backend, or of the Kubernetes API; None if it is another server's."""
     try:
         status = json.loads(body or "")
-        if "error_message" in status:  # uploads have a form of their own
+        if "error_message" in status:  # the form of uploads
             return _line(status["error_message"])
         details = status.get("details")
         inner = [each.get("message") for each in details] if isinstance(details, list) else []

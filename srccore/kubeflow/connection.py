@@ -33,16 +33,17 @@ POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 @dataclass(frozen=True)
 class Connection:
-    """What a user says of the backend. The environment gives a token or cookies besides.
+    """How to reach the backend. A token or cookies can also come from the environment.
 
     Args:
-        host: Address of the API or of the UI, which passes the API on.
-        namespace: The profile's namespace; multi-user installs alone have one.
-        token_file: A file with a bearer token, read anew for every request; else ``KFP_TOKEN``.
-        cookies_file: A file with the line of a ``Cookie`` header; else ``KFP_COOKIES``.
-        user_header: ``NAME=VALUE``, the header that names the user: ``kubeflow-userid=ann@x.org``.
-        ca_bundle: Certificates to trust in place of the public ones, in PEM.
-        ui_url: What links begin with; the host where not given.
+        host: The address of the API, or of the UI, which forwards API requests.
+        namespace: The profile's namespace; only multi-user installations have one.
+        token_file: A file with a bearer token, read for every request; default: ``KFP_TOKEN``.
+        cookies_file: A file with the value of a ``Cookie`` header; default: ``KFP_COOKIES``.
+        user_header: ``NAME=VALUE``, the header that identifies the user, such as
+            ``kubeflow-userid=ann@x.org``.
+        ca_bundle: A PEM file of certificates to trust instead of the public ones.
+        ui_url: What links to the UI start with; default: the host.
     """
 
     host: str | None = None
@@ -54,7 +55,7 @@ class Connection:
     ui_url: str | None = None
 
     def options(self) -> str:
-        """The options that make this connection again, to be pasted into a shell."""
+        """The command-line options of this connection, quoted for a shell."""
         given = {
             f"--{each.name.replace('_', '-')}": getattr(self, each.name) for each in fields(self)
         }
@@ -62,17 +63,17 @@ class Connection:
 
 
 def open_client(connection: Connection) -> tuple[ApiClient, str, str | None]:
-    """Makes the client that sends the requests; nothing is sent yet.
+    """Creates the client that sends the requests, without sending one.
 
     Args:
-        connection: What the user says.
+        connection: How to reach the backend.
 
     Returns:
-        The client, what links to the UI begin with, and what to call the credential in messages;
-        None if there is none.
+        The client, what links to the UI start with, and what to call the credential in messages
+        (None without a credential).
 
     Raises:
-        UserError: There is no host, or a credential or certificate cannot be read.
+        UserError: No host is known, or a credential or certificate cannot be read.
     """
     from kfp_server_api import ApiClient
 
@@ -89,7 +90,7 @@ def open_client(connection: Connection) -> tuple[ApiClient, str, str | None]:
 
 
 def pod_namespace() -> str | None:
-    """The namespace of the pod that this runs in; None outside a pod."""
+    """The namespace of the pod that this process runs in; None outside a pod."""
     try:
         return POD_NAMESPACE.read_text(encoding="utf-8").strip() or None
     except OSError:
@@ -97,12 +98,12 @@ def pod_namespace() -> str | None:
 
 
 def _configure(connection: Connection) -> tuple[Configuration, str, str | None]:
-    """Configuration, what links begin with, and a name for the token."""
+    """The configuration, what links start with, and what to call the token."""
     from kfp_server_api import Configuration
     from urllib3 import Retry
 
     configuration = Configuration()
-    # One attempt: whoever can wait asks again, and a redirect is an answer.
+    # One attempt: callers that can wait retry on their own, and a redirect is an answer.
     configuration.retries = Retry(total=0, redirect=0, raise_on_redirect=False)
     configuration.ssl_ca_cert = _ca_bundle(connection.ca_bundle)
     ui = "/pipeline"
@@ -112,7 +113,7 @@ def _configure(connection: Connection) -> tuple[Configuration, str, str | None]:
     elif os.environ.get("KUBERNETES_SERVICE_HOST"):
         configuration.host = IN_CLUSTER_HOST
         token = Path(os.environ.get("KF_PIPELINES_SA_TOKEN_PATH") or POD_TOKEN)
-        # A single-user install mounts none.
+        # Single-user installations mount no token.
         token = token if token.exists() else None
     else:
         _load_kubeconfig(configuration)
@@ -121,7 +122,7 @@ def _configure(connection: Connection) -> tuple[Configuration, str, str | None]:
 
 
 def _address(text: str) -> str:
-    """An address without what a browser's line has more; https where no scheme is given."""
+    """An address without the fragment that a browser shows; https if it has no scheme."""
     address = text.partition("#")[0].rstrip("/")
     return address if address.startswith(("http://", "https://")) else f"https://{address}"
 
@@ -135,16 +136,16 @@ def _load_kubeconfig(configuration: Configuration) -> None:
         )
     except (config.ConfigException, OSError, ValueError):
         raise UserError(
-            "No host of Kubeflow Pipelines is given, this is no pod, and there is no kubeconfig "
-            "with a current context.",
-            f"Give --host or KFP_HOST; without an address of its own: {FORWARD}.",
+            "No Kubeflow Pipelines host is set, this is not a pod, and no kubeconfig has a "
+            "current context.",
+            f"Pass --host or set KFP_HOST. If it has no address of its own: {FORWARD}.",
         ) from None
     host = configuration.host = configuration.host.rstrip("/") + PROXY_PATH
     renew = configuration.refresh_api_key_hook
     if renew is not None:
 
         def refresh(target: Configuration) -> None:
-            # It renews a token that has expired, and sets all else back to the kubeconfig's.
+            # It renews an expired token, and resets everything else to the kubeconfig's values.
             renew(target)
             target.host = host
             target.refresh_api_key_hook = refresh
@@ -153,7 +154,7 @@ def _load_kubeconfig(configuration: Configuration) -> None:
 
 
 def _set_token(configuration: Configuration, file: Path | None) -> str | None:
-    """Lets requests carry the token; returns what to call it, None if there is none."""
+    """Adds the token to requests; returns what to call it, or None without a token."""
     if file is not None:
 
         def refresh(target: Configuration) -> None:
@@ -161,7 +162,7 @@ def _set_token(configuration: Configuration, file: Path | None) -> str | None:
             target.api_key["authorization"] = token
 
         refresh(configuration)
-        # Projected tokens live an hour, runs live days.
+        # Projected tokens expire after an hour, and runs take days.
         configuration.refresh_api_key_hook = refresh
         configuration.api_key_prefix["authorization"] = "Bearer"
         return f"the token in {file}"
@@ -188,7 +189,7 @@ def _header(text: str) -> tuple[str, str]:
     if not (is_name and value and value.isascii() and value.isprintable()):
         raise UserError(
             f"--user-header {text!r} is not of the form NAME=VALUE.",
-            "Write --user-header kubeflow-userid=ann@example.org.",
+            "Use the form --user-header kubeflow-userid=ann@example.org.",
         )
     return name, value
 
@@ -202,7 +203,7 @@ def _ca_bundle(path: Path | None) -> str | None:
         ssl.create_default_context(cafile=str(path))
     except (OSError, ssl.SSLError):
         raise UserError(
-            f"--ca-bundle {path} holds no certificates that can be read.", "Give a PEM file."
+            f"--ca-bundle {path} has no readable certificates.", "Pass a PEM file."
         ) from None
     return str(path)
 
@@ -213,16 +214,17 @@ def _read(path: Path, what: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise UserError(
-            f"The {what} file {path} cannot be read: {reason}.", "Give another."
+            f"The {what} file {path} cannot be read: {reason}.",
+            "Fix it, or pass another file.",
         ) from None
 
 
 def _secret(text: str, where: str) -> str:
     secret = text.strip()
-    # Anything else would end up in the error of the HTTP library, and so on the screen.
+    # The HTTP library would quote anything else in its error, which is printed.
     if not (secret and secret.isascii() and secret.isprintable()):
         raise UserError(
-            f"{where} does not hold one line of plain characters.",
-            "Write the token, or the cookies as NAME=VALUE; NAME=VALUE, and nothing else.",
+            f"{where} is not a single line of printable ASCII characters.",
+            "It must contain only the token, or only the cookies as NAME=VALUE; NAME=VALUE.",
         )
     return secret

@@ -1,4 +1,4 @@
-"""A run, followed until it ends: a live tree on a terminal, a line for every change elsewhere."""
+"""Follows a run until it ends: a live tree on a terminal, a line per change elsewhere."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rich.tree import Tree
 
 from srccore.kubeflow.client import Backend, UnavailableError
 from srccore.kubeflow.runs import FINISHED, get_run
-from srccore.kubeflow.tasks import DONE, Task, failures, last_told, task_tree, walk
+from srccore.kubeflow.tasks import DONE, Task, failures, last_report, task_tree, walk
 
 __all__ = ["Screen", "duration", "ending", "follow", "screen", "tree"]
 
 PATIENCE = 12
-"""Requests in a row that may fail before following ends."""
+"""Consecutive requests that may fail before following stops."""
 MARKS = {
     "SUCCEEDED": ("✓", "green"),
     "SKIPPED": ("-", "dim"),
@@ -32,14 +32,14 @@ MARKS = {
 
 
 class Screen(Protocol):
-    """Where a run is shown."""
+    """Shows a run."""
 
     def show(self, run: Any) -> None:
-        """Shows how far a run has come."""
+        """Shows the progress of a run."""
         ...
 
     def note(self, text: str) -> None:
-        """Says something besides."""
+        """Prints a message."""
         ...
 
 
@@ -51,21 +51,21 @@ def follow(
     interval: float = 10.0,
     timeout: float | None = None,
 ) -> Any:
-    """Looks after a run until it ends.
+    """Follows a run until it ends.
 
     Args:
-        backend: Where.
-        run_id: The run.
-        on: Where it is shown.
-        interval: Seconds between two looks.
-        timeout: Seconds after which to give up; None for never.
+        backend: The backend.
+        run_id: The ID of the run.
+        on: The screen that shows it.
+        interval: Seconds between two requests.
+        timeout: Seconds after which to stop following; None for no limit.
 
     Returns:
-        The ``V2beta1Run``, finished.
+        The finished ``V2beta1Run``.
 
     Raises:
-        TimeoutError: It has not finished in time; it goes on.
-        UnavailableError: The backend did not answer `PATIENCE` times in a row.
+        TimeoutError: The run has not finished in time; it keeps running.
+        UnavailableError: The backend did not respond to `PATIENCE` consecutive requests.
     """
     began = time.monotonic()
     failed = 0
@@ -90,7 +90,7 @@ def follow(
 
 @contextmanager
 def screen(console: Console) -> Iterator[Screen]:
-    """The screen that suits a console."""
+    """The screen for a console: a live tree on a terminal, otherwise lines."""
     if not console.is_terminal:
         yield _Lines(console)
         return
@@ -100,7 +100,7 @@ def screen(console: Console) -> Iterator[Screen]:
 
 
 def tree(run: Any) -> Tree:
-    """A run as a tree of its tasks; what has finished or not begun is folded into one line."""
+    """A run as a tree of its tasks, which collapses tasks that have finished or not started."""
     tasks = task_tree(run)
     root = Tree(Text.assemble(f"{run.display_name}  {run.state or 'PENDING'}  ", _progress(tasks)))
     for task in tasks:
@@ -111,30 +111,31 @@ def tree(run: Any) -> Tree:
 
 
 def ending(run: Any, url: str) -> str:
-    """How a finished run ended, with what failed."""
+    """How a finished run ended, and the tasks that failed."""
     lines = [f"The run ended: {run.state}."]
     if run.error and run.error.message:
         lines.append(" ".join(run.error.message.split()))
     found = failures(run)
     lines += [
-        f"Failed: {name}: {error or 'the backend says no more; its log is in the UI'}"
+        f"Failed: {name}: {error or 'Kubeflow gives no reason; see the log in the UI'}"
         for name, error in found
     ]
     if run.state == "FAILED" and not found:
         lines.append(
-            "Kubeflow does not say which task. Argo may: kubectl get workflows.argoproj.io,pods "
+            "Kubeflow does not report which task failed. Argo may: "
+            "kubectl get workflows.argoproj.io,pods "
             f"--selector pipeline/runid={run.run_id}"
         )
     return "\n".join([*lines, url])
 
 
 class _Lines:
-    """Says what has changed since it was asked last."""
+    """Prints a line for each change."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.states: dict[str, str] = {}
-        self.is_silence_told = False
+        self.is_silence_noted = False
 
     def show(self, run: Any) -> None:
         tasks = task_tree(run)
@@ -144,16 +145,16 @@ class _Lines:
                 after = f" ({duration(seconds)})" if seconds and task.finished else ""
                 self.note(f"[{_progress(tasks)}] {name}: {task.state.lower()}{after}")
             self.states[name] = task.state
-        if not self.is_silence_told and (silence := _silence(run)) is not None:
+        if not self.is_silence_noted and (silence := _silence(run)) is not None:
             self.note(silence)
-            self.is_silence_told = True
+            self.is_silence_noted = True
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
 
 
 class _Picture:
-    """Draws the tree, anew with every refresh: durations grow between two looks."""
+    """Redraws the tree with every refresh, since durations grow between two requests."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -170,16 +171,16 @@ class _Picture:
 
 
 def _silence(run: Any) -> str | None:
-    since = last_told(run)
+    since = last_report(run)
     if since is None:
         return None
     what = (
-        f"Kubeflow has told nothing of single tasks since {since.astimezone():%H:%M}: it cannot "
-        "once a run's record has grown beyond 1 MiB."
+        f"Kubeflow stopped reporting individual tasks at {since.astimezone():%H:%M}: it can't once "
+        "the run's record exceeds 1 MiB."
     )
     if run.state in FINISHED:
         return what
-    return f"{what} The run goes on; how it ends will be told."
+    return f"{what} The run continues, and its final state will be reported."
 
 
 def _grow(branch: Tree, task: Task) -> None:
@@ -209,7 +210,7 @@ def _seconds(task: Task) -> float | None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a reader."""
+    """A duration as text: 12 s, 3 min 4 s, 5 h 6 min."""
     whole = int(seconds)
     if whole < 60:
         return f"{whole} s"

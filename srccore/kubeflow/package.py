@@ -1,9 +1,10 @@
 """A compiled pipeline file, and the arguments of a run of it.
 
-A file is Kubeflow's own form, two YAML documents: the pipeline, and what concerns Kubernetes alone.
-Its description begins with ``srccore <version>``: the images hold that version, so another one is
-refused. Its parameters are fields and sections of `RunConfig`, whose defaults are the preset's;
-what `RunConfig` has beyond them was fixed when the file was compiled.
+The file is in Kubeflow's own format, two YAML documents: the pipeline, and the settings that are
+specific to Kubernetes. Its description starts with ``srccore <version>``; since the images contain
+that version, files of other versions are refused. Its parameters are fields and sections of
+`RunConfig` with the preset's values as defaults; all other fields of `RunConfig` were fixed when
+the file was compiled.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ COMPILE = "Compile it with srccore compile."
 TEACHERS = {
     "augmentation": (
         "augment-rationales",
-        "augment: false in the profile, where the data have their rationales",
+        "augment: false in the profile, if the data set has rationales",
     ),
     "annotation": ("annotate-ratings", "another scorer in the profile"),
 }
-"""Sections that choose a teacher: the stage that asks it, and how to do without."""
+"""The sections that choose a teacher: the stage that asks it, and how to do without it."""
 _MADE_BY = re.compile(r"srccore ([^\s,]+)(?:,|\s|$)")
 
 
@@ -43,9 +44,9 @@ class Parameter:
     """A run-time parameter.
 
     Args:
-        type: As the file says it: ``STRING``, ``NUMBER_INTEGER``, ``STRUCT``, ...
-        default: What it is where not given; None for none.
-        required: Whether it must be given.
+        type: Its type in the file: ``STRING``, ``NUMBER_INTEGER``, ``STRUCT``, ...
+        default: Its default; None if it has none.
+        required: Whether a run must set it.
     """
 
     type: str
@@ -55,13 +56,13 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Package:
-    """A compiled pipeline that this version of srccore made.
+    """A pipeline compiled by this version of srccore.
 
     Args:
         path: The file.
         name: The pipeline's name.
         version: The version of srccore that compiled it.
-        parameters: By name.
+        parameters: Its parameters, by name.
         pipeline: The first document.
         platforms: The second document, if there is one.
     """
@@ -74,10 +75,10 @@ class Package:
     platforms: Mapping[str, Any] | None = None
 
     def spec(self, *, cache: bool = True) -> dict[str, Any]:
-        """What the API takes.
+        """The pipeline as the API takes it.
 
         Args:
-            cache: False turns the cache off for every task, those of nested pipelines included.
+            cache: False turns the cache off for every task, including those of nested pipelines.
         """
         pipeline = copy.deepcopy(dict(self.pipeline))
         if not cache:
@@ -91,15 +92,15 @@ class Package:
     def arguments(
         self, artifact_root: str, settings: Sequence[str] = (), given: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """The arguments of a run: the artifact root, and what differs from the defaults.
+        """The arguments of a run: the artifact root, and all values that differ from the defaults.
 
         Args:
-            artifact_root: The folder or ``s3://...`` under which the run writes.
-            settings: ``dotted.name=value`` each, as ``srccore run --set`` takes them.
-            given: ``name=value`` each, for parameters that are no settings.
+            artifact_root: The folder or ``s3://...`` that the run writes to.
+            settings: ``dotted.name=value`` items, as for ``srccore run --set``.
+            given: ``name=value`` items, for parameters that are not settings.
 
         Raises:
-            UserError: There is no such name, or a value is ill-typed, missing or fixed.
+            UserError: A name does not exist, or a value is missing, fixed, or of the wrong type.
         """
         arguments: dict[str, Any] = {ARTIFACT_ROOT: artifact_root}
         arguments |= self._settings(settings)
@@ -109,7 +110,7 @@ class Package:
         ]
         if missing:
             raise UserError(
-                f"{self.path} needs {', '.join(missing)}.", f"Give --param {missing[0]}=VALUE."
+                f"{self.path} requires {', '.join(missing)}.", f"Pass --param {missing[0]}=VALUE."
             )
         return arguments
 
@@ -117,11 +118,11 @@ class Package:
         """Refuses data, checkpoints and teachers that pods on a cluster cannot reach.
 
         Args:
-            arguments: As `arguments` gives them.
+            arguments: As `arguments` returns them.
 
         Raises:
-            UserError: One lies on a disk, and not in the pods' cache; or a stage would ask a
-                teacher that has no address.
+            UserError: One of them is on a local disk, outside the pods' cache, or a stage would ask
+                a teacher that has no address.
         """
         for section, (stage, otherwise) in TEACHERS.items():
             if f"comp-{stage}" not in self.pipeline.get("components", {}):
@@ -132,8 +133,8 @@ class Package:
                 endpoint.get("url") and endpoint.get("model")
             ):
                 raise UserError(
-                    f"{stage} asks a teacher, and {section}.endpoint does not say which.",
-                    f"Give --set {section}.endpoint.url=https://HOST/v1 and "
+                    f"{stage} asks a teacher, but {section}.endpoint does not say which.",
+                    f"Pass --set {section}.endpoint.url=https://HOST/v1 and "
                     f"--set {section}.endpoint.model=NAME, or compile with {otherwise}.",
                 )
         for section, field in (("data", "source"), ("model", "path"), ("rating_model", "path")):
@@ -142,15 +143,15 @@ class Package:
             given = (arguments.get(section) or self.parameters[section].default or {}).get(field)
             if given and not _is_reachable(section, given):
                 raise UserError(
-                    f"{section}.{field} is {given}, which is no place that pods reach.",
-                    f"Put it into the bucket, and give --set {section}.{field}=s3://BUCKET/KEY.",
+                    f"{section}.{field} is {given}, which pods cannot reach.",
+                    f"Copy it to a bucket, and pass --set {section}.{field}=s3://BUCKET/KEY.",
                 )
 
     def refuse_jobs(self) -> None:
-        """Refuses a pipeline that trains as a job, where there is no cluster.
+        """Refuses a pipeline that trains as a job, for use without a cluster.
 
         Raises:
-            UserError: It does.
+            UserError: The pipeline trains as a job.
         """
         for dag in dags(self.pipeline):
             for task in dag["tasks"].values():
@@ -163,7 +164,7 @@ class Package:
                     )
 
     def _settings(self, overrides: Sequence[str]) -> dict[str, Any]:
-        """Sections and fields that the overrides change, whole."""
+        """The sections and fields that the overrides change, each as a whole."""
         if not overrides:
             return {}
         defaults = {
@@ -184,12 +185,12 @@ class Package:
         return {name: after[name] for name in defaults if after[name] != before[name]}
 
     def _config(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values as a run would read them, checked."""
-        # The name is no setting, and a pipeline's parameter cannot be None: there it is 0.
+        """The values as a run would read them, validated."""
+        # The name is not a setting, and a parameter cannot be None: no threads are written as 0.
         whole = {**values, "name": self.name, "threads": values.get("threads") or None}
         validate_config(whole, f"The configuration of {self.path}")
-        # Not what `validate_config` returns: a folder of this machine is none of a pod's.
-        # None is left out, since it is every such field's default and Kubeflow's dicts hold none.
+        # Not what `validate_config` returns, since it resolves folders of this machine. None is
+        # left out: it is the default of every such field, and Kubeflow's dicts cannot have it.
         checked = RunConfig.model_validate(whole).model_dump(mode="json", exclude_none=True)
         return {"threads": 0} | checked
 
@@ -199,29 +200,29 @@ class Package:
         if not found:
             raise UserError(
                 f"--param {text} is not of the form name=value.",
-                f"Parameters are {', '.join(others) or 'none'}.",
+                f"The parameters are {', '.join(others) or 'none'}.",
             )
         if name in RunConfig.model_fields or name == ARTIFACT_ROOT:
             option = "--artifact-root" if name == ARTIFACT_ROOT else "--set"
-            raise UserError(f"--param {text}: {name} is a setting.", f"Give it with {option}.")
+            raise UserError(f"--param {text}: {name} is a setting.", f"Pass it with {option}.")
         if name not in others:
             raise UserError(
                 f"--param {text}: {self.path} has no such parameter.",
-                f"It has {', '.join(others) or 'none but settings'}.",
+                f"It has {', '.join(others) or 'only settings'}.",
             )
         return name, _typed(name, value, self.parameters[name].type)
 
 
 def shared_root(artifact_root: str) -> str:
-    """Checks that all pods of a run reach an artifact root.
+    """Checks that all pods of a run can reach an artifact root.
 
     Raises:
-        UserError: It is not in a bucket.
+        UserError: The artifact root is not in a bucket.
     """
     if not re.fullmatch(r"s3://[^/]+(/.*)?", artifact_root):
         raise UserError(
-            f"--artifact-root {artifact_root} is no place that all pods of a run reach.",
-            "Write --artifact-root s3://BUCKET/PREFIX.",
+            f"--artifact-root {artifact_root} is not in a bucket, where all pods can reach it.",
+            "Pass --artifact-root s3://BUCKET/PREFIX.",
         )
     return artifact_root.rstrip("/")
 
@@ -237,19 +238,19 @@ def read_package(path: Path) -> Package:
     """Reads and checks a compiled pipeline file.
 
     Args:
-        path: What ``srccore compile`` wrote.
+        path: A file written by ``srccore compile``.
 
     Raises:
-        UserError: It is missing, no compiled pipeline, or one of another version.
+        UserError: The file is missing, is not a compiled pipeline, or is of another version.
     """
     documents = _documents(path)
     pipeline = documents[0] if documents else None
     if not (isinstance(pipeline, dict) and {"pipelineInfo", "root"} <= pipeline.keys()):
-        raise UserError(f"{path} is no compiled pipeline.", COMPILE)
+        raise UserError(f"{path} is not a compiled pipeline.", COMPILE)
     schema = str(pipeline.get("schemaVersion"))
     if not schema.startswith("2.1."):
         raise UserError(
-            f"{path} is written in version {schema} of Kubeflow's pipeline form, not in 2.1.",
+            f"{path} uses version {schema} of Kubeflow's pipeline format, not 2.1.",
             COMPILE,
         )
     information = pipeline["pipelineInfo"]
@@ -258,7 +259,7 @@ def read_package(path: Path) -> Package:
         raise UserError(f"{path} was not compiled by srccore.", COMPILE)
     if made_by[1] != srccore.__version__:
         raise UserError(
-            f"{path} was compiled by srccore {made_by[1]}, and this is {srccore.__version__}.",
+            f"{path} was compiled by srccore {made_by[1]}, but this is {srccore.__version__}.",
             "Compile it again with this version, or install that one.",
         )
     parameters = _parameters(pipeline)
@@ -275,7 +276,7 @@ def read_package(path: Path) -> Package:
 
 
 def dags(pipeline: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """All DAGs of a pipeline: the root's and those of its components."""
+    """All DAGs of a pipeline: the root's, and those of its components."""
     for component in (pipeline["root"], *pipeline.get("components", {}).values()):
         if "dag" in component:
             yield component["dag"]
@@ -305,7 +306,7 @@ def _parameters(pipeline: Mapping[str, Any]) -> dict[str, Parameter]:
 
 
 def _typed(name: str, text: str, kind: str) -> Any:
-    """A parameter's value out of what the command line gave."""
+    """The value of a parameter from the command line, in its type."""
     if kind == "STRING":
         return text
     wanted: dict[str, type | tuple[type, ...]] = {
@@ -322,7 +323,7 @@ def _typed(name: str, text: str, kind: str) -> Any:
     is_number = not isinstance(value, bool) or kind == "BOOLEAN"
     if not (isinstance(value, wanted.get(kind, object)) and is_number):
         raise UserError(
-            f"--param {name}={text} is no {kind.lower().replace('_', ' ')}.",
-            "Write the value as JSON does.",
+            f"--param {name}={text} is not a value of type {kind.lower().replace('_', ' ')}.",
+            "Write the value as JSON.",
         )
     return value

@@ -1,4 +1,4 @@
-"""Runs of a compiled pipeline on a backend: submit, look up, list, stop."""
+"""Runs of a compiled pipeline on a backend: submit, get, list and stop."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ FINISHED = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run in a list.
+    """A run, as listed.
 
     Args:
-        id: The run's id.
-        name: Its display name; several may have one name.
+        id: The run's ID.
+        name: Its display name, which need not be unique.
         state: One of the API's states.
         created: When it was submitted.
         seconds: How long it took, or has taken so far.
@@ -55,15 +55,15 @@ def submit(
     """Starts a run.
 
     Args:
-        backend: Where.
+        backend: The backend.
         package: The pipeline.
-        arguments: The run's parameters, as `Package.arguments` gives them.
-        name: The run's display name; the pipeline's with the time where None.
-        experiment: Its experiment, made where missing; the pipeline's name where None.
-        service_account: The pods' account; the backend's default where None.
-        cache: False turns Kubeflow's cache off; finished work under the artifact root is still
-            found.
-        upload: Whether the pipeline is uploaded, as `pipeline_source` says.
+        arguments: The run's parameters, as `Package.arguments` returns them.
+        name: The run's display name; by default, the pipeline's name and the time.
+        experiment: Its experiment, created if missing; by default, named after the pipeline.
+        service_account: The pods' service account; by default, the backend's.
+        cache: False turns Kubeflow's cache off; finished work under the artifact root is
+            reused all the same.
+        upload: Whether to upload the pipeline; see `pipeline_source`.
 
     Returns:
         A ``V2beta1Run``.
@@ -84,20 +84,20 @@ def submit(
 def pipeline_source(
     backend: Backend, package: Package, *, cache: bool, upload: bool
 ) -> dict[str, Any]:
-    """What a run or a recurring run starts.
+    """The pipeline that a run or a recurring run starts.
 
-    An uploaded version is named after the version of srccore and the hash of its text. What is
-    there already under that name is therefore the same, and is used again.
+    The name of an uploaded version has the version of srccore and the hash of its text. An
+    existing version of that name is therefore the same pipeline, and is reused.
 
     Args:
-        backend: Where.
+        backend: The backend.
         package: The pipeline.
-        cache: False turns the cache off in what is sent or uploaded.
-        upload: True keeps it on the backend, as a version of the pipeline of its name, which is
-            made where missing; False lets it travel with the run and leaves nothing behind.
+        cache: False turns the cache off in the pipeline that is sent or uploaded.
+        upload: True stores it on the backend, as a version of the pipeline of its name, which is
+            created if missing; False sends it with the run and stores nothing.
 
     Returns:
-        The field of a ``V2beta1Run`` or ``V2beta1RecurringRun``, by its name.
+        The field of a ``V2beta1Run`` or ``V2beta1RecurringRun``, by name.
     """
     from kfp_server_api import V2beta1PipelineVersionReference
 
@@ -115,26 +115,26 @@ def pipeline_source(
 
 
 def get_run(backend: Backend, run_id: str) -> Any:
-    """A ``V2beta1Run`` with its pipeline, and with what is known of its tasks."""
+    """A ``V2beta1Run``, with its pipeline and what the backend knows about its tasks."""
     run = _run(backend, run_id)
-    # A run of an uploaded version comes without its pipeline.
+    # The backend returns a run of an uploaded version without its pipeline.
     if run.pipeline_spec is None and run.pipeline_version_reference is not None:
-        # A version may be deleted while its runs stay; their tasks can be listed without it.
+        # A version can be deleted while its runs remain; their tasks can be listed without it.
         with contextlib.suppress(MissingError):
             run.pipeline_spec = backend.version_spec(run.pipeline_version_reference)
     return run
 
 
 def list_runs(backend: Backend, experiment: str | None = None, limit: int = 20) -> list[RunRow]:
-    """The newest runs, newest first.
+    """Lists the most recent runs, newest first.
 
     Args:
-        backend: Where.
-        experiment: Only those of the experiment of this name.
-        limit: How many at most.
+        backend: The backend.
+        experiment: List only the runs of this experiment.
+        limit: The maximum number of runs.
 
     Raises:
-        UserError: There is no such experiment.
+        UserError: The experiment does not exist.
     """
     where: dict[str, Any] = {"namespace": backend.namespace}
     if experiment is not None:
@@ -142,7 +142,7 @@ def list_runs(backend: Backend, experiment: str | None = None, limit: int = 20) 
         if where["experiment_id"] is None:
             raise UserError(
                 f"There is no experiment {experiment!r}.",
-                "srccore submit names it after the pipeline where --experiment does not.",
+                "Without --experiment, srccore submit names the experiment after the pipeline.",
             )
     found = backend.pages(
         backend.runs.run_service_list_runs, "runs", sort_by="created_at desc", **where
@@ -154,11 +154,11 @@ def stop(backend: Backend, run_id: str) -> str:
     """Stops a run that has not finished.
 
     Args:
-        backend: Where.
+        backend: The backend.
         run_id: The run.
 
     Returns:
-        The state in which it was found.
+        The state it was in before.
     """
     state = str(_run(backend, run_id).state)
     if state not in FINISHED:

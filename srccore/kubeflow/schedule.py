@@ -1,7 +1,7 @@
-"""A schedule: a recurring run of a compiled pipeline, one at a time and without catching up.
+"""A schedule: a recurring run of a compiled pipeline, one run at a time, without catching up.
 
-Display names of recurring runs may repeat, so a schedule is replaced by one of its name: the new
-one is made first and the old one disabled then, and there is no moment without one.
+Display names of recurring runs need not be unique, so a new schedule replaces those of the same
+name: it is created before the old ones are disabled, so that there is always one enabled.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from srccore.kubeflow.runs import pipeline_source
 __all__ = ["Schedule", "next_times", "read_cron", "schedule"]
 
 STANDARD, WITH_SECONDS = 5, 6
-"""Fields of a cron line as crontab has it, and as Kubeflow reads it: seconds first."""
-EXAMPLE = 'Write minute, hour, day, month and weekday, such as --cron "0 2 * * 0".'
+"""The number of fields in a crontab line, and in Kubeflow's format, which starts with seconds."""
+EXAMPLE = 'Pass minute, hour, day, month and weekday, such as --cron "0 2 * * 0".'
 _FIELD = re.compile(r"(?:[0-9*,/?-]|[A-Za-z]{3})+")
-"""Numbers, marks, names of months and weekdays: what crontab and Kubeflow both know."""
+"""Numbers, symbols, and names of months and weekdays: what crontab and Kubeflow both support."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What was made and what it replaced.
+    """A new schedule, and what it replaced.
 
     Args:
-        id: The new recurring run.
-        disabled: Those of its name that were enabled before.
-        version: The ``V2beta1PipelineVersionReference`` of what it starts; None if not uploaded.
+        id: The ID of the new recurring run.
+        disabled: The IDs of the schedules of the same name that were disabled.
+        version: The ``V2beta1PipelineVersionReference`` of its pipeline; None if not uploaded.
     """
 
     id: str
@@ -42,16 +42,16 @@ class Schedule:
 
 
 def read_cron(line: str) -> str:
-    """Checks a cron line and gives it the form that Kubeflow reads.
+    """Checks a cron line and converts it to Kubeflow's format.
 
     Args:
-        line: Five fields as in a crontab, or six with the seconds first.
+        line: Five fields, as in a crontab, or six, starting with seconds.
 
     Returns:
-        Six fields, seconds first.
+        Six fields, starting with seconds.
 
     Raises:
-        UserError: It is no cron line, or has what Kubeflow does not know.
+        UserError: It is not a cron line, or uses something that Kubeflow does not support.
     """
     from croniter import croniter
 
@@ -61,23 +61,25 @@ def read_cron(line: str) -> str:
     cron = " ".join(fields)
     weekdays = re.split("[,-]", re.sub(r"/\d+", "", fields[-1])) if fields else []
     if len(fields) == WITH_SECONDS and "7" in weekdays:
-        raise UserError(f"{line!r}: Kubeflow counts weekdays from 0 to 6.", "Write 0 for Sunday.")
+        raise UserError(
+            f"{line!r} is not valid: Kubeflow counts weekdays from 0 to 6.", "Use 0 for Sunday."
+        )
     if (
         len(fields) != WITH_SECONDS
         or not all(_FIELD.fullmatch(each) for each in fields)
         or not croniter.is_valid(cron, second_at_beginning=True)
     ):
-        raise UserError(f"{line!r} is no cron line.", EXAMPLE)
+        raise UserError(f"{line!r} is not a valid cron line.", EXAMPLE)
     return cron
 
 
 def next_times(cron: str, now: datetime, times: int = 3) -> list[datetime]:
-    """When a schedule starts runs.
+    """The next times at which a schedule starts a run.
 
     Args:
-        cron: Six fields, seconds first.
-        now: The times are after this one, and in its zone.
-        times: How many.
+        cron: Six fields, starting with seconds.
+        now: The times are after this one, in its time zone.
+        times: The number of times.
     """
     from croniter import croniter
 
@@ -97,22 +99,23 @@ def schedule(
     cache: bool = True,
     upload: bool = False,
 ) -> Schedule:
-    """Makes a recurring run, and disables those of its name that there were.
+    """Creates a recurring run, and disables existing ones of the same name.
 
     Args:
-        backend: Where.
+        backend: The backend.
         package: The pipeline.
-        arguments: The runs' parameters, as `Package.arguments` gives them.
+        arguments: The parameters of the runs, as `Package.arguments` returns them.
         name: The schedule's display name.
-        cron: Six fields, seconds first, as `read_cron` gives them.
-        experiment: The runs' experiment, made where missing; the pipeline's name where None.
-        service_account: The pods' account; the backend's default where None.
-        cache: False turns Kubeflow's cache off; finished work under the artifact root is still
-            found.
-        upload: Whether the pipeline is uploaded, as `pipeline_source` says.
+        cron: Six fields, as `read_cron` returns them.
+        experiment: The experiment of the runs, created if missing; by default, named after the
+            pipeline.
+        service_account: The pods' service account; by default, the backend's.
+        cache: False turns Kubeflow's cache off; finished work under the artifact root is
+            reused all the same.
+        upload: Whether to upload the pipeline; see `pipeline_source`.
 
     Raises:
-        UserError: The backend refuses the new one, or to disable an old one.
+        UserError: The backend rejects the new schedule, or an old one could not be disabled.
     """
     import kfp_server_api as api
 
@@ -139,7 +142,7 @@ def schedule(
 
 def _disable_others(backend: Backend, name: str, new: str) -> list[str]:
     service = backend.recurring_runs
-    old = "an older one"
+    old = "an older schedule"
     done = []
     try:
         found = backend.pages(
@@ -148,7 +151,7 @@ def _disable_others(backend: Backend, name: str, new: str) -> list[str]:
             namespace=backend.namespace,
             filter=named(name),
         )
-        # All pages before the first change: a page is counted from those before it.
+        # Read all pages before the first change, since changes shift the pages that follow.
         others = [
             str(each.recurring_run_id)
             for each in found
@@ -159,10 +162,10 @@ def _disable_others(backend: Backend, name: str, new: str) -> list[str]:
             done.append(old)
     except UserError as error:
         raise UserError(
-            f"The new schedule {new} is enabled, but {old} of the same name could not be looked "
-            f"up and disabled, so both may start runs: {error.what}",
+            f"The new schedule {new} is enabled, but {old} of the same name could not be found "
+            f"and disabled, so both may start runs: {error.what}",
             f"Disable one of them at {backend.ui}/#/recurringruns, or run this command again: it "
-            "makes one more and disables all others.",
+            "creates another schedule and disables the others.",
         ) from None
     return done
 

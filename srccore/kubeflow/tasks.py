@@ -1,21 +1,22 @@
-"""The tree of a run's tasks: the pipeline says what there is, the backend how far it has come.
+"""The tree of a run's tasks: its shape comes from the pipeline, its states from the backend.
 
-Pure. The backend lists the nodes of the workflow that carries a run out, flat, and leaves
+Pure. The backend returns the nodes of the run's Argo workflow as a flat list, and leaves
 ``parent_task_id``, ``pod_name`` and ``error`` empty (read in the sources of 2.15 to 2.17, seen in
-2.17; a task called ``evaluate`` occurs once a round). Some entries have not even a name. What it
-does give is ``child_tasks``, whose ``pod_name`` is the id of the next node: the workflow's name and
-a hash of the node's full path (Argo's ``Workflow.NodeID``). The paths follow from the pipeline:
+2.17). Names don't identify a task: ``evaluate`` occurs once per round, and some entries have no
+name at all. What the backend does return is ``child_tasks``, whose ``pod_name`` is the ID of the
+next node: the workflow's name and a hash of the node's full path (Argo's ``Workflow.NodeID``). The
+paths follow from the pipeline:
 
-    round-2                    a nested pipeline: its tasks lie under <path>.round-2
+    round-2                    a nested pipeline: its tasks are under <path>.round-2
     round-2.evaluate           a task: its pod is <path>.evaluate.executor
     round-2.loop               a loop: item 3 is <path>.loop.iteration-iterations(3:3)
 
-and before each of them stands a node with ``-driver`` at its end. Where a template has a retry
-strategy, as every one has by the defaults of 2.17's install, <path> is the node of all attempts,
-and what lies under it lies under <path>(0), under <path>(1) once that was tried, and so on: at
-the root, too, whose path is the workflow's name. So a task is the node of its name with a child
-whose id is the hash of a path under the task's own. Where the run names no pipeline (one of an
-uploaded version that was deleted since), the tree is that of ``parent_task_id``.
+Each of them is preceded by a node whose name ends with ``-driver``. If a template has a retry
+strategy, which every template has with the defaults of the 2.17 installation, <path> is the node
+of all attempts, and its content is under <path>(0), then under <path>(1) after a retry, and so on.
+This includes the root, whose path is the workflow's name. A task is therefore the node of its name
+with a child whose ID is the hash of a path under the task's own. If the run has no pipeline (its
+uploaded version has been deleted), the tree follows ``parent_task_id``.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ from datetime import UTC, datetime, timedelta
 from itertools import count, islice, takewhile
 from typing import Any
 
-__all__ = ["DONE", "Task", "failures", "last_told", "node_id", "task_tree", "walk"]
+__all__ = ["DONE", "Task", "failures", "last_report", "node_id", "task_tree", "walk"]
 
 DONE = frozenset({"SUCCEEDED", "SKIPPED"})
 DRIVER = "-driver"
 POD = "executor"
 USUAL_DELAY = timedelta(minutes=2)
-"""Within which the backend lists what has happened; its agent looks every half a minute."""
+"""How far the backend usually lags behind; its agent reports every half a minute."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of a run, or a nested pipeline, or a loop.
+    """A task of a run, a nested pipeline, or a loop.
 
     Args:
-        name: As the pipeline displays it.
-        state: One of the API's states; ``PENDING`` until the backend knows it.
-        started: When it began.
+        name: Its display name in the pipeline.
+        state: One of the API's states; ``PENDING`` until the backend lists it.
+        started: When it started.
         finished: When it ended.
-        error: What the backend says of its failure.
-        children: What it consists of.
+        error: The backend's message about its failure.
+        children: The tasks inside it.
     """
 
     name: str
@@ -61,28 +62,28 @@ class Task:
 
 
 class _Nodes:
-    """The nodes that the backend lists, to be found by path."""
+    """Finds the nodes that the backend lists by their path."""
 
     def __init__(self, details: Sequence[Any]) -> None:
         self.ids = frozenset(each for detail in details for each in _children(detail))
-        # An id is the workflow's name and a hash.
+        # An ID is the workflow's name and a hash.
         self.workflow = min(self.ids, default="").rpartition("-")[0]
         self.by_name: dict[str, list[Any]] = defaultdict(list)
         for detail in details:
             self.by_name[detail.display_name].append(detail)
 
-    def holds(self, path: str) -> bool:
-        """Whether there is a node of this path."""
+    def has(self, path: str) -> bool:
+        """Whether a node with this path exists."""
         return node_id(self.workflow, path) in self.ids
 
     def inside(self, path: str) -> str:
-        """What the paths of the nodes under a path begin with: the path, or its last attempt."""
-        attempts = takewhile(self.holds, (f"{path}({number})" for number in count()))
+        """The prefix of the paths under a path: the path itself, or its last attempt."""
+        attempts = takewhile(self.has, (f"{path}({number})" for number in count()))
         *_, last = path, *attempts
         return last
 
     def find(self, path: str, inner: Sequence[str]) -> Any | None:
-        """The node of a path, known by its first attempt or a name that it begins with inside."""
+        """The node of a path, identified by its first attempt or by a node inside it."""
         wanted = {node_id(self.workflow, f"{path}.{name}") for name in inner}
         wanted.add(node_id(self.workflow, f"{path}(0)"))
         alike = self.by_name.get(path.rpartition(".")[2], [])
@@ -90,11 +91,11 @@ class _Nodes:
 
 
 def node_id(workflow: str, path: str) -> str:
-    """The id that Argo gives to a node: the workflow's name and the FNV-1a hash of the path.
+    """The ID of a node in Argo: the workflow's name and the FNV-1a hash of the node's path.
 
     Args:
         workflow: The workflow's name.
-        path: The node's full path, which begins with that name.
+        path: The node's full path, which starts with that name.
     """
     value = 0x811C9DC5
     for byte in path.encode():
@@ -106,24 +107,24 @@ def task_tree(run: Any) -> tuple[Task, ...]:
     """The tasks of a run.
 
     Args:
-        run: A ``V2beta1Run``, as the API gives a single one.
+        run: A ``V2beta1Run``, as the API returns a single run.
 
     Returns:
-        The tasks of the pipeline's root in the order in which they can run.
+        The tasks of the pipeline's root, in topological order.
     """
     details = _named(run)
     pipeline = run.pipeline_spec or {}
     pipeline = pipeline.get("pipeline_spec", pipeline)
     nodes = _Nodes(details)
     root = f"{nodes.inside(nodes.workflow)}.root"
-    is_ours = not details or nodes.holds(f"{root}{DRIVER}")
+    is_ours = not details or nodes.has(f"{root}{DRIVER}")
     if "root" in pipeline and is_ours:
         return _tasks(pipeline, pipeline["root"]["dag"], root, nodes)
     return _listed(details)
 
 
 def walk(tasks: Sequence[Task], above: str = "") -> Iterator[tuple[str, Task]]:
-    """All tasks that have no others inside, each with its name from the root on."""
+    """All tasks without inner tasks, each with its name starting at the root."""
     for task in tasks:
         name = f"{above}{task.name}"
         if task.children:
@@ -133,9 +134,9 @@ def walk(tasks: Sequence[Task], above: str = "") -> Iterator[tuple[str, Task]]:
 
 
 def failures(run: Any) -> list[tuple[str, str | None]]:
-    """Names of the tasks that failed, and what the backend says of each."""
+    """The names of the tasks that failed, and the backend's message about each."""
     tasks = [(name, task.error) for name, task in walk(task_tree(run)) if task.state == "FAILED"]
-    # A driver is no task, yet its failure is one: its task never begins.
+    # A driver is not a task, but if it fails, its task never starts.
     drivers = [
         (each.display_name, _error(each))
         for each in _named(run)
@@ -144,17 +145,17 @@ def failures(run: Any) -> list[tuple[str, str | None]]:
     return tasks + drivers
 
 
-def last_told(run: Any) -> datetime | None:
-    """When the backend last told of a run's tasks, if it has ceased to.
+def last_report(run: Any) -> datetime | None:
+    """When the backend last reported on a run's tasks, if it has stopped doing so.
 
-    Argo compresses the nodes of a workflow that has grown beyond 1 MiB, and Kubeflow does not read
-    them then (seen in 2.17). What it still lists is executions, without names.
+    Argo compresses the nodes of a workflow that exceeds 1 MiB, and Kubeflow does not read
+    compressed nodes (seen in 2.17). It then only lists executions, without names.
 
     Args:
-        run: A ``V2beta1Run``, as the API gives a single one.
+        run: A ``V2beta1Run``, as the API returns a single run.
 
     Returns:
-        The last time that a named entry knows; None where tasks are told of as usual.
+        The latest time of a named entry; None while tasks are reported as usual.
     """
     times: dict[bool, list[datetime]] = {True: [], False: []}
     for each in _details(run):
@@ -190,13 +191,13 @@ def _task(pipeline: Mapping[str, Any], spec: Mapping[str, Any], path: str, nodes
 
 
 def _items(items: Mapping[str, Any], path: str, nodes: _Nodes) -> Iterator[str]:
-    """Paths of a loop's items: all where the pipeline lists them, else those that there are."""
+    """The paths of a loop's items: all that the pipeline lists, or else those that exist."""
     inside = nodes.inside(path)
     paths = (f"{inside}.iteration-iterations({i}:{i})" for i in count())
     if "raw" in items:
         return islice(paths, len(json.loads(items["raw"])))
-    known = list(takewhile(nodes.holds, paths))
-    # Before the loop begins it counts as the one item that it has at least.
+    known = list(takewhile(nodes.has, paths))
+    # Before the loop starts, assume the one item that it has at least.
     return iter(known or [f"{path}.iteration-iterations(0:0)"])
 
 
@@ -226,7 +227,7 @@ def _made(name: str, node: Any | None, children: tuple[Task, ...]) -> Task:
 
 
 def _listed(details: Sequence[Any]) -> tuple[Task, ...]:
-    """The nodes as they are listed, under the parents that they name."""
+    """The nodes as listed, under their parents."""
     known = {each.task_id for each in details}
     under: dict[str | None, list[Any]] = defaultdict(list)
     for each in sorted(
@@ -247,17 +248,17 @@ def _details(run: Any) -> list[Any]:
 
 
 def _named(run: Any) -> list[Any]:
-    """The nodes among what the backend lists; executions have no names."""
+    """The listed entries that are nodes; executions have no names."""
     return [each for each in _details(run) if each.display_name]
 
 
 def _is_inner(name: str) -> bool:
-    """Whether a node is Kubeflow's own, or one attempt of the node that stands for all."""
+    """Whether a node is internal to Kubeflow, or a single attempt."""
     return name == POD or name.endswith(DRIVER) or re.search(r"\(\d+\)$", name) is not None
 
 
 def moment(value: datetime | None) -> datetime | None:
-    """A time of the API, which writes 1970 where there is none yet."""
+    """A time of the API; None for 1970, which stands for a time not known yet."""
     return value if value is not None and value.timestamp() > 0 else None
 
 

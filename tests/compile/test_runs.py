@@ -120,7 +120,7 @@ def test_a_failed_run_names_the_task_that_failed_and_its_round(
     result = call("runs", "status", run_id, "--wait", FAST, "--host", server.url)
     assert result.code == 1
     assert "The run ended: FAILED." in result.out
-    assert "Failed: round 2 / train: the backend says no more; its log is in the UI" in result.out
+    assert "Failed: round 2 / train: Kubeflow gives no reason; see the log in the UI" in result.out
     assert result.out.count("Failed: ") == 1
 
 
@@ -158,9 +158,9 @@ def test_following_outlives_a_backend_that_is_away_for_a_while(
     server.failures = [("GET .*/runs/", None), ("GET .*/runs/", 503)]
     result = call("runs", "status", run_id, "--wait", FAST, "--host", server.url)
     assert result.code == 0, result.out
-    assert "does not answer" in result.out
+    assert "is not responding" in result.out
     assert "Trying again (1 of 11)" in result.out
-    assert "is in trouble (503). Trying again (2 of 11)" in result.out
+    assert "failed to handle the request (503). Trying again (2 of 11)" in result.out
 
 
 def test_following_gives_up_in_the_end_and_says_that_the_run_goes_on(
@@ -169,7 +169,7 @@ def test_following_gives_up_in_the_end_and_says_that_the_run_goes_on(
     server.failures = [("GET .*/runs/", 503)] * PATIENCE
     result = call("runs", "status", run_id, "--wait", FAST, "--host", server.url)
     assert result.code == 2
-    assert f"The run goes on. Follow it: srccore runs status {run_id} --wait" in result.out
+    assert f"The run continues. Follow it: srccore runs status {run_id} --wait" in result.out
     assert not server.failures
 
 
@@ -199,7 +199,7 @@ def test_a_token_that_expires_while_following_is_told(
     )
     assert result.code == 2
     assert "Renew the token in KFP_TOKEN" in result.out
-    assert "The run goes on." in result.out
+    assert "The run continues." in result.out
     assert "the-secret" not in result.out
 
 
@@ -208,7 +208,7 @@ def test_a_timeout_leaves_the_run_going(server: KfpServer, run_id: str) -> None:
     options = ("--wait", FAST, "--timeout", "0.05", "--host", server.url)
     result = call("runs", "status", run_id, *options)
     assert result.code == 124
-    assert "It has not finished after 0.05 s. The run goes on." in result.out
+    assert "It has not finished after 0.05 s. The run continues." in result.out
     assert not server.sent("POST", ":terminate")
 
 
@@ -234,7 +234,7 @@ def test_ctrl_c_leaves_the_run_going_and_says_how_to_follow_and_stop_it(
     assert process.returncode == 130, err
     [run_id] = server.runs
     assert out.strip().splitlines() == [
-        f"The run goes on. Follow it: srccore runs status {run_id} --wait --host {server.url}",
+        f"The run continues. Follow it: srccore runs status {run_id} --wait --host {server.url}",
         f"Stop it: srccore runs stop {run_id} --host {server.url}",
     ]
     assert not err
@@ -323,18 +323,18 @@ def test_a_backend_that_ceases_to_tell_of_tasks_is_told_of_once(
     file = io.StringIO()
     with screen(Console(file=file, width=500)) as on:
         on.show(run)
-        assert "Kubeflow has told nothing" not in file.getvalue()
+        assert "Kubeflow stopped reporting" not in file.getvalue()
         nameless = [each for each in run.run_details.task_details if not each.display_name]
         nameless[0].end_time = datetime(2026, 3, 1, 3, 0, tzinfo=UTC)
         on.show(run)
         on.show(run)
-    assert file.getvalue().count("Kubeflow has told nothing of single tasks since ") == 1
-    assert "The run goes on" in file.getvalue()
+    assert file.getvalue().count("Kubeflow stopped reporting individual tasks at ") == 1
+    assert "The run continues" in file.getvalue()
     file = io.StringIO()
     run.state = "FAILED"
     Console(file=file, width=500).print(tree(run))
-    assert "Kubeflow has told nothing of single tasks since " in file.getvalue()
-    assert "The run goes on" not in file.getvalue()
+    assert "Kubeflow stopped reporting individual tasks at " in file.getvalue()
+    assert "The run continues" not in file.getvalue()
     assert f"--selector pipeline/runid={run_id}" in ending(run, "")
 
 
@@ -423,7 +423,7 @@ def test_stop_ends_a_run_and_says_so(server: KfpServer, run_id: str) -> None:
     assert result.out == f"Run {run_id} is being stopped.\n"
     assert server.runs[run_id].state == "CANCELING"
     result = call("runs", "stop", run_id, "--host", server.url)
-    assert result.out == f"Run {run_id} had finished before: CANCELED.\n"
+    assert result.out == f"Run {run_id} has already finished: CANCELED.\n"
     assert len(server.sent("POST", ":terminate")) == 1
 
 
@@ -431,4 +431,4 @@ def test_stop_ends_a_run_and_says_so(server: KfpServer, run_id: str) -> None:
 def test_a_run_that_there_is_not_is_told(server: KfpServer, command: list[str]) -> None:
     result = call("runs", command[0], "no-such-run", *command[1:], "--host", server.url)
     assert result.code == 2
-    assert "does not have it: Run no-such-run not found. List what is there" in result.out
+    assert "has no such object (404): Run no-such-run not found. List the runs" in result.out

@@ -43,7 +43,7 @@ def test_a_schedule_runs_one_at_a_time_without_catching_up(
     }
     lines = result.out.splitlines()
     assert lines[:2] == [f"Schedule {made}", f"{server.url}/#/recurringrun/details/{made}"]
-    assert lines[2].startswith("Next runs, where the backend's clock is UTC: Sun ")
+    assert lines[2].startswith("Next runs, if the backend's clock is set to UTC: Sun ")
     assert lines[2].count("Sun ") == 3
 
 
@@ -88,7 +88,7 @@ def test_a_new_schedule_is_there_before_the_old_ones_of_its_name_are_disabled(
     posts = [r.path.rpartition("/")[2] for r in server.requests if r.method == "POST"]
     assert posts[:2] == ["experiments", "recurringruns"]
     assert [post.endswith(":disable") for post in posts[2:]] == [True] * 3
-    assert result.out.count("Disabled the earlier one of that name") == 3
+    assert result.out.count("Disabled the earlier schedule of that name") == 3
     # What is disabled already is left alone.
     server.requests.clear()
     assert schedule(server, pipeline, "--namespace", "ann").code == 0
@@ -103,9 +103,9 @@ def test_two_schedules_of_one_name_are_told_of(server: KfpServer, pipeline: Path
     assert result.code == 2
     old, new = server.recurring_runs
     assert f"The new schedule {new} is enabled" in result.out
-    assert (old if "disable" in at else "an older one") in result.out
+    assert (old if "disable" in at else "an older schedule") in result.out
     assert modes(server) == [("weekly", "ENABLE"), ("weekly", "ENABLE")]
-    assert schedule(server, pipeline).code == 0, "the command mends it"
+    assert schedule(server, pipeline).code == 0, "the same command fixes it"
     assert [mode for _, mode in modes(server)] == ["DISABLE", "DISABLE", "ENABLE"]
 
 
@@ -141,14 +141,14 @@ def test_a_line_that_is_none_is_told_with_an_example(
 ) -> None:
     result = schedule(server, pipeline, cron=line)
     assert result.code == 2
-    assert "is no cron line" in result.out
+    assert "is not a valid cron line" in result.out
     assert '--cron "0 2 * * 0"' in result.out
     assert not server.requests
 
 
 @pytest.mark.parametrize("line", ["0 2 * * 7", "0 2 * * 5-7", "0 2 * * 1,7"])
 def test_a_sunday_of_seven_is_told_since_kubeflow_has_none(line: str) -> None:
-    with pytest.raises(UserError, match="Write 0 for Sunday"):
+    with pytest.raises(UserError, match="Use 0 for Sunday"):
         read_cron(line)
 
 

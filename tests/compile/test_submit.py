@@ -199,7 +199,9 @@ def test_a_version_that_is_there_but_not_listed_is_told(server: KfpServer, pipel
     submit(server, pipeline, "--upload")
     server.lists_versions = False
     result = call("submit", pipeline, ROOT, "--host", server.url, "--upload")
-    _refused(result, "has one of this name already: Failed to create a pipeline version. Try again")
+    _refused(
+        result, "already has an object of this name: Failed to create a pipeline version. Try again"
+    )
     assert len(server.runs) == 1
 
 
@@ -220,10 +222,10 @@ def test_in_a_multi_user_install_a_pipeline_is_uploaded_to_the_namespace(
 @pytest.mark.parametrize(
     ("status", "told"),
     [
-        (401, "does not know who asks (401)"),
-        (403, "refuses whoever asks (403)"),
-        (503, "is in trouble (503)"),
-        (None, "does not answer"),
+        (401, "requires authentication (401)"),
+        (403, "denies access (403)"),
+        (503, "failed to handle the request (503)"),
+        (None, "is not responding"),
     ],
 )
 def test_an_upload_that_fails_is_told_and_nothing_is_started(
@@ -235,7 +237,7 @@ def test_an_upload_that_fails_is_told_and_nothing_is_started(
     assert not server.failures
     assert not server.sent("POST", "/runs")
     submit(server, pipeline, "--upload")
-    assert (len(server.pipelines), len(server.versions)) == (1, 1), "the command mends it"
+    assert (len(server.pipelines), len(server.versions)) == (1, 1), "the same command fixes it"
 
 
 @pytest.mark.parametrize(
@@ -250,11 +252,11 @@ def test_an_upload_that_fails_is_told_and_nothing_is_started(
         (["--set", "search.width"], "name=value"),
         (["--set", "device=tpu"], "device"),
         (["--param", "scorer_ury=x"], "It has scorer_uri"),
-        (["--param", "seed=1"], "Give it with --set"),
-        (["--param", "artifact_root=s3://x"], "Give it with --artifact-root"),
+        (["--param", "seed=1"], "Pass it with --set"),
+        (["--param", "artifact_root=s3://x"], "Pass it with --artifact-root"),
         (["--param", "scorer_uri"], "name=value"),
-        (["--param", "tolerations={}"], "is no list"),
-        (["--param", "tolerations=["], "is no list"),
+        (["--param", "tolerations={}"], "is not a value of type list"),
+        (["--param", "tolerations=["], "is not a value of type list"),
         (["--artifact-root", "/tmp/runs"], "s3://BUCKET/PREFIX"),
         (["--artifact-root", "s3://"], "s3://BUCKET/PREFIX"),
     ],
@@ -271,10 +273,10 @@ def test_a_wrong_argument_is_told_before_anything_is_sent(
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        (f"srccore {srccore.__version__},", "srccore 0.0.1,", "compiled by srccore 0.0.1, and"),
+        (f"srccore {srccore.__version__},", "srccore 0.0.1,", "compiled by srccore 0.0.1, but"),
         (f"srccore {srccore.__version__}, preset", "from preset", "not compiled by srccore"),
         ("schemaVersion: 2.1.0", "schemaVersion: 2.0.0", "version 2.0.0"),
-        ("\nroot:", "\nroots:", "no compiled pipeline"),
+        ("\nroot:", "\nroots:", "is not a compiled pipeline"),
         ("\nroot:", "\nroot: [", "not YAML"),
         ("artifact_root", "artifact_boot", "no parameter artifact_root"),
     ],
@@ -303,7 +305,7 @@ def test_a_parameter_without_a_default_must_be_given(
     path.write_text(yaml.safe_dump_all(documents))
     result = call("submit", path, ROOT, "--host", server.url)
     assert result.code == 2
-    assert "needs scorer_uri. Give --param scorer_uri=VALUE." in result.out
+    assert "requires scorer_uri. Pass --param scorer_uri=VALUE." in result.out
     assert submit(server, path, "--param", "scorer_uri=s3://a/b")
 
 
@@ -329,7 +331,7 @@ def test_an_unreachable_host_is_told_at_once(pipeline: Path) -> None:
         unused.bind(("127.0.0.1", 0))
         host = f"http://127.0.0.1:{unused.getsockname()[1]}"
         result = call("submit", pipeline, ROOT, "--host", host)
-    _refused(result, f"{host} does not answer: Connection refused. Check the address, or forward")
+    _refused(result, f"{host} is not responding: Connection refused. Check the address, or forward")
     assert "kubectl port-forward --namespace kubeflow service/ml-pipeline-ui" in result.out
     _refused(call("submit", pipeline, ROOT, "--host", "http://no host"), "http://no host")
 
@@ -338,8 +340,8 @@ def test_without_a_host_a_pod_or_a_kubeconfig_the_ways_are_named(
     pipeline: Path, tmp_path: Path
 ) -> None:
     result = call("submit", pipeline, ROOT, KUBECONFIG=tmp_path / "none", HOME=tmp_path)
-    _refused(result, "No host of Kubeflow Pipelines is given")
-    assert "--host or KFP_HOST" in result.out
+    _refused(result, "No Kubeflow Pipelines host is set")
+    assert "Pass --host or set KFP_HOST" in result.out
 
 
 def test_a_missing_credential_is_told_with_the_ways_to_give_one(
@@ -347,7 +349,7 @@ def test_a_missing_credential_is_told_with_the_ways_to_give_one(
 ) -> None:
     server.required = ("Authorization", f"Bearer {SECRET}")
     result = call("submit", pipeline, ROOT, "--host", server.url)
-    _refused(result, "does not know who asks (401: Request header error")
+    _refused(result, "requires authentication (401: Request header error")
     assert "--token-file or KFP_TOKEN" in result.out
 
 
@@ -368,31 +370,42 @@ def test_an_expired_token_is_told_by_where_it_came_from(
 def test_missing_rights_are_told(server: KfpServer, pipeline: Path) -> None:
     server.forbidden = True
     result = call("submit", pipeline, ROOT, "--host", server.url, "--user-header", "user=ann")
-    _refused(result, "refuses whoever asks (403: User 'ann@example.org' is not authorized")
+    _refused(result, "denies access (403: User 'ann@example.org' is not authorized")
 
 
 def test_a_login_page_is_taken_for_one(server: KfpServer, pipeline: Path) -> None:
     server.login = "https://login.example.org/dex/auth?client_id=secret"
     result = call("submit", pipeline, ROOT, "--host", server.url)
-    _refused(result, "sends its visitors on to https://login.example.org, a page to log in")
+    _refused(result, "redirects to https://login.example.org, which seems to be a login page")
     assert "client_id" not in result.out
     server.login = server.url.replace("http", "https") + "/apis"
     result = call("submit", pipeline, ROOT, "--host", server.url)
-    _refused(result, f"speaks TLS alone. Write --host {server.url.replace('http', 'https')}.")
+    _refused(result, f"only accepts HTTPS. Pass --host {server.url.replace('http', 'https')}.")
 
 
 def test_a_host_that_is_no_kubeflow_is_told(server: KfpServer, pipeline: Path) -> None:
     server.page = "<html>Welcome to nginx!</html>"
-    _refused(call("submit", pipeline, ROOT, "--host", server.url), "not as Kubeflow Pipelines 2")
+    _refused(
+        call("submit", pipeline, ROOT, "--host", server.url),
+        "does not respond like Kubeflow Pipelines 2",
+    )
     server.page = '{"status": "fine"}'
-    _refused(call("submit", pipeline, ROOT, "--host", server.url), "not as Kubeflow Pipelines 2")
+    _refused(
+        call("submit", pipeline, ROOT, "--host", server.url),
+        "does not respond like Kubeflow Pipelines 2",
+    )
     server.page, server.prefix = None, "/pipeline"
     _refused(call("submit", pipeline, ROOT, "--host", server.url), "Not Found")
     server.failures = [("healthz", 404)]
-    _refused(call("submit", pipeline, ROOT, "--host", server.url), "not as Kubeflow Pipelines 2")
+    _refused(
+        call("submit", pipeline, ROOT, "--host", server.url),
+        "does not respond like Kubeflow Pipelines 2",
+    )
 
 
-@pytest.mark.parametrize(("status", "told"), [(503, "in trouble (503)"), (None, "does not answer")])
+@pytest.mark.parametrize(
+    ("status", "told"), [(503, "failed to handle the request (503)"), (None, "is not responding")]
+)
 def test_a_backend_in_trouble_is_told_and_a_run_is_never_asked_for_twice(
     server: KfpServer, pipeline: Path, status: int | None, told: str
 ) -> None:
@@ -406,7 +419,7 @@ def test_what_the_backend_refuses_is_told_in_its_words(server: KfpServer, pipeli
     path.write_text(pipeline.read_text().replace("iteratorPolicy", "iteratorPolitics"))
     for options in ((), ("--upload",)):
         result = call("submit", path, ROOT, "--host", server.url, *options)
-        _refused(result, "refuses this (400): invalid v2 pipeline spec")
+        _refused(result, "rejected the request (400): invalid v2 pipeline spec")
         assert "iteratorPolitics" in result.out
 
 
@@ -466,9 +479,9 @@ def test_a_token_that_is_renewed_in_its_file_is_taken_up(server: KfpServer, tmp_
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "one line"),
-        ("two\nlines", "one line"),
-        ("ümlaut", "one line"),
+        ("", "single line"),
+        ("two\nlines", "single line"),
+        ("ümlaut", "single line"),
         (None, "cannot be read"),
     ],
 )
@@ -525,10 +538,10 @@ def test_an_authority_of_ones_own_is_trusted_when_it_is_given(
         submit(server, pipeline, "--ca-bundle", certificate)
         _refused(call("submit", pipeline, ROOT, "--host", host), "--ca-bundle")
         result = call("submit", pipeline, ROOT, "--host", host, "--ca-bundle", pipeline)
-        _refused(result, "holds no certificates")
+        _refused(result, "has no readable certificates")
     with serving() as plain:
         host = plain.url.removeprefix("http://")
-        _refused(call("submit", pipeline, ROOT, "--host", host), "write --host http://")
+        _refused(call("submit", pipeline, ROOT, "--host", host), "pass --host http://")
 
 
 def test_the_kubeconfig_leads_through_the_proxy_of_the_kubernetes_api(
@@ -554,7 +567,9 @@ def test_the_kubeconfig_leads_through_the_proxy_of_the_kubernetes_api(
     assert SECRET not in result.out
     server.gateway = 'services "ml-pipeline" is forbidden'
     result = call("submit", pipeline, ROOT, KUBECONFIG=path)
-    _refused(result, f"(403: {server.gateway}). Renew the kubeconfig's user, or ask for the rights")
+    _refused(
+        result, f"(403: {server.gateway}). Renew the kubeconfig's user. If it is still valid, ask"
+    )
 
 
 def test_in_a_pod_the_service_and_the_projected_token_are_found(
@@ -600,7 +615,7 @@ def test_the_commands_are_imported_without_a_heavy_package() -> None:
 def test_what_lies_on_a_disk_is_refused(server: KfpServer, pipeline: Path, setting: str) -> None:
     result = call("submit", pipeline, ROOT, "--host", server.url, "--set", setting)
     assert result.code == 2
-    assert "no place that pods reach" in result.out
+    assert "which pods cannot reach" in result.out
     assert not server.requests
 
 
@@ -627,12 +642,12 @@ def test_a_pipeline_that_trains_as_a_job_is_not_run_without_a_cluster(tmp_path: 
     [
         (
             [],
-            "augment-rationales asks a teacher, and augmentation.endpoint does not say which. "
-            "Give --set augmentation.endpoint.url=",
+            "augment-rationales asks a teacher, but augmentation.endpoint does not say which. "
+            "Pass --set augmentation.endpoint.url=",
         ),
         (
             ["augmentation.endpoint.url=https://teacher/v1", "augmentation.endpoint.model=m"],
-            "annotate-ratings asks a teacher, and annotation.endpoint does not say which.",
+            "annotate-ratings asks a teacher, but annotation.endpoint does not say which.",
         ),
         (
             ["augmentation.teacher=facts", "annotation.endpoint.url=https://teacher/v1"],

@@ -97,7 +97,7 @@ def test_a_run_is_stopped(pipeline: Path) -> None:
     assert "is being stopped" in call("runs", "stop", run_id)
     options = ("--wait", "--interval=2", "--timeout=800")
     call("runs", "status", run_id, *options, code=1)
-    assert "had finished before" in call("runs", "stop", run_id)
+    assert "has already finished" in call("runs", "stop", run_id)
 
 
 def test_a_schedule_is_replaced_by_one_of_its_name(pipeline: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_schedule_is_replaced_by_one_of_its_name(pipeline: Path) -> None:
     first = call("schedule", pipeline, *options)
     second = call("schedule", pipeline, *options)
     old, new = (out.splitlines()[0].removeprefix("Schedule ") for out in (first, second))
-    assert f"Disabled the earlier one of that name: {old}" in second
+    assert f"Disabled the earlier schedule of that name: {old}" in second
     backend = connect(
         Connection(
             host=os.environ["KFP_HOST"],
