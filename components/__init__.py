@@ -1,7 +1,7 @@
 """Kubeflow Pipelines components, one per stage of SRC.
 
-Importing them needs kfp, and no model library. Each also lies beside its code as
-``component.yaml``, to be loaded by path or URL.
+Importing them requires kfp, but no model library. Each is also available as a ``component.yaml``
+next to its code, which can be loaded by path or URL.
 """
 
 from srccore.components.annotate_ratings.component import annotate_ratings

@@ -1,10 +1,10 @@
-"""What all components have in common: a lightweight Python component in its stage's image.
+"""The basis of all components: a lightweight Python component in the image of its stage.
 
-A component is its interface and a body of one call; the work is done by `srccore.stages`. Importing
-one needs kfp and nothing else. Nothing is installed when a pod starts. The modules do without
-``from __future__ import annotations``, which kfp cannot read, and use ``List``, the only spelling
-that it knows. An artifact that may be missing is ``Input[Dataset] = None``: with ``Optional``
-around it kfp 2.17 takes the ``Union`` for the artifact's class, on a real backend alone.
+A component is an interface with a single call as its body; `srccore.stages` does the work.
+Importing a component requires only kfp. Nothing is installed when a pod starts. The modules do not
+use ``from __future__ import annotations``, which kfp cannot read, and use ``List``, the only
+spelling that kfp supports. An optional artifact is ``Input[Dataset] = None``: with ``Optional``
+around it, kfp 2.17 takes the ``Union`` for the artifact's class, but only on a real backend.
 """
 
 import functools
@@ -19,10 +19,10 @@ __all__ = ["stage_component"]
 
 
 def stage_component(stage: str) -> Callable[..., Any]:
-    """Makes a component of a stage.
+    """Creates the component of a stage.
 
     Args:
-        stage: The stage's name; the image is named after it.
+        stage: The name of the stage, which is also the name of its image.
 
     Returns:
         A decorator for the interface.

@@ -1,4 +1,4 @@
-"""Compare beam search with plain sampling on the same samples, from the Python components.
+"""Compare beam search with plain sampling on the same samples, using the Python components.
 
 python examples/beam_or_sample.py beam_or_sample.yaml
 """
@@ -21,15 +21,15 @@ def beam_or_sample(
     device: str = "auto",
     threads: int = 0,
 ) -> None:
-    """Searches the same samples in two ways and has R-Scorer rate both.
+    """Searches the same samples in two ways, and rates both with R-Scorer.
 
     Args:
-        artifact_root: Where outputs go: ``s3://bucket/prefix``.
-        policy_uri: A ``policy.json``.
+        artifact_root: Where outputs are written: ``s3://bucket/prefix``.
+        policy_uri: The policy, a ``policy.json``.
         scorer_uri: The folder of an R-Scorer.
-        data: The section ``data`` of a preset.
+        data: The ``data`` section of a preset.
         device: ``cpu``, ``cuda`` or ``auto``.
-        threads: CPU threads of torch; 0 leaves it alone.
+        threads: CPU threads of torch; 0 for torch's default.
     """
     root = {"artifact_root": artifact_root}
     compute = {"device": device, "threads": threads}

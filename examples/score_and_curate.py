@@ -1,7 +1,7 @@
-"""Preferences from candidates that you have already: score and curate, and nothing else.
+"""Make preferences from candidates that you already have: only score and curate.
 
-Candidates lie in folders with a ``candidates.jsonl`` each (docs/components.md gives its form), one
-or several; every folder is scored by a pod of its own.
+The candidates are in one or more folders, each with a ``candidates.jsonl`` (docs/components.md
+describes its format). Each folder is scored by a pod of its own.
 
     python examples/score_and_curate.py score_and_curate.yaml
 """
@@ -24,16 +24,16 @@ def score_and_curate(
     device: str = "auto",
     threads: int = 0,
 ) -> Dataset:
-    """Rates candidates and makes preferences of them.
+    """Rates candidates, and turns the ratings into preferences.
 
     Args:
-        artifact_root: Where outputs go: ``s3://bucket/prefix``.
-        data_uri: The data set that the candidates answer.
+        artifact_root: Where outputs are written: ``s3://bucket/prefix``.
+        data_uri: The data set that the candidates respond to.
         scorer_uri: The folder of an R-Scorer.
-        candidates_uris: Folders with ``candidates.jsonl``.
-        curation: The section ``curation`` of a preset.
+        candidates_uris: Folders with a ``candidates.jsonl`` each.
+        curation: The ``curation`` section of a preset.
         device: ``cpu``, ``cuda`` or ``auto``.
-        threads: CPU threads of torch; 0 leaves it alone.
+        threads: CPU threads of torch; 0 for torch's default.
     """
     data = (
         import_output(uri=data_uri)

@@ -1,7 +1,7 @@
-"""Search candidates with a policy of your own, in a pipeline of your own, from component.yaml.
+"""Search for candidates with your own policy, in your own pipeline, using component.yaml files.
 
-Nothing of the suite is installed where this is compiled: the components are loaded by path (a URL
-does as well, with `load_component_from_url`), and the last step is your own code.
+Compiling it does not require the suite: the components are loaded by path (or by URL, with
+`load_component_from_url`), and the last step is your own code.
 
     python examples/search_only.py search_only.yaml
 """
@@ -22,14 +22,14 @@ search_candidates = components.load_component_from_file(
 )
 
 
-# Its image must hold srccore: any image of the suite does.
+# Its image must contain srccore, as every image of the suite does.
 @dsl.component(
     base_image="localhost/srccore/search-candidates:0.1.0",
     packages_to_install=[],
     install_kfp_package=False,
 )
 def count_candidates(candidates: Input[Dataset]) -> int:
-    """Counts candidates; shows how a component of your own reads an output of the suite."""
+    """Counts candidates, as an example of how your own component reads an output of the suite."""
     from srccore.data.records import CandidateSet, read_records
     from srccore.steps.step import fetch_output
 
@@ -46,14 +46,14 @@ def search_only(
     device: str = "auto",
     threads: int = 0,
 ) -> int:
-    """Searches candidates for a data set.
+    """Searches for candidate responses to the samples of a data set.
 
     Args:
-        artifact_root: Where outputs go: ``s3://bucket/prefix``.
-        data_uri: A data set, as `srccore data validate` accepts it.
-        policy_uri: A ``policy.json``; one without adapters names a base model.
+        artifact_root: Where outputs are written: ``s3://bucket/prefix``.
+        data_uri: A data set that `srccore data validate` accepts.
+        policy_uri: The policy, a ``policy.json``. Without adapters, it is the base model.
         device: ``cpu``, ``cuda`` or ``auto``.
-        threads: CPU threads of torch; 0 leaves it alone.
+        threads: CPU threads of torch; 0 for torch's default.
     """
     data = import_output(uri=data_uri).set_caching_options(False).set_display_name("data")
     policy = import_output(uri=policy_uri).set_caching_options(False).set_display_name("policy")

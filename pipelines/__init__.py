@@ -1,1 +1,1 @@
-"""The three-round pipeline: its definition, and how it is compiled and run locally."""
+"""The SRC pipeline: its definition, and how it is compiled and run locally."""

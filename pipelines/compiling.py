@@ -1,4 +1,4 @@
-"""Compiles the pipeline of a configuration and a profile to the YAML that Kubeflow runs."""
+"""Compiles the pipeline of a configuration and a profile to YAML for Kubeflow."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from srccore.pipelines.profile import Profile
 __all__ = ["COMPILED", "arguments_of", "compile_pipeline", "description_of", "size_warning"]
 
 COMPILED = Path(__file__).parent / "compiled"
-"""The shipped pipelines, one per preset."""
+"""The shipped pipelines, one for each preset."""
 RECORD_BYTES = 1024 * 1024
-"""What Argo's record of a run may have, by default."""
+"""The default size limit of Argo's record of a run."""
 RUN_BYTES, ROUND_BYTES, SHARD_BYTES = 140_000, 77_000, 10_000
-"""Of that record: what a run takes, each round with one shard, each further shard of a round
-(docs/kubeflow-run.md)."""
+"""What takes up that record: the run itself, each round with one shard, and each further shard of
+a round (docs/kubeflow-run.md)."""
 SECTIONS = tuple(
     name
     for name, field in RunConfig.model_fields.items()
@@ -32,7 +32,7 @@ SECTIONS = tuple(
 
 
 def description_of(config: RunConfig, profile: Profile) -> str:
-    """What a compiled pipeline says of itself: first of all, which release made it."""
+    """The description of a compiled pipeline, which starts with the release that compiled it."""
     return (
         f"srccore {srccore.__version__}, preset {config.name}: Self-Rationale Calibration, "
         f"{profile.rounds} rounds, {profile.shards} shards"
@@ -43,10 +43,10 @@ def arguments_of(config: RunConfig) -> dict[str, Any]:
     """A configuration as the pipeline's run-time parameters.
 
     Args:
-        config: The run.
+        config: The configuration of the run.
 
     Returns:
-        Arguments by parameter; what is fixed by compiling is not among them.
+        The arguments by parameter, without the settings that are fixed by compiling.
     """
     dumped = config.model_dump(mode="json", exclude_none=True)
     return {
@@ -58,10 +58,10 @@ def arguments_of(config: RunConfig) -> dict[str, Any]:
 
 
 def size_warning(profile: Profile) -> str | None:
-    """What to say of a pipeline whose runs may outgrow the record that Argo keeps of each.
+    """The warning about a pipeline whose runs may outgrow Argo's record of a run, if any.
 
     Args:
-        profile: What the pipeline was compiled with.
+        profile: The profile that the pipeline was compiled with.
     """
     safe = 0.9 * RECORD_BYTES - RUN_BYTES - profile.rounds * ROUND_BYTES
     fitting = int(1 + safe / (profile.rounds * SHARD_BYTES))
@@ -69,14 +69,14 @@ def size_warning(profile: Profile) -> str | None:
         return None
     return (
         f"Warning: {profile.rounds} rounds of {profile.shards} shards may be too many for one run: "
-        "Argo keeps a run in one object of 1 MiB, and fails the run that outgrows it. "
-        f"Take {f'{fitting} shards' if fitting > 0 else 'fewer rounds'}, or have "
-        "MAX_WORKFLOW_SIZE of Argo's controller raised (docs/kubeflow-run.md)."
+        "Argo keeps a run in one object of 1 MiB, and fails a run that outgrows it. "
+        f"Use {f'{fitting} shards' if fitting > 0 else 'fewer rounds'}, or raise "
+        "MAX_WORKFLOW_SIZE of Argo's controller (docs/kubeflow-run.md)."
     )
 
 
 def _keep_parameters(pipeline: Any, profile: Profile) -> None:
-    """Drops parameters that the profile has no use for; those it needs lose their default."""
+    """Drops the parameters that the profile does not use, and the defaults of those it requires."""
     needed = {
         "labelled_pairs_uri": profile.scorer == "train-on-given-pairs",
         "scorer_uri": profile.scorer == "given",
@@ -90,11 +90,11 @@ def _keep_parameters(pipeline: Any, profile: Profile) -> None:
             del parameters[name]
 
 
-def _leave_out_texts(pipeline: Any) -> None:
-    """Drops what components say of themselves; ``component.yaml`` and the pages keep it.
+def _drop_descriptions(pipeline: Any) -> None:
+    """Drops the descriptions of components; ``component.yaml`` and the pages keep them.
 
-    Kubeflow copies a component's definition into nine nodes of the run's record for each of its
-    tasks, and the record has a limit; this is a fourth of it (docs/kubeflow-run.md).
+    For each task, Kubeflow copies the definition of its component into nine nodes of the run's
+    record, whose size is limited. The descriptions are a quarter of it (docs/kubeflow-run.md).
     """
     for component in pipeline.pipeline_spec.components.values():
         for definitions in (component.input_definitions, component.output_definitions):
@@ -107,7 +107,7 @@ def _leave_out_texts(pipeline: Any) -> None:
 
 
 def _without_docstring(source: str) -> str:
-    """The source of a module, without the text of its one function."""
+    """The source of a module, without the docstring of its only function."""
     (function,) = (each for each in ast.parse(source).body if isinstance(each, ast.FunctionDef))
     docstring, first, *_ = function.body
     lines = source.splitlines(keepends=True)
@@ -118,21 +118,21 @@ def compile_pipeline(config: RunConfig, profile: Profile, images: Images) -> str
     """Compiles a pipeline.
 
     Args:
-        config: Gives the run-time parameters their defaults.
-        profile: What is fixed.
-        images: What the pods run.
+        config: The defaults of the run-time parameters.
+        profile: The settings that are fixed.
+        images: The images of the pods.
 
     Returns:
-        The YAML: the pipeline and its Kubernetes part.
+        The YAML: the pipeline, and its settings for Kubernetes.
 
     Raises:
-        UserError: The configuration asks for what a pipeline cannot do, or an image lacks a
-            digest.
+        UserError: The configuration requires something that a pipeline cannot do, or an image
+            has no digest.
     """
     if config.on_regression != "continue":
         raise UserError(
-            f"on_regression: {config.on_regression} is for srccore run; a pipeline cannot go back "
-            "to an earlier policy.",
+            f"on_regression: {config.on_regression} only works with srccore run: a pipeline cannot "
+            "go back to an earlier policy.",
             "Compile with --set on_regression=continue.",
         )
     from kfp import compiler
@@ -148,7 +148,7 @@ def compile_pipeline(config: RunConfig, profile: Profile, images: Images) -> str
         description=description_of(config, profile),
     )
     _keep_parameters(pipeline, profile)
-    _leave_out_texts(pipeline)
+    _drop_descriptions(pipeline)
     training = profile.resources("train-dpo")
     defaults = {
         **arguments_of(config),
@@ -161,6 +161,6 @@ def compile_pipeline(config: RunConfig, profile: Profile, images: Images) -> str
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline, str(path), pipeline_parameters=defaults)
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    # kfp's comments list the defaults in another order every time.
+    # kfp's comments list the defaults in a different order every time.
     body = "".join(itertools.dropwhile(lambda line: line.startswith("#"), lines))
     return f"# {description_of(config, profile)}\n{body}"

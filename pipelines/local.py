@@ -1,4 +1,4 @@
-"""Runs a compiled pipeline on this machine: the YAML as it is shipped, a process per task."""
+"""Runs a compiled pipeline on this machine, from its YAML, with a process for each task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOG = "pipeline.log"
 PAGE = "report.html"
 _COLOUR = re.compile(r"\x1b\[\d+m")
 _TASK = re.compile(
-    r"Executing task '(?P<began>[^']+)'|Task '(?P<ended>[^']+)' finished with status "
+    r"Executing task '(?P<started>[^']+)'|Task '(?P<ended>[^']+)' finished with status "
     r"(?P<status>\w+)|^\s*(?P<error>Error: .+)"
 )
 
@@ -28,14 +28,14 @@ _TASK = re.compile(
 def run_locally(
     package: Path, arguments: Mapping[str, Any], out: Path, say: Callable[[str], None] = print
 ) -> Path:
-    """Runs a pipeline under kfp's SubprocessRunner.
+    """Runs a pipeline with kfp's SubprocessRunner.
 
     Args:
         package: The compiled pipeline.
         arguments: Its run-time parameters.
-        out: Gets ``kubeflow/`` (what Kubeflow would keep, one folder per run), ``pipeline.log``
-            (all that the tasks say) and ``report.html``.
-        say: Is told when a task ends, and of errors.
+        out: The folder for ``kubeflow/`` (what Kubeflow would store, one folder per run),
+            ``pipeline.log`` (all output of the tasks) and ``report.html``.
+        say: Receives a line when a task ends, and errors.
 
     Returns:
         The report's path.
@@ -47,15 +47,15 @@ def run_locally(
 
     if "python3" in str(out.resolve()):
         raise UserError(
-            f"kfp's local runner rewrites the text python3 wherever it stands, also in {out}.",
-            "Give an --out without it.",
+            f"{out} contains the text python3, which kfp's local runner replaces everywhere.",
+            "Choose an --out without it.",
         )
     root = out.resolve() / "kubeflow"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"The folder {out} cannot be written ({error.strerror}).", "Give another --out."
+            f"Cannot write to the folder {out} ({error.strerror}).", "Choose another --out."
         ) from None
     before = set(root.iterdir())
     log = out / LOG
@@ -64,7 +64,7 @@ def run_locally(
         contextlib.redirect_stdout(_Tasks(file, say)),
         warnings.catch_warnings(),
     ):
-        # kfp warns of every image and resource that a process has no use for.
+        # kfp warns about every image and resource setting that a process does not use.
         warnings.simplefilter("ignore")
         local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root))
         pipeline = components.load_component_from_file(str(package))
@@ -74,7 +74,7 @@ def run_locally(
             reason = _COLOUR.sub("", " ".join(str(error).split()))
             raise UserError(
                 f"The pipeline failed: {reason}",
-                f"What its tasks said is in {log}. The same command goes on with {out}.",
+                f"The output of its tasks is in {log}. Run the same command to resume {out}.",
             ) from None
     (run,) = set(root.iterdir()) - before
     (page,) = run.rglob("report/page*")
@@ -82,12 +82,12 @@ def run_locally(
 
 
 class _Tasks(io.TextIOBase):
-    """Writes kfp's output to a file, and says what it tells of tasks."""
+    """Writes kfp's output to a file, and passes on what it says about tasks."""
 
     def __init__(self, log: TextIO, say: Callable[[str], None]) -> None:
         self.log = log
         self.say = say
-        self.began: dict[str, float] = {}
+        self.started: dict[str, float] = {}
         self.rest = ""
 
     def write(self, text: str) -> int:
@@ -104,11 +104,11 @@ class _Tasks(io.TextIOBase):
         found = _TASK.search(line)
         if found is None:
             return
-        if found["began"]:
-            self.began[found["began"]] = time.monotonic()
+        if found["started"]:
+            self.started[found["started"]] = time.monotonic()
         elif found["ended"]:
             name = found["ended"]
-            seconds = time.monotonic() - self.began.get(name, time.monotonic())
+            seconds = time.monotonic() - self.started.get(name, time.monotonic())
             outcome = "" if found["status"] == "SUCCESS" else f"  {found['status'].lower()}"
             self.say(f"{name:<36} {seconds:8.1f} s{outcome}")
         else:

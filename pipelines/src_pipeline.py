@@ -1,7 +1,7 @@
-"""The whole of SRC as a pipeline: stage 1, R-Scorer, and the rounds in a Python loop.
+"""SRC as a pipeline: stage 1, R-Scorer, and the rounds in a Python loop.
 
-The same stages are wired for one machine in `srccore.run.loop`. Evaluation stands beside the
-rounds, so that no round waits for the figures of the one before.
+`srccore.run.loop` connects the same stages for one machine. Evaluation runs beside the rounds, so
+that no round waits for the metrics of the previous one.
 """
 
 from collections.abc import Callable
@@ -25,16 +25,16 @@ __all__ = ["make_pipeline"]
 
 
 def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callable[..., Any]:
-    """Makes the pipeline of a profile.
+    """Creates the pipeline of a profile.
 
     Args:
-        pods: Configures its tasks.
+        pods: Configures the pods of its tasks.
         name: The pipeline's name, in lower case with dashes.
-        title: The run's title, in its report.
-        description: One line.
+        title: The title of the run's report.
+        description: The pipeline's description, one line.
 
     Returns:
-        A graph component; defaults of its parameters are set when it is compiled.
+        A graph component. The defaults of its parameters are set when it is compiled.
     """
     profile = pods.profile
     src_round = make_round(pods)
@@ -75,7 +75,7 @@ def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callab
             return pods.configure(task, stage, placement)
 
         def given(uri: Any, title: str) -> Any:
-            # Kubeflow would cache by the URI; what lies there may have changed.
+            # Kubeflow would cache by the URI, but the content there may have changed.
             task = import_output(uri=uri).set_caching_options(False)
             return add(task, "import-output", title).outputs["output"]
 

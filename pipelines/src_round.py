@@ -1,7 +1,7 @@
 """One round as a sub-pipeline: search, score, curate, align.
 
-Search and scoring of a shard follow each other in one loop body, so that no shard waits for
-another. The shards are written into the loop: a task that lists them would be one level more.
+Search and scoring of a shard are in the same loop body, so that no shard waits for another. The
+shards are constants of the loop: a task that lists them would add a level.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ __all__ = ["make_round"]
 
 
 def make_round(pods: Pods) -> Callable[..., Any]:
-    """Makes the sub-pipeline of a round.
+    """Creates the sub-pipeline of a round.
 
     Args:
-        pods: Configures its tasks.
+        pods: Configures the pods of its tasks.
 
     Returns:
         A graph component.

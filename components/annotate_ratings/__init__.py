@@ -1,1 +1,1 @@
-"""Has a teacher rate pairs of sampled responses."""
+"""Asks a teacher to rate pairs of sampled responses."""

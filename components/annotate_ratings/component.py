@@ -1,4 +1,4 @@
-"""Has a teacher rate pairs of sampled responses."""
+"""Asks a teacher to rate pairs of sampled responses."""
 
 from kfp.dsl import Dataset, Input, Output
 
@@ -17,15 +17,15 @@ def annotate_ratings(
     seed: int = 0,
     rationales: Input[Dataset] = None,
 ):
-    """Has a teacher rate pairs of sampled responses, for R-Scorer to learn from.
+    """Asks a teacher to rate pairs of sampled responses, which R-Scorer learns from.
 
     Args:
         data: The train split.
         candidates: Responses to it, from sample-responses or search-candidates.
-        artifact_root: The folder or ``s3://...`` below which outputs are written.
-        config: The section ``annotation`` of a preset.
-        seed: The run's seed; decides which pairs.
-        rationales: From augment-rationales on the same data.
+        artifact_root: The folder or ``s3://...`` under which outputs are written.
+        config: The ``annotation`` section of a preset.
+        seed: The run's seed; it determines which pairs are rated.
+        rationales: The output of augment-rationales on the same data.
         labelled_pairs: Output. Pairs of responses with their ratings.
     """
     from srccore.steps.step import run_stage

@@ -1,1 +1,1 @@
-"""Has a teacher write the rationales that a data set lacks."""
+"""Asks a teacher to write the rationales missing from a data set."""

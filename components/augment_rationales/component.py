@@ -1,4 +1,4 @@
-"""Has a teacher write the rationales that a data set lacks."""
+"""Asks a teacher to write the rationales missing from a data set."""
 
 from kfp.dsl import Dataset, Input, Output
 
@@ -11,13 +11,13 @@ __all__ = ["augment_rationales"]
 def augment_rationales(
     data: Input[Dataset], artifact_root: str, config: dict, rationales: Output[Dataset]
 ):
-    """Has a teacher write the rationales that a data set lacks.
+    """Asks a teacher to write the rationales missing from a data set.
 
     Args:
-        data: A split of prepare-data, or a data set.
-        artifact_root: The folder or ``s3://...`` below which outputs are written.
-        config: The section ``augmentation`` of a preset.
-        rationales: Output. One rationale for every sample that has one now.
+        data: A split from prepare-data, or any data set.
+        artifact_root: The folder or ``s3://...`` under which outputs are written.
+        config: The ``augmentation`` section of a preset.
+        rationales: Output. A rationale for each sample that has one now.
     """
     from srccore.steps.step import run_stage
 

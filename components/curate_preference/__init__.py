@@ -1,1 +1,1 @@
-"""Stage 4: ratings to confidence-weighted preferences."""
+"""Stage 4: turns ratings into confidence-weighted preferences."""

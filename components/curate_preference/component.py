@@ -1,4 +1,4 @@
-"""Stage 4: ratings to confidence-weighted preferences."""
+"""Stage 4: turns ratings into confidence-weighted preferences."""
 
 from typing import List
 
@@ -19,16 +19,16 @@ def curate_preference(
     preferences: Output[Dataset],
     metrics: Output[Metrics],
 ):
-    """Stage 4: confidence-weighted preferences from all shards of a round.
+    """Stage 4: turns the ratings of all shards of a round into confidence-weighted preferences.
 
     Args:
-        data: The split that the candidates answer.
-        candidates: All shards of search-candidates.
-        ratings: All shards of score-candidates.
-        artifact_root: The folder or ``s3://...`` below which outputs are written.
-        config: The section ``curation`` of a preset.
+        data: The split that the candidates respond to.
+        candidates: The outputs of search-candidates for all shards.
+        ratings: The outputs of score-candidates for all shards.
+        artifact_root: The folder or ``s3://...`` under which outputs are written.
+        config: The ``curation`` section of a preset.
         preferences: Output. The round's preferences.
-        metrics: Output. How many there are, and why samples gave none.
+        metrics: Output. The number of preferences, and why samples have none.
     """
     from srccore.steps.step import run_stage
 

@@ -21,20 +21,20 @@ def evaluate(
     device: str = "auto",
     threads: int = 0,
 ):
-    """Answers every sample greedily and judges rationale and answer.
+    """Answers every sample with greedy decoding, and judges the rationales and answers.
 
     Args:
         data: The held-out split, or any data set.
-        policy: A ``policy.json``.
-        artifact_root: The folder or ``s3://...`` below which outputs are written.
-        config: The section ``evaluation`` of a preset.
-        round_number: 0 after stage 1, then the rounds.
-        seed: Of the bootstrap.
-        previous: The evaluation of the policy before, on the same data: gives the change.
+        policy: The policy, a ``policy.json``.
+        artifact_root: The folder or ``s3://...`` under which outputs are written.
+        config: The ``evaluation`` section of a preset.
+        round_number: 0 for the policy after stage 1, then the number of the round.
+        seed: The seed of the bootstrap.
+        previous: The evaluation of the previous policy on the same data, to compute the change.
         device: ``cpu``, ``cuda`` or ``auto``.
-        threads: CPU threads of torch; 0 leaves it alone.
-        evaluation: Output. Responses, judgements and figures.
-        metrics: Output. The figures.
+        threads: CPU threads of torch; 0 for torch's default.
+        evaluation: Output. The responses, judgements and metrics.
+        metrics: Output. The metrics.
     """
     from srccore.steps.step import run_stage
 

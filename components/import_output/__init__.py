@@ -1,1 +1,1 @@
-"""Brings what exists already into a pipeline."""
+"""Brings existing files into a pipeline."""

@@ -1,4 +1,4 @@
-"""Brings what exists already into a pipeline."""
+"""Brings existing files into a pipeline."""
 
 from kfp.dsl import Artifact, Output
 
@@ -9,15 +9,15 @@ __all__ = ["import_output"]
 
 @stage_component("import-output")
 def import_output(uri: str, output: Output[Artifact]):
-    """Refers to a file or folder that is there already.
+    """Refers to an existing file or folder.
 
-    For candidates, labelled pairs, rationales, an R-Scorer, a policy or a data set that an earlier
-    run made, or that you have in the same form. Nothing is copied. Turn Kubeflow's cache off for
-    this task: it takes seconds, and what lies at the URI may have changed.
+    Use it for candidates, labelled pairs, rationales, an R-Scorer, a policy or a data set of an
+    earlier run, or of your own in the same format. Nothing is copied. Turn Kubeflow's cache off for
+    this task: it takes seconds, and the content at the URI may have changed.
 
     Args:
-        uri: The file or folder, ``s3://...`` or a path that every pod mounts.
-        output: Output. A reference; give it to any component of the suite.
+        uri: The file or folder: ``s3://...``, or a path that every pod mounts.
+        output: Output. A reference to it, which any component of the suite accepts.
     """
     from srccore.steps.step import import_output
 

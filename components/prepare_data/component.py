@@ -16,15 +16,15 @@ def prepare_data(
     heldout: Output[Dataset],
     version: str = "",
 ):
-    """Writes the splits train, calibration and held-out of a data set.
+    """Writes the train, calibration and held-out splits of a data set.
 
     Args:
-        artifact_root: The folder or ``s3://...`` below which outputs are written.
-        config: The section ``data`` of a preset.
-        version: Any text. Kubeflow caches by it: change it when the data set changes.
+        artifact_root: The folder or ``s3://...`` under which outputs are written.
+        config: The ``data`` section of a preset.
+        version: Any text. Kubeflow caches by it, so change it when the data set changes.
         train: Output. The split that stage 1 and R-Scorer learn from.
-        calibration: Output. The split from which the rounds draw.
-        heldout: Output. The split that only evaluate may read.
+        calibration: Output. The split that the rounds draw samples from.
+        heldout: Output. The split that only evaluation may read.
     """
     from srccore.steps.step import run_stage
 

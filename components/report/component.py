@@ -28,15 +28,15 @@ def report(
     evaluation: dict,
     page: Output[HTML],
 ):
-    """Writes the report of a run: one HTML page with figures, samples and settings.
+    """Writes the report of a run: one HTML page with metrics, samples and settings.
 
     Args:
-        last_evaluation: The run's last evaluation; the rest of the run is found from there.
+        last_evaluation: The run's last evaluation, from which the rest of the run is found.
         artifact_root: The folder or ``s3://...`` of the run.
-        name: The run's title.
+        name: The title of the run.
         seed: The run's seed.
-        shards: How many shards a round had.
-        data: The section of that name, in the run's configuration.
+        shards: The number of shards of a round.
+        data: The section of that name in the run's configuration.
         model: The section of that name.
         rating_model: The section of that name.
         augmentation: The section of that name.

@@ -23,14 +23,14 @@ def sample_responses(
 
     Args:
         data: The train split.
-        policy: A ``policy.json``, of tune-rationale as a rule.
-        artifact_root: The folder or ``s3://...`` below which outputs are written.
-        config: The section ``search`` of a preset.
-        annotation: The section ``annotation`` of a preset: how many samples and responses.
+        policy: The policy, a ``policy.json``; usually from tune-rationale.
+        artifact_root: The folder or ``s3://...`` under which outputs are written.
+        config: The ``search`` section of a preset.
+        annotation: The ``annotation`` section of a preset: the number of samples and responses.
         seed: The run's seed.
         device: ``cpu``, ``cuda`` or ``auto``.
-        threads: CPU threads of torch; 0 leaves it alone.
-        candidates: Output. The responses of every sample.
+        threads: CPU threads of torch; 0 for torch's default.
+        candidates: Output. The responses to every sample.
     """
     from srccore.steps.step import run_stage
 

@@ -22,14 +22,14 @@ def score_candidates(
     """Stage 3: R-Scorer rates every ordered pair of a sample's candidates.
 
     Args:
-        data: The split that the candidates answer.
-        candidates: From search-candidates.
-        scorer: From train-scorer.
-        artifact_root: The folder or ``s3://...`` below which outputs are written.
-        config: The section ``scoring`` of a preset.
-        rationales: From augment-rationales on the same data.
+        data: The split that the candidates respond to.
+        candidates: The output of search-candidates.
+        scorer: The output of train-scorer.
+        artifact_root: The folder or ``s3://...`` under which outputs are written.
+        config: The ``scoring`` section of a preset.
+        rationales: The output of augment-rationales on the same data.
         device: ``cpu``, ``cuda`` or ``auto``.
-        threads: CPU threads of torch; 0 leaves it alone.
+        threads: CPU threads of torch; 0 for torch's default.
         ratings: Output. A rating for every ordered pair.
     """
     from srccore.steps.step import run_stage

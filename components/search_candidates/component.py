@@ -21,20 +21,20 @@ def search_candidates(
     device: str = "auto",
     threads: int = 0,
 ):
-    """Stage 2: searches candidate responses for a round's samples, or for one shard of them.
+    """Stage 2: searches for candidate responses to a round's samples, or to a shard of them.
 
     Args:
         data: The split that the round's samples are drawn from, or any data set.
-        policy: A ``policy.json``.
-        artifact_root: The folder or ``s3://...`` below which outputs are written.
-        config: The section ``search`` of a preset.
-        round_number: From 1; every round draws other samples.
+        policy: The policy, a ``policy.json``.
+        artifact_root: The folder or ``s3://...`` under which outputs are written.
+        config: The ``search`` section of a preset.
+        round_number: The round, from 1; every round draws different samples.
         seed: The run's seed.
-        shard: Which shard, from 0.
-        shards: How many there are.
+        shard: The index of the shard, from 0.
+        shards: The number of shards.
         device: ``cpu``, ``cuda`` or ``auto``.
-        threads: CPU threads of torch; 0 leaves it alone.
-        candidates: Output. The candidates of every sample of the shard.
+        threads: CPU threads of torch; 0 for torch's default.
+        candidates: Output. The candidates for every sample of the shard.
     """
     from srccore.steps.step import run_stage
 

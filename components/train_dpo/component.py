@@ -29,27 +29,27 @@ def train_dpo(
 ):
     """Stage 5: preference fine-tuning of the round's policy by DPO with an SFT term.
 
-    It trains in this pod, or as a job that this pod creates and watches.
+    It trains in this pod, or in a job that this pod creates and watches.
 
     Args:
-        data: The split that the preferences answer.
-        preferences: From curate-preference.
-        policy: The ``policy.json`` that the round began with.
-        artifact_root: The folder or ``s3://...`` below which outputs are written.
-        config: The section ``dpo`` of a preset.
+        data: The split that the preferences belong to.
+        preferences: The output of curate-preference.
+        policy: The policy that the round started with, a ``policy.json``.
+        artifact_root: The folder or ``s3://...`` under which outputs are written.
+        config: The ``dpo`` section of a preset.
         seed: The run's seed.
-        round_number: Counts from 1; part of the job's name.
-        launcher: ``inprocess`` trains in this pod, ``pytorchjob`` as a job of the Training
-            Operator, ``trainjob`` as one of Trainer v2.
-        job: What the job's pods are, and how long it may take.
-        node_selector: Of the job's pods; where given, instead of the one in ``job``.
-        tolerations: Of the job's pods; where given, instead of those in ``job``.
-        training_memory: Of each of the job's pods; where given, instead of that in ``job``.
-        training_gpus: Of each of the job's pods; where given, instead of those in ``job``.
+        round_number: The round, from 1; part of the job's name.
+        launcher: ``inprocess`` trains in this pod, ``pytorchjob`` in a job of the Training
+            Operator, ``trainjob`` in a job of Trainer v2.
+        job: The pods of the job, and how long it may take.
+        node_selector: The node selector of the job's pods; if set, replaces the one in ``job``.
+        tolerations: The tolerations of the job's pods; if set, replace those in ``job``.
+        training_memory: The memory of each of the job's pods; if set, replaces that in ``job``.
+        training_gpus: The GPUs of each of the job's pods; if set, replace those in ``job``.
         device: ``cpu``, ``cuda`` or ``auto``.
-        threads: CPU threads of torch; 0 leaves it alone.
-        aligned: Output. A ``policy.json`` with one adapter more.
-        metrics: Output. Steps, losses and rewards.
+        threads: CPU threads of torch; 0 for torch's default.
+        aligned: Output. The aligned policy, a ``policy.json`` with one more adapter.
+        metrics: Output. The steps, losses and rewards.
     """
     from srccore.cluster.train import train
 

@@ -26,17 +26,17 @@ def train_scorer(
 
     Args:
         data: The train split.
-        labelled_pairs: From annotate-ratings.
-        artifact_root: The folder or ``s3://...`` below which outputs are written.
-        config: The section ``scorer`` of a preset.
-        annotation: The section ``annotation`` of a preset: the share held back to validate.
-        model: The section ``rating_model`` of a preset: the base checkpoint.
+        labelled_pairs: The output of annotate-ratings.
+        artifact_root: The folder or ``s3://...`` under which outputs are written.
+        config: The ``scorer`` section of a preset.
+        annotation: The ``annotation`` section of a preset: the share held out for validation.
+        model: The ``rating_model`` section of a preset: the base checkpoint.
         seed: The run's seed.
-        rationales: From augment-rationales on the same data.
+        rationales: The output of augment-rationales on the same data.
         device: ``cpu``, ``cuda`` or ``auto``.
-        threads: CPU threads of torch; 0 leaves it alone.
+        threads: CPU threads of torch; 0 for torch's default.
         scorer: Output. R-Scorer, for score-candidates.
-        metrics: Output. Losses, and agreement with the teacher on the samples held back.
+        metrics: Output. The losses, and the agreement with the teacher on the held-out samples.
     """
     from srccore.steps.step import run_stage
 

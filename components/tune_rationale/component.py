@@ -24,16 +24,16 @@ def tune_rationale(
 
     Args:
         data: The train split.
-        artifact_root: The folder or ``s3://...`` below which outputs are written.
-        config: The section ``rationale`` of a preset.
-        model: The section ``model`` of a preset: the base checkpoint.
+        artifact_root: The folder or ``s3://...`` under which outputs are written.
+        config: The ``rationale`` section of a preset.
+        model: The ``model`` section of a preset: the base checkpoint.
         seed: The run's seed.
-        rationales: From augment-rationales on the same data; without it, samples that have no
-            rationale of their own are left out.
+        rationales: The output of augment-rationales on the same data. Without it, samples that
+            have no rationale of their own are left out.
         device: ``cpu``, ``cuda`` or ``auto``.
-        threads: CPU threads of torch; 0 leaves it alone.
-        policy: Output. A ``policy.json``: the base model and the adapter that was trained.
-        metrics: Output. Steps and losses.
+        threads: CPU threads of torch; 0 for torch's default.
+        policy: Output. The policy, a ``policy.json``: the base model and the trained adapter.
+        metrics: Output. The steps and losses.
     """
     from srccore.steps.step import run_stage
 

@@ -188,10 +188,10 @@ def test_components_go_without_their_texts_since_a_run_s_record_is_small(llava: 
     ("rounds", "shards", "told"),
     [
         (3, 16, None),
-        (3, 30, "Take 20 shards"),
+        (3, 30, "Use 20 shards"),
         (1, 60, None),
-        (8, 8, "Take 3 shards"),
-        (12, 1, "Take fewer rounds"),
+        (8, 8, "Use 3 shards"),
+        (12, 1, "Use fewer rounds"),
     ],
 )
 def test_a_run_that_its_record_may_not_hold_is_warned_of(
