@@ -186,9 +186,8 @@ def load_profile(path: Path | None, config: RunConfig, **changes: Any) -> Profil
     try:
         profile = Profile.model_validate(values)
     except ValidationError as error:
-        wrong = explain(source, error)
-        name = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise UserError(wrong.what, f"Fix {name} in the profile or on the command line.") from None
+        advice = "Fix {name} in the profile or on the command line."
+        raise explain(f"profile ({path})" if path else "profile", error, advice) from None
     if launcher := LAUNCHERS.get(profile.launcher):
         launcher.check(source, {**dict(profile), **dict(profile.training_job)})
     return profile

@@ -1,7 +1,8 @@
-"""What a run is made of: one frozen model per stage, presets, overrides by dotted name.
+"""The configuration of a run: one frozen model per stage, presets, overrides by dotted name.
 
-A preset is a YAML file of these models' fields. Unknown names and ill-typed values are refused
-with the names that exist; nothing has a silent default that the paper or the preset should give.
+A preset is a YAML file of these models' fields. Unknown names are refused, with the names that
+exist, and so are invalid values; nothing that the paper or the preset should give has a silent
+default.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from srccore.errors import UserError
 
@@ -44,19 +46,22 @@ __all__ = [
 
 TeacherName = Literal["facts", "endpoint"]
 MAX_CANDIDATES = 8
-"""Most candidates of one sample: all ordered pairs are rated, 56 of them (reconstruction)."""
+"""The most candidates of one sample: all ordered pairs are rated, 56 of them (reconstruction)."""
 OPERATIONAL = object()
-"""Marks a field that says how the work is done and not what comes out of it: see `identity`."""
+"""Marks a field that says how the work is done and does not change what comes out: see
+`identity`."""
 
 
 class Section(BaseModel):
     """Base of all configuration: frozen, no unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 def identity(section: BaseModel) -> dict[str, Any]:
-    """What makes a configuration another one: all but the `OPERATIONAL` fields.
+    """Returns what identifies a configuration: all but the `OPERATIONAL` fields.
 
     Args:
         section: A configuration or a section of one.
@@ -78,7 +83,7 @@ def identity(section: BaseModel) -> dict[str, Any]:
 class DataConfig(Section):
     """Where the samples come from, and how many of each split are used.
 
-    Either ``source: embedded`` (made from a seed), or a data set that is split here by a stable
+    Either ``source: embedded`` (generated from a seed), or a data set that is split by a stable
     hash of the sample ids.
     """
 
@@ -90,7 +95,7 @@ class DataConfig(Section):
     calibration: int = Field(default=900, ge=4)
     """Samples from which the rounds draw."""
     heldout: int = Field(default=600, ge=4)
-    """Samples that `evaluate` alone reads."""
+    """Samples that only `evaluate` reads."""
 
 
 class TextModelConfig(Section):
@@ -106,7 +111,7 @@ class ModelConfig(TextModelConfig):
     """A vision-language checkpoint."""
 
     chat_template: str | None = None
-    """A template of `srccore/presets/templates`, where the checkpoint's own trains no EOS."""
+    """A template of `srccore/presets/templates`, for a checkpoint whose own has no EOS."""
 
 
 class LoraSettings(Section):
@@ -118,7 +123,7 @@ class LoraSettings(Section):
     target_modules: str = (
         r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     )
-    """A pattern on the language model: ``all-linear`` would hit the vision tower too."""
+    """A pattern on the language model: ``all-linear`` would match the vision tower too."""
 
 
 class OptimizerSettings(Section):
@@ -127,7 +132,7 @@ class OptimizerSettings(Section):
     learning_rate: float = Field(gt=0)
     epochs: float = Field(default=1.0, gt=0)
     batch_size: int = Field(default=8, ge=1)
-    """Samples of one forward pass, where one process trains."""
+    """Samples of one forward pass, when one process trains."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Forward passes of one optimiser step. Several processes share the step's samples."""
     warmup_ratio: float = Field(default=0.05, ge=0, le=1)
@@ -135,7 +140,7 @@ class OptimizerSettings(Section):
     report_to: Annotated[str, OPERATIONAL] = "none"
     """Passed on to TRL: ``tensorboard``, ``wandb``, ..."""
     checkpoint_steps: Annotated[int, OPERATIONAL] = Field(default=100, ge=0)
-    """Optimiser steps between two states from which an interrupted training goes on; 0 keeps
+    """Optimiser steps between two checkpoints, from which an interrupted training resumes; 0 keeps
     none."""
 
 
@@ -191,7 +196,7 @@ class ScorerConfig(OptimizerSettings):
 
 
 class SearchConfig(Section):
-    """`search-candidates`: sentence-level beam search (reconstruction; see method.md)."""
+    """`search-candidates`: sentence-level beam search (reconstruction; see docs/method.md)."""
 
     strategy: Literal["beam", "sample"] = "beam"
     """``sample`` draws whole responses: the baseline."""
@@ -203,7 +208,7 @@ class SearchConfig(Section):
     candidates: int = Field(default=5, ge=2, le=MAX_CANDIDATES)
     temperature: float = Field(default=0.8, gt=0)
     similarity: float = Field(default=0.9, gt=0, le=1)
-    """Siblings whose word sets have this Jaccard index or more count as one."""
+    """Siblings whose word sets have at least this Jaccard index are merged."""
     max_sentences: int = Field(default=10, ge=1)
     max_sentence_tokens: int = Field(default=96, ge=1)
     batch_size: int = Field(default=16, ge=1)
@@ -252,24 +257,24 @@ class EvaluationConfig(Section):
     resamples: int = Field(default=1000, ge=100)
     """Bootstrap resamples of an interval."""
     judge: Literal["none", "endpoint"] = "none"
-    """Who judges rationales where the data have no facts; facts are always checked by program."""
+    """Who judges rationales if the data have no facts; facts are always checked by program."""
     endpoint: EndpointConfig = EndpointConfig()
 
 
 class RunConfig(Section):
-    """A whole run: what `srccore run` reads from a preset."""
+    """A whole run, as `srccore run` reads it from a preset."""
 
     name: str
     seed: int = 0
     rounds: Annotated[int, OPERATIONAL] = Field(default=3, ge=1)
     shards: int = Field(default=1, ge=1)
-    """Parts of a round's samples that are searched and scored apart."""
+    """Parts of a round's samples that are searched and scored separately."""
     threads: Annotated[int | None, OPERATIONAL] = Field(default=None, ge=1)
-    """CPU threads of torch; None leaves it alone."""
+    """CPU threads of torch; None keeps torch's default."""
     device: Annotated[Literal["auto", "cpu", "cuda"], OPERATIONAL] = "auto"
     on_regression: Literal["continue", "keep_previous"] = "continue"
-    """What follows where a round's aligned accuracy on the calibration split falls by more than
-    its interval (its accuracy, where the data have no facts)."""
+    """What to do when a round lowers the aligned accuracy on the calibration split by more than its
+    interval (the accuracy, if the data have no facts)."""
     data: DataConfig = DataConfig()
     model: ModelConfig
     rating_model: TextModelConfig
@@ -285,7 +290,7 @@ class RunConfig(Section):
 
 
 def preset_names() -> list[str]:
-    """Names of the presets that the package carries."""
+    """Returns the names of the presets in the package."""
     folder = resources.files("srccore") / "presets"
     return sorted(
         Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml")
@@ -293,7 +298,7 @@ def preset_names() -> list[str]:
 
 
 def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Loads a preset and lays overrides over it.
+    """Loads a preset and applies overrides.
 
     Args:
         preset: A name of `preset_names`, or the path of a YAML file.
@@ -303,36 +308,39 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
         The configuration.
 
     Raises:
-        UserError: No such preset, or an unknown or ill-typed name.
+        UserError: The preset does not exist or cannot be read, a name is unknown, or a value is
+            invalid.
     """
+    start = "Start from a copy of a shipped preset."
     try:
         values = yaml.safe_load(_preset_text(preset))
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"The preset {preset} is not YAML: {' '.join(str(error).split())}.",
-            "Start from a shipped one.",
-        ) from None
+    except OSError as error:
+        raise UserError(f"Cannot read the preset {preset}: {error.strerror}.", start) from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"The preset {preset} is not YAML in UTF-8: {reason}.", start) from None
     if not isinstance(values, dict):
-        raise UserError(f"The preset {preset} is not a YAML mapping.", "Start from a shipped one.")
+        raise UserError(f"The preset {preset} is not a YAML mapping.", start)
     apply_overrides(values, overrides)
-    return validate_config(values, f"The configuration {preset}")
+    return validate_config(values, f"configuration ({preset})")
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Lays overrides over a configuration's values, in place.
+    """Applies overrides to a configuration's values, in place.
 
     Args:
         values: As a preset's YAML gives them.
         overrides: ``dotted.name=value`` each, the value in YAML.
 
     Raises:
-        UserError: An override is not of that form, or there is no such name.
+        UserError: An override does not have that form, or its name does not exist.
     """
     for override in overrides:
         name, found, text = override.partition("=")
         if not found or not name:
             raise UserError(
-                f"--set {override} is not of the form name=value.", "Write --set search.width=6."
+                f"--set {override} does not have the form NAME=VALUE.",
+                "Write --set search.width=6.",
             )
         try:
             value = yaml.safe_load(text)
@@ -346,13 +354,13 @@ def validate_config(values: Mapping[str, Any], source: str) -> RunConfig:
 
     Args:
         values: As a preset's YAML gives them.
-        source: What they are, to begin an error with: ``The configuration tiny``.
+        source: What they are, for an error: ``configuration (tiny)``.
 
     Returns:
-        The configuration; folders that exist here are absolute.
+        The configuration; folders that exist on this machine are absolute.
 
     Raises:
-        UserError: A name is unknown or missing, or a value ill-typed.
+        UserError: A name is unknown or missing, or a value is invalid.
     """
     try:
         return _with_absolute_folders(RunConfig.model_validate(values))
@@ -361,7 +369,7 @@ def validate_config(values: Mapping[str, Any], source: str) -> RunConfig:
 
 
 def _with_absolute_folders(config: RunConfig) -> RunConfig:
-    """A run goes on from any working directory."""
+    """Lets a run be resumed from any working directory."""
     update: dict[str, BaseModel] = {}
     for section, name in (("data", "source"), ("model", "path"), ("rating_model", "path")):
         values: BaseModel = getattr(config, section)
@@ -381,7 +389,7 @@ def _preset_text(preset: str) -> str:
         return path.read_text(encoding="utf-8")
     raise UserError(
         f"There is no preset {preset!r}.",
-        f"Presets are {', '.join(preset_names())}; the path of a YAML file will do too.",
+        f"Choose one of {', '.join(preset_names())}, or pass the path of a YAML file.",
     )
 
 
@@ -395,7 +403,7 @@ def _override(values: dict[str, Any], path: list[str], value: Any) -> None:
             values[name] = value
         elif inner is None:
             raise UserError(
-                f"--set {'.'.join(path)}: {'.'.join(path[: depth + 1])} holds no further names.",
+                f"--set {'.'.join(path)}: {'.'.join(path[: depth + 1])} is not a section.",
                 f"Write --set {'.'.join(path[: depth + 1])}=VALUE.",
             )
         else:
@@ -416,25 +424,70 @@ def _unknown(whole: str, above: list[str], name: str, model: type[BaseModel]) ->
     names = sorted(model.model_fields)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {'.'.join([*above, close[0]])}?" if close else ""
-    where = f"{'.'.join(above)} has" if above else "There are"
-    return UserError(f"--set {whole}: no such name.{hint}", f"{where} {', '.join(names)}.")
+    where = f"{'.'.join(above)} has" if above else "The sections and settings are"
+    return UserError(f"--set {whole} does not exist.{hint}", f"{where} {', '.join(names)}.")
 
 
-def explain(source: str, error: ValidationError) -> UserError:
-    """Says what a configuration's first error is, and how many more there are.
+SHOWN_ERRORS = 5
+_NUMBER = {
+    "greater_than": "greater than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "finite_number": "finite",
+}
+_TYPES = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "dict": "a mapping",
+    "model": "a mapping",
+    "list": "a list",
+    "tuple": "a list",
+}
+
+
+def explain(
+    source: str,
+    error: ValidationError,
+    advice: str = "Fix it in the preset or pass --set {name}=VALUE.",
+) -> UserError:
+    """Turns what pydantic found into one paragraph, with up to five of the errors.
 
     Args:
-        source: What was read, to begin with: ``The configuration tiny``.
+        source: What was read: ``configuration (tiny)``.
         error: What pydantic found.
+        advice: How to fix it; ``{name}`` is the first wrong field.
 
     Returns:
         The error to raise.
     """
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
-    rest = error.error_count() - 1
-    more = f" ({rest} more)" if rest else ""
-    return UserError(
-        f"{source} does not hold: {name}: {first['msg']}, but it is {first['input']!r}{more}.",
-        f"Mend {name} in the preset or with --set {name}=VALUE.",
-    )
+    found = error.errors()
+    told = [_problem(each) for each in found[:SHOWN_ERRORS]]
+    if rest := len(found) - len(told):
+        told.append(f"and {rest} more")
+    name = ".".join(str(part) for part in found[0]["loc"]) or "NAME"
+    return UserError(f"Invalid {source}: {'; '.join(told)}.", advice.format(name=name))
+
+
+def _problem(error: ErrorDetails) -> str:
+    name = ".".join(str(part) for part in error["loc"]) or "the whole"
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "missing":
+        return f"{name} is required"
+    if kind == "extra_forbidden":
+        return f"{name} does not exist"
+    if kind == "value_error":
+        return f"{name}: {context['error']}"
+    if kind in _NUMBER:
+        wanted = _NUMBER[kind].format(**context)
+    elif kind == "literal_error":
+        wanted = context["expected"]
+    else:
+        wanted = _TYPES.get(kind.partition("_")[0], "")
+    value = error["input"]
+    got = "" if isinstance(value, Mapping) else f", got {str(value)[:60]!r}"
+    if isinstance(value, int | float | None) and not isinstance(value, bool):
+        got = f", got {value}"
+    return f"{name} must be {wanted}{got}" if wanted else f"{name}: {error['msg']}{got}"

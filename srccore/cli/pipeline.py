@@ -47,6 +47,8 @@ def compile_command(
     import srccore
     from srccore.config import load_config
     from srccore.containers.names import Images, read_digests
+    from srccore.files import writable
+    from srccore.kubeflow.package import read_package
     from srccore.pipelines.compiling import compile_pipeline, size_warning
     from srccore.pipelines.profile import load_profile
 
@@ -58,16 +60,16 @@ def compile_command(
     )
     fixed = load_profile(profile, config, rounds=rounds, shards=shards)
     text = compile_pipeline(config, fixed, images)
-    try:
+    with writable(out, "-o"):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror}).", "Choose another file with -o."
-        ) from None
     typer.echo(out)
     if (warning := size_warning(fixed)) is not None:
         typer.echo(warning, err=True)
+    try:
+        read_package(out).check_settings({})
+    except UserError as error:
+        typer.echo(f"Warning: to be set here or at submission: {error}", err=True)
 
 
 def pipeline_local_command(
@@ -101,6 +103,7 @@ def pipeline_local_command(
     package = read_package(pipeline or COMPILED / f"{preset}.yaml")
     package.refuse_jobs()
     arguments = package.arguments(str(out.resolve() / "artifacts"), overrides, parameters)
+    package.check_settings(arguments)
 
     def say(line: str) -> None:
         typer.echo(line, err=True)

@@ -43,11 +43,13 @@ def _command(stage: Stage) -> Callable[..., None]:
         from srccore.config import load_config
         from srccore.run.console import ConsoleObserver, quiet_libraries
         from srccore.run.loop import set_threads
+        from srccore.stages.checks import check_settings
         from srccore.stages.machine import Machine
 
         quiet_libraries()
         config = load_config(preset, overrides)
         set_threads(config.threads)
+        check_settings([stage.name], dict(config))
         given |= {name: getattr(config, section) for name, section in stage.sections.items()}
         if "seed" in stage.settings:
             given["seed"] = config.seed

@@ -137,7 +137,7 @@ class StageTask(Section):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise explain("The task", error) from None
+            raise explain("task", error, "Start the pod as srccore starts it.") from None
 
 
 def _each(given: Given, do: Callable[[str], str]) -> str | list[str] | None:

@@ -139,7 +139,7 @@ def _settings(
     try:
         settings = JobSettings.model_validate(values)
     except ValidationError as error:
-        raise explain("The parameter job of train-dpo", error) from None
+        raise explain("job of train-dpo", error, "Fix {name} in the parameter job.") from None
     launcher.check("The parameter job of train-dpo", dict(settings))
     return settings
 
@@ -178,7 +178,9 @@ def _train_as_job(
             owner=owner,
         )
     except ValidationError as error:
-        raise explain(f"The step {task.stage}", error) from None
+        raise explain(
+            f"job of {task.stage}", error, "Fix the profile or the artifact root."
+        ) from None
     _save_spec(request.to_object(launcher, 1), uri)
     found: list[Finished] = []
 

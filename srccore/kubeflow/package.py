@@ -23,19 +23,13 @@ import srccore
 from srccore.config import RunConfig, apply_overrides, validate_config
 from srccore.containers.names import CACHE
 from srccore.errors import UserError
+from srccore.stages.checks import check_settings
+from srccore.stages.table import STAGES
 
 __all__ = ["Package", "Parameter", "read_package", "shared_root"]
 
 ARTIFACT_ROOT = "artifact_root"
 COMPILE = "Compile it with srccore compile."
-TEACHERS = {
-    "augmentation": (
-        "augment-rationales",
-        "augment: false in the profile, if the data set has rationales",
-    ),
-    "annotation": ("annotate-ratings", "another scorer in the profile"),
-}
-"""The sections that choose a teacher: the stage that asks it, and how to do without it."""
 _MADE_BY = re.compile(r"srccore ([^\s,]+)(?:,|\s|$)")
 
 
@@ -124,19 +118,7 @@ class Package:
             UserError: One of them is on a local disk, outside the pods' cache, or a stage would ask
                 a teacher that has no address.
         """
-        for section, (stage, otherwise) in TEACHERS.items():
-            if f"comp-{stage}" not in self.pipeline.get("components", {}):
-                continue
-            chosen = arguments.get(section) or self.parameters[section].default
-            endpoint = chosen.get("endpoint", {})
-            if chosen["teacher"] == "endpoint" and not (
-                endpoint.get("url") and endpoint.get("model")
-            ):
-                raise UserError(
-                    f"{stage} asks a teacher, but {section}.endpoint does not say which.",
-                    f"Pass --set {section}.endpoint.url=https://HOST/v1 and "
-                    f"--set {section}.endpoint.model=NAME, or compile with {otherwise}.",
-                )
+        self.check_settings(arguments)
         for section, field in (("data", "source"), ("model", "path"), ("rating_model", "path")):
             if section not in self.parameters:
                 continue
@@ -146,6 +128,23 @@ class Package:
                     f"{section}.{field} is {given}, which pods cannot reach.",
                     f"Copy it to a bucket, and pass --set {section}.{field}=s3://BUCKET/KEY.",
                 )
+
+    def check_settings(self, arguments: Mapping[str, Any]) -> None:
+        """Refuses what the settings already rule out: a teacher without an address.
+
+        Args:
+            arguments: As `arguments` returns them; without any, the defaults are checked.
+
+        Raises:
+            UserError: A stage of the pipeline would ask an endpoint that is not set.
+        """
+        stages = [name for name in STAGES if f"comp-{name}" in self.pipeline.get("components", {})]
+        sections = {}
+        for name in (STAGES[stage].teacher for stage in stages if STAGES[stage].teacher):
+            section: Any = RunConfig.model_fields[name].annotation
+            values = arguments.get(name) or self.parameters[name].default
+            sections[name] = section.model_validate(values)
+        check_settings(stages, sections)
 
     def refuse_jobs(self) -> None:
         """Refuses a pipeline that trains as a job, for use without a cluster.
@@ -188,7 +187,7 @@ class Package:
         """The values as a run would read them, validated."""
         # The name is not a setting, and a parameter cannot be None: no threads are written as 0.
         whole = {**values, "name": self.name, "threads": values.get("threads") or None}
-        validate_config(whole, f"The configuration of {self.path}")
+        validate_config(whole, f"configuration ({self.path})")
         # Not what `validate_config` returns, since it resolves folders of this machine. None is
         # left out: it is the default of every such field, and Kubeflow's dicts cannot have it.
         checked = RunConfig.model_validate(whole).model_dump(mode="json", exclude_none=True)

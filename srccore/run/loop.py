@@ -18,9 +18,10 @@ from typing import Protocol
 
 from srccore.config import RunConfig, identity
 from srccore.errors import UserError
-from srccore.files import write_json
+from srccore.files import MANIFEST, write_json
 from srccore.models.policy import resolve_model_path
 from srccore.stages.candidates import sample_responses, score_candidates, search_candidates
+from srccore.stages.checks import check_run
 from srccore.stages.data import prepare_data
 from srccore.stages.evaluation import evaluate
 from srccore.stages.machine import Figures, Machine, Progress
@@ -63,6 +64,8 @@ def run(config: RunConfig, out: Path, observer: Observer) -> list[Figures]:
     """
     for model in (config.model, config.rating_model):
         resolve_model_path(model.path)
+    if not (out / "data" / MANIFEST).exists():
+        check_run(config)
     # Whoever asks for fewer rounds than are done loses none.
     config = config.model_copy(update={"rounds": max([config.rounds, *_finished_rounds(out)])})
     _open_run(config, out)

@@ -14,6 +14,7 @@ from srccore.errors import UserError
 from srccore.method import response
 from srccore.models.engines import choose_device
 from srccore.stages import inputs as identify
+from srccore.stages.checks import check_facts
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
 from srccore.stages.machine import Figures, Machine
@@ -44,6 +45,7 @@ def augment_rationales(
     if folder.figures is not None:
         return folder.figures
     opened = dataset.open_data(data)
+    check_facts("augment-rationales", config, opened.samples, data)
     given = [
         Rationale(sample_id=sample.id, rationale=sample.rationale)
         for sample in opened.samples

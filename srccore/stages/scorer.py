@@ -13,6 +13,7 @@ from srccore.hashing import stable_hash
 from srccore.method import scoring
 from srccore.models.engines import choose_device, rating_engine
 from srccore.stages import inputs as identify
+from srccore.stages.checks import check_facts
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
 from srccore.stages.machine import Figures, Machine
@@ -59,6 +60,7 @@ def annotate_ratings(
         return folder.figures
     sets = list(read_records(candidates / "candidates.jsonl", CandidateSet))
     samples = judged_samples(data, rationales, [record.sample_id for record in sets])
+    check_facts("annotate-ratings", config, list(samples.values()), data)
     pairs = [
         (samples[record.sample_id], first, second)
         for record in sets

@@ -54,7 +54,7 @@ class Stage:
         outputs: What its component passes on, beside metrics.
         trains: Whether several processes can run it together, and resume from its checkpoints.
         teacher: The section that may choose an endpoint for it to ask.
-        without_teacher: How a pipeline does without that endpoint.
+        without_teacher: How to do without that endpoint.
     """
 
     name: str
@@ -116,7 +116,7 @@ _TABLE = (
         inputs=(_data("train"),),
         outputs=("rationales",),
         teacher="augmentation",
-        without_teacher="augment: false in the profile, if every sample has a rationale",
+        without_teacher="augmentation.teacher=facts, or augment: false in a pipeline's profile",
     ),
     Stage(
         "tune-rationale",
@@ -150,7 +150,7 @@ _TABLE = (
         settings=("seed",),
         outputs=("labelled_pairs",),
         teacher="annotation",
-        without_teacher="another scorer in the profile",
+        without_teacher="annotation.teacher=facts, or another scorer in a pipeline's profile",
     ),
     Stage(
         "train-scorer",
@@ -226,7 +226,7 @@ _TABLE = (
         settings=("seed", "round_number"),
         outputs=("evaluation",),
         teacher="evaluation",
-        without_teacher="evaluation.judge: none",
+        without_teacher="evaluation.judge=none",
     ),
     Stage(
         "report",

@@ -36,6 +36,7 @@ from srccore.files import MANIFEST, write_json
 from srccore.hashing import hash_text
 from srccore.models.policy import POLICY_FILE, Policy, parse_policy, policy_document, write_policy
 from srccore.stages import inputs as identify
+from srccore.stages.checks import check_settings
 from srccore.stages.machine import Figures, Machine, Progress
 from srccore.stages.table import STAGES, Stage
 from srccore.training.ranks import Processes, is_launched, joined
@@ -209,7 +210,7 @@ def locate_stage(
         The folder's path or URI.
 
     Raises:
-        UserError: An input is missing, or a setting does not hold.
+        UserError: An input is missing, or a setting is invalid.
     """
     return _work(stage, artifact_root, inputs, settings, "auto").uri
 
@@ -343,6 +344,8 @@ def _work(
     entry = STAGES[stage]
     hints = get_type_hints(entry.function())
     arguments = {name: _typed(stage, name, settings[name], hints[name]) for name in settings}
+    sections = {section: arguments[name] for name, section in entry.sections.items()}
+    check_settings([stage], sections)
     given = {
         name: [_read_input(name, Path(path), root) for path in _as_list(value)]
         for name, value in inputs.items()
@@ -525,7 +528,8 @@ def _typed(stage: str, name: str, value: object, hint: Any) -> Any:
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
-        raise explain(f"The setting {name} of {stage}", error) from None
+        source, advice = f"setting {name} of {stage}", "Fix the argument of the component."
+        raise explain(source, error, advice) from None
 
 
 def normalise_root(artifact_root: str) -> str:

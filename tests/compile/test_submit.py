@@ -249,7 +249,7 @@ def test_an_upload_that_fails_is_told_and_nothing_is_started(
         (["--set", "on_regression=continue"], "is fixed"),
         (["--set", "search.widht=6"], "Did you mean search.width"),
         (["--set", "search.width=wide"], "search.width"),
-        (["--set", "search.width"], "name=value"),
+        (["--set", "search.width"], "NAME=VALUE"),
         (["--set", "device=tpu"], "device"),
         (["--param", "scorer_ury=x"], "It has scorer_uri"),
         (["--param", "seed=1"], "Pass it with --set"),
@@ -642,16 +642,18 @@ def test_a_pipeline_that_trains_as_a_job_is_not_run_without_a_cluster(tmp_path: 
     [
         (
             [],
-            "augment-rationales asks a teacher, but augmentation.endpoint does not say which. "
+            "augment-rationales would ask an endpoint (augmentation.teacher), but "
+            "augmentation.endpoint.url and augmentation.endpoint.model are not set. "
             "Pass --set augmentation.endpoint.url=",
         ),
         (
             ["augmentation.endpoint.url=https://teacher/v1", "augmentation.endpoint.model=m"],
-            "annotate-ratings asks a teacher, but annotation.endpoint does not say which.",
+            "annotate-ratings would ask an endpoint (annotation.teacher), but "
+            "annotation.endpoint.url and annotation.endpoint.model are not set.",
         ),
         (
             ["augmentation.teacher=facts", "annotation.endpoint.url=https://teacher/v1"],
-            "annotation.endpoint does not say which.",
+            "annotation.endpoint.model is not set.",
         ),
     ],
 )

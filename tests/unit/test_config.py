@@ -45,10 +45,17 @@ def test_a_bare_off_closes_no_gate() -> None:
     [
         ("search.widht=6", "Did you mean search.width"),
         ("serach.width=6", "Did you mean search"),
-        ("search.width=wide", "search.width"),
-        ("search.width=0", "search.width"),
-        ("seed.x=1", "seed holds no further names"),
-        ("search.width", "name=value"),
+        ("search.width=wide", "search.width must be an integer, got 'wide'"),
+        ("search.width=0", "search.width must be at least 1, got 0"),
+        ("search.temperature=0", "search.temperature must be greater than 0, got 0"),
+        ("dpo.learning_rate=inf", "dpo.learning_rate must be finite, got 'inf'"),
+        ("dpo.learning_rate=.inf", "dpo.learning_rate must be finite, got inf"),
+        ("curation.min_margin=.nan", "curation.min_margin must be finite, got nan"),
+        ("device=tpu", "device must be 'auto', 'cpu' or 'cuda', got 'tpu'"),
+        ("search=3", "search must be a mapping, got 3"),
+        ("data={trian: 3}", "data.trian does not exist"),
+        ("seed.x=1", "seed is not a section"),
+        ("search.width", "NAME=VALUE"),
         ("search.diverse=9", "diverse must not be larger than width"),
         ("search.width=[", "not YAML"),
     ],
@@ -56,6 +63,23 @@ def test_a_bare_off_closes_no_gate() -> None:
 def test_a_bad_override_is_told_with_its_mend(override: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         load_config("tiny", [override])
+
+
+def test_up_to_five_errors_are_told_at_once() -> None:
+    bad = [f"search.{name}=x" for name in ("samples", "width", "branch", "diverse", "candidates")]
+    with pytest.raises(UserError) as caught:
+        load_config("tiny", [*bad, "dpo.beta=-1", "dpo.sft_weight=-1"])
+    told = str(caught.value)
+    assert told.startswith("Invalid configuration (tiny): search.samples must be an integer, got")
+    assert "search.candidates must be an integer, got 'x'; and 2 more. " in told
+    assert told.endswith("Fix it in the preset or pass --set search.samples=VALUE.")
+
+
+def test_a_preset_in_another_encoding_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes("name: é\n".encode("latin-1"))
+    with pytest.raises(UserError, match="is not YAML in UTF-8"):
+        load_config(str(path))
 
 
 def test_an_unknown_preset_is_told_with_those_that_exist() -> None:

@@ -310,12 +310,12 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "an ill-typed setting",
         lambda folder: prepare(str(folder), train="many"),
-        "The setting config of prepare-data does not hold: train",
+        "Invalid setting config of prepare-data: train must be an integer",
     ),
     (
         "an unknown setting",
         lambda folder: prepare(str(folder), trian=3),
-        "does not hold: trian: Extra inputs are not permitted",
+        "trian does not exist",
     ),
     (
         "a missing input",

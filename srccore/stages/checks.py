@@ -1,0 +1,97 @@
+"""What can be refused before any work starts, with the same rule and words wherever it is checked.
+
+`srccore run`, `srccore submit` and every step check settings here before they do anything;
+`srccore compile` reports the same as a warning, since a setting can still be given at submission.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from srccore import storage
+from srccore.config import EndpointConfig, RunConfig
+from srccore.data import dataset
+from srccore.data.records import Sample
+from srccore.errors import UserError
+from srccore.stages.table import STAGES
+
+__all__ = ["check_facts", "check_run", "check_settings"]
+
+_CHOICES = ("teacher", "judge")
+
+
+def check_run(config: RunConfig) -> None:
+    """Refuses a run that its configuration or the columns of its data rule out.
+
+    Raises:
+        UserError: An endpoint is incomplete, or a teacher has nothing to go by.
+    """
+    check_settings(STAGES, dict(config))
+    if config.data.source != "embedded":
+        opened = dataset.open_data(storage.fetch(config.data.source))
+        for stage, section in (
+            ("augment-rationales", config.augmentation),
+            ("annotate-ratings", config.annotation),
+        ):
+            check_facts(stage, section, opened.samples, config.data.source)
+
+
+def check_settings(stages: Iterable[str], sections: Mapping[str, Any]) -> None:
+    """Refuses stages that would ask an endpoint whose address or model is not set.
+
+    Args:
+        stages: Names of the stages that are to run.
+        sections: Sections of the configuration by name; those of other stages are ignored.
+
+    Raises:
+        UserError: An endpoint is incomplete.
+    """
+    for name in stages:
+        stage = STAGES[name]
+        section = sections.get(stage.teacher)
+        if section is None:
+            continue
+        choice = next(each for each in _CHOICES if hasattr(section, each))
+        endpoint: EndpointConfig = section.endpoint
+        where = f"{stage.teacher}.endpoint"
+        missing = [each for each in ("url", "model") if not getattr(endpoint, each)]
+        if getattr(section, choice) == "endpoint" and missing:
+            raise UserError(
+                f"{name} would ask an endpoint ({stage.teacher}.{choice}), but "
+                f"{' and '.join(f'{where}.{each}' for each in missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} not set.",
+                f"Pass --set {where}.url=https://HOST/v1 and --set {where}.model=NAME, or do "
+                f"without it: {stage.without_teacher}.",
+            )
+        if getattr(section, choice) == "endpoint" and not str(endpoint.url).startswith(
+            ("http://", "https://")
+        ):
+            raise UserError(
+                f"{where}.url must start with http:// or https://, got {endpoint.url!r}.",
+                f"Pass --set {where}.url=https://HOST/v1.",
+            )
+
+
+def check_facts(stage: str, section: Any, samples: Sequence[Sample], data: object) -> None:
+    """Refuses the teacher ``facts`` where no sample has what it needs.
+
+    Args:
+        stage: The stage that would ask the teacher.
+        section: Its section of the configuration.
+        samples: The samples of its data set.
+        data: The data set, for the error.
+
+    Raises:
+        UserError: No sample has facts, and for augment-rationales no rationale either.
+    """
+    if section.teacher != "facts" or any(sample.facts for sample in samples):
+        return
+    name = STAGES[stage].teacher
+    if stage == "augment-rationales" and any(sample.rationale for sample in samples):
+        return
+    raise UserError(
+        f"{name}.teacher is facts, but no sample of {data} has facts.",
+        f"Add the column facts, or let an endpoint do it: --set {name}.teacher=endpoint "
+        f"--set {name}.endpoint.url=https://HOST/v1 --set {name}.endpoint.model=NAME.",
+    )
