@@ -1,7 +1,7 @@
-"""A test cluster to look around in: ``python -m tests.cluster up|down|status [--size api|node]``.
+"""A test cluster for exploring: ``python -m tests.cluster up|down|status [--size api|node]``.
 
-It stays up until it is taken down. Tests use it instead of one of their own where
-SRCCORE_TEST_KUBECONFIG names its kubeconfig.
+It stays up until it is taken down. Tests use it instead of their own cluster if
+SRCCORE_TEST_KUBECONFIG is set to its kubeconfig.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def up(cluster: Cluster) -> None:
 def status(cluster: Cluster) -> None:
     programs = cluster.programs()
     if not programs:
-        print(f"Nothing is up in {cluster.folder}.")
+        print(f"No cluster is up in {cluster.folder}.")
         return
     for name, runs in programs.items():
         print(f"{'runs ' if runs else 'ended'} {name}")

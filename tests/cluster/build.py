@@ -1,11 +1,11 @@
 """Builds the server programs of the tests: ``python -m tests.cluster.build [PROGRAM ...]``.
 
-Every folder under tools/ is a group: a Go module that pins one or more programs with all they are
-built from. Groups are apart because the programs want different versions of the same libraries.
-A group's only program has the group's name; several have their packages' names. They go to
-cache/built/<group>-<hash>, where the hash is of the group's files and of the Go that builds, so
-that a change of a group builds that group anew and nothing else. Another version of a program:
-``go get PACKAGE@VERSION`` and ``go mod tidy`` in its group's folder.
+Every folder under tools/ is a group: a Go module that pins one or more programs with all of their
+dependencies. The groups are separate because the programs need different versions of the same
+libraries. The only program of a group has the group's name; several have their packages' names.
+They are written to cache/built/<group>-<hash>, where the hash covers the group's files and the Go
+version, so that a change of one group rebuilds that group only. To change the version of a
+program, run ``go get PACKAGE@VERSION`` and ``go mod tidy`` in its group's folder.
 
 Assumes a Go that is new enough for go.mod, and a module proxy or a filled module cache.
 """
@@ -35,7 +35,7 @@ COMMAND = "python -m tests.cluster.build"
 
 
 class BuildError(Exception):
-    """Why nothing can be built, and what to do about it."""
+    """Why the programs cannot be built, and what to do about it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Group:
 
     @property
     def module(self) -> str:
-        """The module that the programs come from, as the first requirement names it."""
+        """The module that the programs come from: the first requirement."""
         return _only(r"^require (\S+) ", self.folder / "go.mod")
 
     @property
@@ -70,7 +70,7 @@ class Group:
 
     @property
     def built(self) -> Path:
-        """Where its programs are, once they are built.
+        """The folder for its built programs.
 
         Raises:
             BuildError: Go is missing or too old.
@@ -81,22 +81,22 @@ class Group:
         return BUILT / f"{self.name}-{pins.hexdigest()[:16]}"
 
     def build(self) -> None:
-        """Builds all its programs, or none.
+        """Builds all of its programs, or none.
 
         Raises:
             BuildError: The build fails.
         """
-        # Built aside and renamed as one: an interrupted build leaves no half group.
+        # Built in a separate folder and then renamed: an interrupted build leaves no partial group.
         aside = BUILT / "building"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         packages = self.packages
         to = aside / self.name if len(packages) == 1 else aside
         command = ["go", "build", *self._options(), "-o", str(to), *packages.values()]
-        # Without C the programs are static: they run in an image that holds nothing else.
+        # Without C the programs are static: they run in an image that contains nothing else.
         environment = {**os.environ, "CGO_ENABLED": "0"}
         if subprocess.run(command, cwd=self.folder, env=environment, check=False).returncode != 0:
-            raise BuildError(f"{self.name} was not built; what Go says stands above.")
+            raise BuildError(f"Could not build {self.name}; see the output of Go above.")
         aside.rename(self.built)
 
     def source(self) -> Path:
@@ -111,12 +111,12 @@ class Group:
             command, cwd=self.folder, check=False, capture_output=True, text=True
         )
         if asked.returncode != 0:
-            raise BuildError(f"{self.module} is not here: {asked.stdout}{asked.stderr}")
+            raise BuildError(f"Could not fetch {self.module}: {asked.stdout}{asked.stderr}")
         return Path(json.loads(asked.stdout)["Dir"])
 
     def _options(self) -> list[str]:
         linked = ["-s", "-w"]
-        if self.name == "kubernetes":  # else clients cannot parse the version they are told
+        if self.name == "kubernetes":  # otherwise clients cannot parse the reported version
             linked += ["-X", f"k8s.io/component-base/version.gitVersion={self.version}"]
         return ["-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", " ".join(linked)]
 
@@ -127,15 +127,15 @@ def groups() -> list[Group]:
 
 
 def group_of(name: str) -> Group:
-    """The group of that name, or that has a program of that name."""
+    """The group of that name, or with a program of that name."""
     for group in groups():
         if name == group.name or name in group.packages:
             return group
-    raise BuildError(f"{name} is no program or group under {TOOLS}.")
+    raise BuildError(f"There is no program or group {name} in {TOOLS}.")
 
 
 def program(name: str) -> Path | None:
-    """The program of that name; None where it is not built."""
+    """The program of that name; None if it is not built."""
     try:
         path = group_of(name).built / name
     except BuildError:
@@ -144,10 +144,10 @@ def program(name: str) -> Path | None:
 
 
 def build(*names: str) -> None:
-    """Builds what is pinned and not there yet.
+    """Builds the pinned programs that are not built yet.
 
     Args:
-        names: Programs or groups; none means all.
+        names: Programs or groups; empty means all.
 
     Raises:
         BuildError: Go is missing or too old, or a build fails.
@@ -159,7 +159,7 @@ def build(*names: str) -> None:
             if group.built.exists():
                 print(f"{group.built}: built")
                 continue
-            print(f"building {group.name}: minutes where Go's cache is empty", flush=True)
+            print(f"building {group.name}: takes minutes if Go's cache is empty", flush=True)
             began = time.monotonic()
             group.build()
             print(f"{group.built}: built in {time.monotonic() - began:.0f} s", flush=True)
@@ -167,7 +167,7 @@ def build(*names: str) -> None:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """One build at a time: the kernel ends the lock with its holder."""
+    """One build at a time: the kernel releases the lock when its holder exits."""
     with (BUILT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -176,16 +176,16 @@ def _alone() -> Iterator[None]:
 @functools.cache
 def _go_version(folder: Path) -> str:
     needed = _only(r"^go (\S+)$", folder / "go.mod")
-    mend = f"Install Go {needed} or newer (https://go.dev/doc/install) and put it on the PATH."
+    fix = f"Install Go {needed} or newer (https://go.dev/doc/install) and put it on the PATH."
     if shutil.which("go") is None:
-        raise BuildError(f"Go is not installed. {mend}")
-    # Asked in the module's folder, where a Go that may fetch a newer one answers with that.
+        raise BuildError(f"Go is not installed. {fix}")
+    # Run in the folder of the module: a Go that may fetch a newer one reports the newer one there.
     asked = subprocess.run(
         ["go", "env", "GOVERSION"], cwd=folder, check=False, capture_output=True, text=True
     )
     found = asked.stdout.strip()
     if asked.returncode != 0 or _numbers(found) < _numbers(needed):
-        raise BuildError(f"{found or 'This Go'} is too old. {mend}")
+        raise BuildError(f"{found or 'This Go'} is too old. {fix}")
     return found
 
 

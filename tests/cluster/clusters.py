@@ -1,13 +1,13 @@
-"""A real Kubernetes for the tests, of one of two sizes, that comes up in seconds.
+"""A real Kubernetes for the tests, in one of two sizes, that starts in seconds.
 
-* ``api``: etcd, API server, controller manager. Needs no root; several may run at once. It knows
+* ``api``: etcd, API server, controller manager. Needs no root; several can run at once. It serves
   the kinds of the Training Operator and Argo's Workflow, but nothing acts on them.
-* ``node``: the same and all of a node, which is this machine: scheduler, containerd, kubelet,
+* ``node``: in addition a complete node, which is this machine: scheduler, containerd, kubelet,
   kube-proxy, DNS, a registry, an S3 server that checks keys, the Training Operator, and GPUs that
-  are advertised and do not exist. Needs root; a machine has one at a time.
+  are advertised but do not exist. Needs root; a machine can have one at a time.
 
-Everything of a cluster is in one folder. A lock on that folder tells whether the process that uses
-the cluster lives: whatever a killed one left running or mounted is removed by the next.
+All files of a cluster are in one folder. A lock on that folder shows whether the process that uses
+the cluster is alive: the next process removes what a killed one left running or mounted.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ SIZES = ("api", "node")
 NODE_FOLDER = CACHE / "node"
 PROBE_ENTRY = "/probe"
 KEPT = frozenset({"logs", "lock", "cluster.json", "registry"})
-"""What stays in the folder of a cluster that is down: pushing images anew takes minutes."""
+"""Kept in the folder of a cluster that is down: pushing images again takes minutes."""
 
 _NUMBERS = itertools.count()
 
 
 class KubectlError(ClusterError):
-    """kubectl failed; ``stderr`` is what it said."""
+    """kubectl failed; ``stderr`` is its error output."""
 
     def __init__(self, words: tuple[str, ...], stderr: str) -> None:
         super().__init__(f"kubectl {' '.join(words)}: {stderr}")
@@ -55,7 +55,7 @@ class KubectlError(ClusterError):
 
 
 class Reachable(abc.ABC):
-    """A cluster that a kubeconfig leads to."""
+    """A cluster that is accessed with a kubeconfig."""
 
     def __init__(self, kubeconfig: Path) -> None:
         self.kubeconfig = kubeconfig
@@ -82,11 +82,11 @@ class Reachable(abc.ABC):
         return done.stdout
 
     def kubectl_succeeds(self, *words: str, stdin: str | None = None) -> bool:
-        """Whether kubectl can do that."""
+        """Whether a kubectl command succeeds."""
         return self._run_kubectl(words, stdin).returncode == 0
 
     def token_for(self, namespace: str, service_account: str) -> str:
-        """A token of a service account, good for an hour."""
+        """A token of a service account, valid for an hour."""
         return self.kubectl("create", "token", service_account, "--namespace", namespace).strip()
 
     def _run_kubectl(
@@ -108,11 +108,11 @@ class Reachable(abc.ABC):
 
 
 class Cluster(Reachable):
-    """A cluster of our own, up while its context lasts.
+    """A cluster of our own, up while its context is open.
 
     Args:
         size: ``api`` or ``node``.
-        folder: Where everything of it is kept; by default one that no other cluster has.
+        folder: The folder for all of its files; by default one that no other cluster uses.
     """
 
     def __init__(self, size: str, folder: Path | None = None) -> None:
@@ -125,7 +125,7 @@ class Cluster(Reachable):
 
     @classmethod
     def found(cls, folder: Path) -> Cluster:
-        """The cluster that is up in a folder; nobody can take it down while this process lives."""
+        """The cluster that is up in a folder; it cannot be taken down while this process lives."""
         cluster = cls(Settings.read(folder).size, folder)
         cluster._take(fcntl.LOCK_SH)
         return cluster
@@ -152,7 +152,7 @@ class Cluster(Reachable):
 
     @property
     def ca(self) -> Path:
-        """The certificate that the API server's is signed with."""
+        """The certificate that signed the API server's."""
         return self.folder / "pki" / "ca.crt"
 
     @property
@@ -162,7 +162,7 @@ class Cluster(Reachable):
 
     @property
     def audit_log(self) -> Path:
-        """Every request but those of the cluster's own programs, as a JSON object per line."""
+        """Every request except those of the cluster's own programs, one JSON object per line."""
         return self.logs / "audit.log"
 
     @property
@@ -180,7 +180,7 @@ class Cluster(Reachable):
         return S3Server(endpoint, node.S3_KEY, node.S3_SECRET, "")
 
     def programs(self) -> dict[str, bool]:
-        """Whether it runs, for every program."""
+        """Whether each program is running."""
         return {name: self._programs.is_running(name) for name in self._programs.names()}
 
     def condition(self) -> str:
@@ -196,13 +196,13 @@ class Cluster(Reachable):
         self._programs.start_again(name)
 
     def restart_api_server(self) -> None:
-        """Kills the API server, starts it again and waits until it is ready."""
+        """Kills and restarts the API server, and waits until it is ready."""
         self.stop("kube-apiserver")
         self.start("kube-apiserver")
         self._wait_for_api_server()
 
     def install_trainer(self) -> None:
-        """Installs Trainer v2, its runtime for torch, and JobSet, if they are not there."""
+        """Installs Trainer v2, its runtime for torch, and JobSet, unless they are installed."""
         self._needs_node("place for operators")
         if not self.kubectl_succeeds("get", "clustertrainingruntime", "torch-distributed"):
             operators.install(self, operators.JOBSET, operators.TRAINER)
@@ -211,10 +211,10 @@ class Cluster(Reachable):
     # Up and down
 
     def up(self) -> None:
-        """Starts it, after removing what an earlier one left in the folder.
+        """Starts it, after removing what an earlier cluster left in the folder.
 
         Raises:
-            ClusterError: Something is missing, in the way, or did not start.
+            ClusterError: Something is missing, is in the way or did not start.
         """
         if self.size == "node":
             node.check_machine(self.folder)
@@ -256,7 +256,7 @@ class Cluster(Reachable):
         if self.size == "node":
             self._start_containers()
         self._wait_for_api_server()
-        # Before the controllers, which look for new kinds every half minute only.
+        # Before the controllers, which look for new kinds only every half minute.
         operators.install_kinds(self)
         manager = control_plane.controller_manager(self.folder)
         self._programs.start("kube-controller-manager", manager)
@@ -271,14 +271,14 @@ class Cluster(Reachable):
         host, port = node.REGISTRY.split(":")
         if _answers(host, int(port)):
             raise ClusterError(
-                f"Something else answers at {node.REGISTRY}. End it; if it came with Debian's "
-                "package: systemctl disable --now docker-registry"
+                f"Another server listens at {node.REGISTRY}. Stop it, if it belongs to Debian's "
+                "package, with systemctl disable --now docker-registry"
             )
         node.write_files(self.folder, self._settings)
         self._programs.start("registry", node.registry(self.folder))
         self._programs.start("containerd", node.containerd(self.folder))
         self._programs.wait_until("the registry answers", lambda: _answers(host, int(port)))
-        assert self.probe  # the sandboxes of all pods are made of it
+        assert self.probe  # the sandboxes of all pods are made from it
         listens = functools.partial(node.containerd_listens, self.folder)
         self._programs.wait_until("containerd listens", listens)
 
@@ -297,7 +297,7 @@ class Cluster(Reachable):
             self._programs.wait_until(f"{what} answers", answers)
 
     def _remove(self, but: frozenset[str]) -> None:
-        # Those that would start anew what ends go first.
+        # First those that would restart what is stopped.
         self._programs.stop_all(first=("kubelet", "kube-controller-manager", "containerd"))
         if self.size == "node":
             node.clean(self.folder)
@@ -316,7 +316,7 @@ class Cluster(Reachable):
             lock.seek(0)
             raise ClusterError(
                 f"The cluster in {self.folder} is in use by process {lock.read()}. "
-                "Wait for that, or end it."
+                "Wait for it, or stop it."
             ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
@@ -335,14 +335,12 @@ class Cluster(Reachable):
         return Settings.read(self.folder)
 
     def _environment(self) -> dict[str, str]:
-        # kubectl would find the kinds of an earlier cluster that had the same port.
+        # Otherwise kubectl would find the kinds of an earlier cluster with the same port.
         return {"KUBECACHEDIR": str(self.folder / "kubectl-cache")}
 
     def _needs_node(self, what: str) -> None:
         if self.size != "node":
-            raise ClusterError(
-                f"A cluster of size {self.size} has no {what}; one of size node has."
-            )
+            raise ClusterError(f"A cluster of size {self.size} has no {what}; use size node.")
 
     def _wait_for_api_server(self) -> None:
         self._programs.wait_until("the API server is ready", lambda: self._get("/readyz") == "ok")
@@ -353,7 +351,7 @@ class Cluster(Reachable):
         return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
 
     def _get(self, path: str) -> str | None:
-        """What the API server has at a path; None while it has nothing, or is not there."""
+        """What the API server has at a path; None if it has nothing there, or does not respond."""
         headers = {"Authorization": f"Bearer {self._settings.own_token}"}
         request = urllib.request.Request(f"{self.server}{path}", headers=headers)
         trust = ssl.create_default_context(cafile=str(self.ca))
@@ -372,9 +370,9 @@ def _new_folder() -> Path:
 
 
 def _sweep() -> None:
-    """Removes clusters of size api, and their logs, whose processes are no more."""
+    """Removes clusters of size api, and their logs, if their processes no longer exist."""
     for settings in CACHE.glob("api-*/cluster.json"):
-        with contextlib.suppress(ClusterError, PermissionError):  # in use, or another user's
+        with contextlib.suppress(ClusterError, PermissionError):  # in use, or of another user
             Cluster("api", settings.parent).down()
             shutil.rmtree(settings.parent)
 

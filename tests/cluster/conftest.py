@@ -1,4 +1,4 @@
-"""The clusters of the tests: one of each size for a whole run, where a test asks for it."""
+"""The clusters of the tests: one of each size for a whole test run, started on demand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cluster.processes import MissingError
 from container.podman import Podman
 
 collect_ignore = ["cache", "tools"]
-"""A node that is up has all files of its images in there."""
+"""A running node keeps all files of its images in there."""
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def api_cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def node_cluster() -> Iterator[Cluster | ExistingCluster]:
-    """A whole cluster with a node, or the one that SRCCORE_TEST_KUBECONFIG names."""
+    """A complete cluster with a node, or the one that SRCCORE_TEST_KUBECONFIG names."""
     if (found := existing()) is not None:
         yield found
         return
@@ -76,7 +76,7 @@ def _cluster(size: str) -> Iterator[Cluster]:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Says of a test that failed on a cluster where the logs are, and what has ended."""
+    """Reports where the logs are and what has exited, for a test that failed on a cluster."""
     report = yield
     if report.failed:
         for name, value in getattr(item, "funcargs", {}).items():
@@ -86,5 +86,5 @@ def pytest_runtest_makereport(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A cluster's own tests come first: where they fail, the others say nothing."""
+    """Runs the tests of the cluster itself first: if they fail, the others mean nothing."""
     items.sort(key=lambda item: item.path.name != "test_cluster.py")

@@ -1,8 +1,8 @@
-"""What runs a Kubernetes without nodes: etcd, the API server, the controller manager; a scheduler.
+"""The programs of a Kubernetes without nodes: etcd, API server, controller manager; a scheduler.
 
-Admission plugins, authorization and controllers are those that Kubernetes has by default. The API
-server's audit log holds every request but those of the cluster's own programs, which have a token
-of their own.
+Admission plugins, authorization and controllers are the defaults of Kubernetes. The API server's
+audit log contains every request except those of the cluster's own programs, which have their own
+token.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ LOOPBACK = "127.0.0.1"
 SERVICES = "10.96.0.0/16"
 KUBERNETES_SERVICE = "10.96.0.1"
 PORTS = range(20000, 30000)
-"""Below those that systems give to clients, so that a server that is restarted finds its own."""
+"""Below those that systems assign to clients, so that a restarted server gets its port again."""
 
 Command = list[str | Path]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is drawn anew for every cluster, and kept in its folder.
+    """What is chosen at random for every cluster, and kept in its folder.
 
-    ``address`` is the node's, or the loopback where no node has to reach the API server.
+    ``address`` is the node's, or the loopback address if no node has to reach the API server.
     """
 
     size: str
@@ -60,7 +60,7 @@ class Settings:
 
     @property
     def server(self) -> str:
-        """Where the API server answers; its pods and this machine see it at one address."""
+        """The address of the API server, the same for pods and for this machine."""
         return f"https://{self.address}:{self.api_port}"
 
 
@@ -137,14 +137,14 @@ def api_server(folder: Path, settings: Settings) -> Command:
         f"--service-account-signing-key-file={pki / 'service-accounts.key'}",
         f"--service-cluster-ip-range={SERVICES}",
         "--kubelet-preferred-address-types=InternalIP",
-        # Or `kubectl logs` is refused.
+        # Otherwise `kubectl logs` is refused.
         f"--kubelet-client-certificate={pki / 'kubelet-client.crt'}",
         f"--kubelet-client-key={pki / 'kubelet-client.key'}",
         f"--audit-policy-file={folder / 'audit-policy.json'}",
         f"--audit-log-path={folder / 'logs' / 'audit.log'}",
-        "--audit-log-maxsize=2000",  # megabytes, before it goes on in a new file
+        "--audit-log-maxsize=2000",  # megabytes, before it starts a new file
     ]
-    if settings.address == LOOPBACK:  # which no endpoint of a service may have
+    if settings.address == LOOPBACK:  # which is not allowed for endpoints of services
         words.append("--endpoint-reconciler-type=none")
     return words
 
@@ -157,8 +157,8 @@ def controller_manager(folder: Path) -> Command:
         f"--root-ca-file={folder / 'pki' / 'ca.crt'}",
         "--use-service-account-credentials",
         "--leader-elect=false",
-        *("--kube-api-qps=500", "--kube-api-burst=500"),  # each controller asks for its account
-        "--secure-port=0",  # serves nobody: several may run at once
+        *("--kube-api-qps=500", "--kube-api-burst=500"),  # each controller uses its own account
+        "--secure-port=0",  # serves nothing: several may run at once
     ]
 
 
@@ -182,4 +182,4 @@ def _free_ports(count: int) -> list[int]:
         found.append(port)
         if len(found) == count:
             return found
-    raise ClusterError(f"Fewer than {count} ports of {PORTS} are free.")
+    raise ClusterError(f"Fewer than {count} ports in {PORTS} are free.")

@@ -1,7 +1,7 @@
-"""A cluster that is there already, in place of one with a node of our own.
+"""An existing cluster, instead of our own cluster with a node.
 
-SRCCORE_TEST_KUBECONFIG names its kubeconfig. It is one of kind, minikube and the like, or one that
-``python -m tests.cluster up`` has brought up, which offers everything.
+SRCCORE_TEST_KUBECONFIG names its kubeconfig. It is a cluster of kind, minikube and the like, or
+one that ``python -m tests.cluster up`` has started, which offers everything.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ REGISTRY = "SRCCORE_TEST_REGISTRY"
 
 
 class ExistingCluster(Reachable):
-    """Somebody's cluster. A test that asks for what it does not offer is skipped."""
+    """An existing cluster. A test that needs something it does not offer is skipped."""
 
     @property
     def registry(self) -> str:
         named = os.environ.get(REGISTRY)
         if not named:
-            pytest.skip(f"{REGISTRY} names no registry of the cluster in {KUBECONFIG}")
+            pytest.skip(f"{REGISTRY} is not set to a registry of the cluster in {KUBECONFIG}")
         return named
 
     def __getattr__(self, name: str) -> Any:

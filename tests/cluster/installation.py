@@ -21,10 +21,10 @@ MANIFESTS = ROOT / "manifests"
 OVERLAY = MANIFESTS / "overlays" / "single-node"
 NAMESPACE = "srccore"
 ACCOUNT = "pipeline-runner"
-"""What Kubeflow Pipelines runs steps as."""
+"""The account that Kubeflow Pipelines runs steps as."""
 METHOD = tuple(each for each in SETTINGS if not each.startswith("rounds="))
 EXACT = "dpo.lora.dropout=0"
-"""Dropout draws other numbers in two processes than in one."""
+"""Dropout draws different numbers in two processes than in one."""
 
 
 @dataclasses.dataclass
@@ -51,7 +51,7 @@ class Site:
         self._apply("-k", str(MANIFESTS / "admin"))
         self._apply("-f", "-", stdin=json.dumps(self._objects()))
         self._apply("-k", str(OVERLAY))
-        # Nothing is admitted before what there is has been counted.
+        # The quota admits nothing before it has been calculated.
         self.kubectl(
             "wait", "resourcequota/srccore", "--for=jsonpath={.status.used.pods}", "--timeout=60s"
         )

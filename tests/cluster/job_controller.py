@@ -1,8 +1,8 @@
-"""Plays operator and kubelet on a cluster that has neither: moves a PyTorchJob as a test wishes.
+"""Plays operator and kubelet on a cluster that has neither: moves a PyTorchJob as a test demands.
 
-What it does to a job and its pods is what the Training Operator 1.9 does (controller.v1/common and
+It does to a job and its pods what the Training Operator 1.9 does (controller.v1/common and
 controller.v1/pytorch: labels, names, conditions, events), one step at a time. Pods have no node, so
-they go at once when they are deleted. Their logs are told by `PodLogs`, in the API server's place.
+they disappear at once when they are deleted. `PodLogs` serves their logs instead of the API server.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LABELS = "training.kubeflow.org/"
 
 
 class Administrator:
-    """Plain requests to the API server, in the name of somebody who may do everything."""
+    """Plain requests to the API server, by a user with all permissions."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._client = client.ApiClient(
@@ -35,7 +35,7 @@ class Administrator:
         )
 
     def ask(self, method: str, path: str, body: Object | None = None, **query: str) -> Object:
-        """Raises ApiException where it is refused."""
+        """Raises ApiException if it is refused."""
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
         found = self._client.call_api(
             path,
@@ -50,7 +50,7 @@ class Administrator:
         return dict(found)
 
     def delete(self, path: str) -> None:
-        """Deletes what may be gone already."""
+        """Deletes something that may be gone already."""
         try:
             self.ask("DELETE", path, {"gracePeriodSeconds": 0})
         except client.ApiException as error:
@@ -68,7 +68,7 @@ class Administrator:
 
 
 def configuration(server: str, token: str, ca: str | None = None) -> client.Configuration:
-    """How a client finds a server: no proxies, no retries of its own."""
+    """The configuration of a client: no proxies, no retries of its own."""
     settings = client.Configuration()
     settings.host, settings.retries, settings.proxy = server, False, None
     settings.api_key = {"authorization": f"Bearer {token}"}
@@ -80,10 +80,10 @@ class JobController:
     """Moves one job.
 
     Args:
-        admin: Asks the API server.
-        namespace: The job's.
-        name: The job's.
-        logs: Gets what the pods say.
+        admin: Sends requests to the API server.
+        namespace: The namespace of the job.
+        name: The name of the job.
+        logs: Gets the logs of the pods.
     """
 
     def __init__(self, admin: Administrator, namespace: str, name: str, logs: PodLogs) -> None:
@@ -100,7 +100,7 @@ class JobController:
         self.condition("Created")
 
     def make_pods(self, init_container: bool = False) -> None:
-        """Creates what pods the job lacks; where that is refused, an event tells why.
+        """Creates the missing pods of the job; if that is refused, an event says why.
 
         Args:
             init_container: Adds what the operator adds to pods of jobs with a master.
@@ -115,7 +115,7 @@ class JobController:
                 self._make_pod(job, template, index)
 
     def lose(self, index: int, code: int = 143) -> None:
-        """A pod ends in a way that it is made anew after."""
+        """A pod ends in a way after which it is recreated."""
         self.end(index, code)
         self.remove_pod(index)
         self.condition("Restarting", drops="Running")
@@ -131,7 +131,7 @@ class JobController:
         self.condition("Suspended")
 
     def remove(self) -> None:
-        """The job has been finished for long enough; or somebody deletes it."""
+        """The job's TTL is over, or somebody deletes it."""
         self.admin.delete(self.path)
 
     def condition(self, name: str, drops: str = "", message: str = "") -> None:
@@ -206,7 +206,7 @@ class JobController:
         return f"{self.name}-worker-{index}"
 
     def find_no_node(self, index: int, message: str) -> None:
-        """The scheduler's word on a pod."""
+        """The scheduler reports about a pod."""
         condition = {
             "type": "PodScheduled",
             "status": "False",
@@ -225,14 +225,14 @@ class JobController:
         self._set_container(index, "Pending", state)
 
     def run(self, *indices: int) -> None:
-        """Pods run, and so does the job."""
+        """Pods are running, and so is the job."""
         for index in indices:
             self.logs.begin(self.pod(index))
             self._set_container(index, "Running", {"running": {"startedAt": _second()}})
         self.condition("Running", drops="Restarting")
 
     def end(self, index: int, code: int, reason: str = "", at: str = "") -> None:
-        """A pod's container ends; now, if no time is given."""
+        """A pod's container terminates; now, unless a time is given."""
         state = {
             "exitCode": code,
             "reason": reason or ("Error" if code else "Completed"),
@@ -266,24 +266,24 @@ class JobController:
 
 
 class PodLogs:
-    """What containers say, as the kubelet would tell it: a rule of the proxy."""
+    """The logs of containers, as the kubelet would serve them: a rule of the proxy."""
 
     def __init__(self) -> None:
         self._logs: dict[str, _Log] = {}
         self._changed = threading.Condition()
 
     def begin(self, pod: str) -> None:
-        """The pod's container begins."""
+        """The pod's container starts."""
         self._logs.setdefault(pod, _Log())
 
     def say(self, pod: str, *texts: str) -> None:
-        """It says some lines."""
+        """It logs some lines."""
         with self._changed:
             self._logs[pod].lines += [(f"{_now()}Z", text) for text in texts]
             self._changed.notify_all()
 
     def end(self, pod: str) -> None:
-        """It ends: who follows has heard all."""
+        """It terminates: its followers have received everything."""
         self.begin(pod)
         with self._changed:
             self._logs[pod].ended = True
@@ -295,7 +295,7 @@ class PodLogs:
         del self._logs[pod]
 
     def __call__(self, exchange: Exchange) -> None:
-        """Answers a request for a log."""
+        """Responds to a request for a log."""
         found = re.search(r"/pods/([^/]+)/log$", exchange.request.path)
         assert found is not None
         log, query = self._logs.get(found[1]), exchange.request.query
@@ -308,14 +308,14 @@ class PodLogs:
         while new := self._after(told, log, follows=query.get("follow") == "true"):
             told += len(new)
             for time_stamp, text in new:
-                # Exact to the second, as the kubelet's: it begins before what is asked for.
+                # With a resolution of seconds, like the kubelet's: it may start earlier.
                 if time_stamp[:19] >= query.get("sinceTime", "")[:19]:
                     line = f"{time_stamp} {text}" if query.get("timestamps") == "true" else text
                     exchange.line(f"{line}\n".encode())
         exchange.end()
 
     def _after(self, told: int, log: _Log, follows: bool) -> list[tuple[str, str]]:
-        """Lines that are still to be told; none at the end."""
+        """The lines that are left to send; none at the end."""
         with self._changed:
             while follows and len(log.lines) == told and not log.ended:
                 self._changed.wait(PATIENCE)
@@ -329,7 +329,7 @@ class _Log:
 
 
 def _now() -> str:
-    """The time, in nanoseconds; the API server's own times are shorter."""
+    """The time with nanoseconds; the API server's own times are shorter."""
     seconds, rest = divmod(time.time_ns(), 10**9)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:09d}"
 

@@ -1,8 +1,9 @@
-"""What makes this machine the node of a test cluster, and what removes every trace of it.
+"""Makes this machine the node of a test cluster, and removes every trace of that.
 
-Pods are on a bridge of this machine; its address is the node's, the name server's and the object
-store's, so that nothing depends on the networks that the machine is in. It has no access to the
-world. Settings that look odd let it run in a container, or as a root that lacks capabilities.
+Pods are on a bridge of this machine. The address of the bridge is that of the node, the name server
+and the object store, so that nothing depends on the networks that the machine is in. It has no
+access to other networks. Settings that look odd make it work in a container, or for a root user
+without all capabilities.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from .processes import ClusterError, MissingError, process_ids, wait_until
 BRIDGE = "srccore-pods"
 ADDRESS = "10.244.0.1"
 HARDWARE_ADDRESS = "0a:58:0a:f4:00:01"
-"""Without one of its own a bridge has the least of its ports', and another one whenever a pod comes
-or goes: what other pods send to the one before is lost for half a minute."""
+"""Without its own MAC address, a bridge has the smallest of its ports', which changes whenever a
+pod comes or goes: what other pods send to the former address is lost for half a minute."""
 PODS = "10.244.0.0/24"
 NAME = "node1"
 REGISTRY = f"{LOOPBACK}:5000"
-"""Containerd and podman speak plain HTTP with a registry on the loopback."""
+"""Containerd and podman use plain HTTP for a registry on the loopback address."""
 SANDBOX = f"{REGISTRY}/probe:test"
-"""The image of the process that every pod has besides its own."""
+"""The image of the process that every pod has in addition to its own."""
 GPU_LABEL = "nvidia.com/gpu.present"
 GPU_TAINT = "nvidia.com/gpu"
 ADVERTISED_GPUS = [
     {"op": "add", "path": f"/status/{name}/nvidia.com~1gpu", "value": "8"}
     for name in ("capacity", "allocatable")
 ]
-"""A change of the node's status; nothing asks for the devices themselves."""
+"""A patch of the node's status; nothing uses the devices themselves."""
 S3_KEY, S3_SECRET = "the-key", "the-secret"
 PLUGINS = Path("/usr/lib/cni")
 NEEDS = {
@@ -54,13 +55,13 @@ NEEDS = {
 """The Debian package of every program."""
 SOCKET_LIMIT = 100
 _USER = "/run/srccore-test-cluster"
-"""Names the folder of the cluster that has this machine for its node."""
+"""Contains the folder of the cluster whose node this machine is."""
 
 
 def check_machine(folder: Path) -> None:
     """Raises MissingError if this machine cannot be a node."""
     if os.geteuid() != 0:
-        raise MissingError("A cluster with a node needs root; size api does not.")
+        raise MissingError("A cluster with a node requires root; size api does not.")
     missing = sorted({package for name, package in NEEDS.items() if shutil.which(name) is None})
     if missing:
         raise MissingError(
@@ -68,11 +69,13 @@ def check_machine(folder: Path) -> None:
             f"apt-get install --no-install-recommends {' '.join(missing)}"
         )
     if len(str(_socket(folder))) > SOCKET_LIMIT:
-        raise ClusterError(f"{folder} is too long a path for sockets. Check out further up.")
+        raise ClusterError(
+            f"The path {folder} is too long for sockets. Move the checkout to a shorter path."
+        )
 
 
 def other_folder(folder: Path) -> Path | None:
-    """The folder of another cluster that has, or had, this machine for its node."""
+    """The folder of another cluster whose node is, or was, this machine."""
     with contextlib.suppress(FileNotFoundError):
         named = Path(Path(_USER).read_text("utf-8"))
         if named != folder and named.exists():
@@ -98,13 +101,13 @@ def write_files(folder: Path, settings: Settings) -> None:
 
 
 def check_alone() -> None:
-    """Raises ClusterError if another kubelet has pods here: two would end each other's."""
+    """Raises ClusterError if another kubelet has pods here: they would kill each other's pods."""
     if any((group / "cgroup.procs").read_text("utf-8") for group in _control_groups()):
         raise ClusterError("This machine is the node of another cluster, which has pods on it.")
 
 
 def make_network(folder: Path) -> None:
-    """Makes the bridge, and lets packets through."""
+    """Creates the bridge, and allows its packets."""
     Path(_USER).write_text(str(folder), encoding="utf-8")
     if subprocess.run(["ip", "link", "show", BRIDGE], check=False, capture_output=True).returncode:
         _run("ip", "link", "add", BRIDGE, "address", HARDWARE_ADDRESS, "type", "bridge")
@@ -157,7 +160,7 @@ def s3_server(folder: Path, settings: Settings) -> Command:
 
 
 def clean(folder: Path) -> None:
-    """Ends every container of a cluster whose programs have ended, and unmounts what it mounted.
+    """Kills all containers of a cluster whose programs have exited, and unmounts its file systems.
 
     Raises:
         ClusterError: Something stays mounted.
@@ -167,20 +170,22 @@ def clean(folder: Path) -> None:
     if points:
         subprocess.run(["umount", "--lazy", *reversed(points)], check=False, capture_output=True)
     if left := _mounted(folder):
-        raise ClusterError(f"Still mounted: {', '.join(map(str, left))}. umount --lazy them.")
+        raise ClusterError(
+            f"Still mounted: {', '.join(map(str, left))}. Unmount them with umount --lazy."
+        )
     subprocess.run(["ip", "link", "delete", BRIDGE], check=False, capture_output=True)
     subprocess.run([built("kube-proxy"), "--cleanup"], check=False, capture_output=True)
     for result in Path("/var/lib/cni/results").glob("*"):
         if f"{folder}/" in result.read_text("utf-8"):
             result.unlink(missing_ok=True)
     for group in _control_groups():
-        with contextlib.suppress(OSError):  # not empty, and so not ours
+        with contextlib.suppress(OSError):  # not empty, so not ours
             group.rmdir()
     Path(_USER).unlink(missing_ok=True)
 
 
 def _control_groups() -> list[Path]:
-    """Those that a kubelet makes for pods, inner before outer."""
+    """The cgroups that a kubelet creates for pods, inner before outer."""
     top = Path("/sys/fs/cgroup")
     roots = [*top.glob("kubepods"), *top.glob("*/kubepods")]
     return [path for root in roots for path in [*_folders(root), root]]
@@ -191,7 +196,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _kill_containers(folder: Path) -> int:
-    """Kills what runs in containers of this folder, and their shims; returns how many."""
+    """Kills the processes in containers of this folder, and their shims; returns their number."""
     found = [pid for pid in process_ids() if _is_contained(pid, folder) or _is_shim(pid, folder)]
     for pid in found:
         with contextlib.suppress(ProcessLookupError):
@@ -200,7 +205,7 @@ def _kill_containers(folder: Path) -> int:
 
 
 def _is_contained(pid: int, folder: Path) -> bool:
-    """Whether its root file system is made of layers in this folder; no other's is."""
+    """Whether its root file system consists of layers in this folder; only ours do."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/mountinfo").read_text("utf-8").splitlines():
             fields = line.split()
@@ -309,7 +314,7 @@ def _kubelet(folder: Path, settings: Settings) -> dict[str, Any]:
         "localStorageCapacityIsolation": False,
         "featureGates": {"KubeletInUserNamespace": True},
         "makeIPTablesUtilChains": False,  # nothing needs them, and nothing would remove them
-        # A full disk is the machine's affair.
+        # A full disk is not the concern of the tests.
         "imageGCHighThresholdPercent": 100,
         "evictionHard": {"nodefs.available": "0%", "nodefs.inodesFree": "0%"},
     }
@@ -323,8 +328,8 @@ def _proxy(folder: Path) -> dict[str, Any]:
         "clusterCIDR": PODS,
         "clientConnection": {"kubeconfig": str(folder / "own-kubeconfig")},
         "hostnameOverride": NAME,
-        # Answers of a pod to another on the bridge come back through the node, which then knows
-        # whose they are, whether or not the kernel shows it what passes the bridge.
+        # Responses between pods on the bridge pass through the node, which then knows
+        # which connection they belong to, whether or not the kernel filters bridged packets.
         "iptables": {"masqueradeAll": True, "localhostNodePorts": False},
         "conntrack": {"maxPerCore": 0, "min": 0},
     }

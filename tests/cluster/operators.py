@@ -1,8 +1,8 @@
 """The operators that run training jobs, from their own manifests, and the kinds that they serve.
 
-Manifests are rendered out of the Go module that an operator is built from. They are changed only
-where a test cluster must differ: the image holds the operator alone, the operator reserves
-nothing, and it is asked every second whether it is ready.
+Manifests are rendered from the Go module that an operator is built from. They are changed only
+where a test cluster must differ: the image contains nothing but the operator, the operator
+reserves no resources, and its readiness is probed every second.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ READY_WITHIN = 120.0
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """An operator, and what its module's folder holds.
+    """An operator, and the files in its module's folder.
 
     Args:
-        name: Of the program, and of its group.
-        overlay: What kustomize renders.
-        namespace: Where that puts the operator.
-        deployment: Its name there.
-        left_out: A line of the overlay that is not wanted.
-        example: Something that its webhook admits, relative to the module's folder or in full.
+        name: The name of the program, and of its group.
+        overlay: The overlay that kustomize renders.
+        namespace: The namespace of the operator.
+        deployment: The name of its Deployment.
+        left_out: A line of the overlay to remove.
+        example: An object that its webhook admits, relative to the module's folder or in full.
     """
 
     name: str
@@ -91,16 +91,16 @@ TRAINER = Operator(
     overlay="manifests/overlays/manager",
     namespace="kubeflow-system",
     deployment="kubeflow-trainer-controller-manager",
-    left_out="../../third-party/jobset",  # which is on the network, and installed already
+    left_out="../../third-party/jobset",  # which is on the network, and already installed
     example="manifests/base/runtimes/torch_distributed.yaml",
 )
 
 
 def install_kinds(cluster: Cluster) -> None:
-    """Makes PyTorchJob and Argo's Workflow known to the API server."""
+    """Installs the CRDs of PyTorchJob and Argo's Workflow."""
     jobs = TRAINING_OPERATOR.source / "manifests/base/crds/kubeflow.org_pytorchjobs.yaml"
     words = [f"--filename={file}" for file in (jobs, WORKFLOWS)]
-    # On the server's side: the kind is larger than the annotation that a client would leave.
+    # On the server: the CRD is larger than the annotation that a client would add.
     cluster.kubectl("apply", "--server-side", *words)
     served = functools.partial(cluster.kubectl_succeeds, "get", "pytorchjobs,workflows")
     wait_until("the kinds are served", served)
@@ -110,7 +110,7 @@ def install(cluster: Cluster, *wanted: Operator) -> None:
     """Installs operators and waits until their webhooks admit an example of their kinds.
 
     Raises:
-        ClusterError: One does not become ready; says what its pods say.
+        ClusterError: One does not become ready; the message includes the logs of its pods.
     """
     for operator in wanted:
         image = push(cluster.registry, f"operators/{operator.name}", built(operator.name), ENTRY)
@@ -146,7 +146,7 @@ def _rendered(cluster: Cluster, operator: Operator) -> list[dict[str, Any]]:
         kept = [line for line in lines if operator.left_out not in line]
         assert len(kept) == len(lines) - 1, (operator, lines)
         file.write_text("\n".join(kept), encoding="utf-8")
-    # The loader in C, where there is one: a megabyte takes the other seconds.
+    # The loader in C, if available: the other one takes seconds for a megabyte.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return list(yaml.load_all(cluster.kubectl("kustomize", str(overlay)), loader))
 
