@@ -1,9 +1,9 @@
 """A compiled pipeline's tasks as pods: what Kubeflow's driver and launcher do, without Kubeflow.
 
-kfp's local runner walks the DAG and writes each task's input; here a pod takes the place of its
-process. The pod is made of the pipeline's own executor specification (image, command, resources,
-selectors, tolerations, secrets, volumes, labels), as Kubeflow's driver would make it. Artifacts go
-to and from the pod through a bucket, as Kubeflow's launcher brings them; here they are small files.
+kfp's local runner walks the DAG and writes each task's input; here a pod replaces its process. The
+pod is built from the pipeline's own executor specification (image, command, resources, selectors,
+tolerations, secrets, volumes, labels), as by Kubeflow's driver. Artifacts, which are small files,
+are copied to and from the pod through a bucket, as by Kubeflow's launcher.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ RESTRICTED = {
     "capabilities": {"drop": ["ALL"]},
     "seccompProfile": {"type": "RuntimeDefault"},
 }
-"""What Kubeflow's manifests have Argo give each container (``mainContainer``): kfp-kubernetes sets
-the user alone."""
+"""What Argo adds to each container (``mainContainer`` in Kubeflow's manifests): kfp-kubernetes only
+sets the user."""
 
 
 @dataclass
 class Workflow:
-    """The Workflow that a run's pods would belong to."""
+    """The Workflow that would own a run's pods."""
 
     name: str
     uid: str
@@ -46,14 +46,14 @@ class Workflow:
 
 @dataclass(frozen=True)
 class Task:
-    """A task as kfp's runner hands it over, all placeholders filled in."""
+    """A task as kfp's runner passes it on, with all placeholders filled in."""
 
     image: str
     command: list[str]
 
     @property
     def input(self) -> dict[str, Any]:
-        """What kfp's executor is told."""
+        """The input of kfp's executor."""
         return dict(json.loads(self.command[self._place]))
 
     @property
@@ -62,13 +62,13 @@ class Task:
         return _files(self.input)
 
     def with_parameters(self, **values: Any) -> Task:
-        """The same task, with other values of parameters."""
+        """The same task, with different values of parameters."""
         told = self.input
         told["inputs"]["parameterValues"] |= values
         return self._told(told)
 
     def without_types(self) -> Task:
-        """The same task, its inputs of no type: Kubeflow's driver names none, its runner does."""
+        """The same task with untyped inputs: unlike the runner, Kubeflow's driver sets no types."""
         told = self.input
         for each in told["inputs"].get("artifacts", {}).values():
             for artifact in each["artifacts"]:
@@ -90,12 +90,12 @@ class Pods:
     """Runs a pipeline's tasks as pods.
 
     Args:
-        kubeconfig: Of the cluster.
-        namespace: Where the pods run.
-        service_account: That Kubeflow would run them as.
+        kubeconfig: The kubeconfig of the cluster.
+        namespace: The namespace of the pods.
+        service_account: The account that Kubeflow would run them as.
         package: The compiled pipeline.
-        arguments: Of the run; others have their defaults.
-        store: Keeps artifacts, as the tests reach it; pods have its keys by the profile's Secret.
+        arguments: The parameters of the run; others have their defaults.
+        store: The bucket for artifacts; pods get its keys from the profile's Secret.
     """
 
     kubeconfig: Path
@@ -106,9 +106,9 @@ class Pods:
     store: S3Server
     prefix: str = "kubeflow"
     retries: int = 1
-    """Of each task, at once: Kubeflow retries as the profile says."""
+    """Immediate retries of each task: Kubeflow retries as the profile says."""
     keys: str = "s3-credentials"
-    """The Secret by which Kubeflow's own part reaches the store."""
+    """The Secret with which Kubeflow's own part accesses the store."""
     finished: list[dict[str, Any]] = field(default_factory=list)
     logs: dict[str, str] = field(default_factory=dict)
     tasks: list[Task] = field(default_factory=list)
@@ -133,7 +133,7 @@ class Pods:
         """Runs the pipeline.
 
         Args:
-            root: Gets what Kubeflow would keep; the same path is used in the pods.
+            root: A folder for what Kubeflow would store; the pods use the same path.
         """
         from kfp import components, local
         from kfp.local import status, subprocess_task_handler
@@ -153,12 +153,12 @@ class Pods:
             contextlib.redirect_stdout(log),
             warnings.catch_warnings(),
         ):
-            # kfp warns of every image and resource that a process has no use for.
+            # kfp warns about every image and resource that a process ignores.
             warnings.simplefilter("ignore")
             pipeline(**self.arguments)
 
     def run_task(self, image: str, command: list[str]) -> bool:
-        """Runs one task as a pod, again where it fails; says whether it succeeded."""
+        """Runs one task as a pod, with retries; returns whether it succeeded."""
         task = Task(image, command).without_types()
         self.tasks.append(task)
         for _ in range(1 + self.retries):
@@ -173,7 +173,7 @@ class Pods:
         return False
 
     def start(self, task: Task) -> str:
-        """Makes the pod of a task; returns its name."""
+        """Creates the pod of a task; returns its name."""
         label = next(
             name
             for name, each in self._executors.items()
@@ -201,7 +201,7 @@ class Pods:
                     return pod
 
     def log(self, name: str) -> str:
-        """What a pod has said so far."""
+        """The log of a pod so far."""
         self.logs[name] = self.core.read_namespaced_pod_log(name, self.namespace)
         return self.logs[name]
 

@@ -1,4 +1,4 @@
-"""Certificates and kubeconfigs of a test cluster. Keys last a month and are worth nothing."""
+"""Certificates and kubeconfigs of a test cluster. Keys are valid for a month and guard nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DAYS = 30
 
 
 class Authority:
-    """Signs certificates, and keeps them in a folder: NAME.crt and NAME.key, ca.crt its own."""
+    """Signs certificates and keeps them in a folder: NAME.crt and NAME.key; its own is ca.crt."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,13 +36,13 @@ class Authority:
         organization: str | None = None,
         hosts: tuple[str, ...] = ("localhost",),
     ) -> None:
-        """Makes a key, and a certificate for servers and clients.
+        """Creates a key, and a certificate for servers and clients.
 
         Args:
-            name: Of the files.
-            common_name: To Kubernetes, the user.
-            organization: To Kubernetes, the group.
-            hosts: Names and addresses that the certificate is good for.
+            name: The name of the files.
+            common_name: The user, for Kubernetes.
+            organization: The group, for Kubernetes.
+            hosts: Names and addresses that the certificate is valid for.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         builder = _certificate(_name(common_name, organization), self._name, key.public_key())
@@ -51,7 +51,7 @@ class Authority:
         self._write(f"{name}.key", _private(key))
 
     def key_pair(self, name: str) -> None:
-        """Makes a key without a certificate: NAME.key, and NAME.pub."""
+        """Creates a key without a certificate: NAME.key and NAME.pub."""
         key = ec.generate_private_key(ec.SECP256R1())
         self._write(f"{name}.key", _private(key))
         public = key.public_key().public_bytes(
@@ -60,7 +60,7 @@ class Authority:
         self._write(f"{name}.pub", public)
 
     def _seal(self, name: str, builder: x509.CertificateBuilder) -> None:
-        # Newer Pythons want to be told whose key it is.
+        # Newer Pythons require an authority key identifier.
         mine = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         signed = builder.add_extension(mine, critical=False).sign(self._key, hashes.SHA256())
         self._write(f"{name}.crt", signed.public_bytes(serialization.Encoding.PEM))
@@ -72,7 +72,7 @@ class Authority:
 
 
 def write_kubeconfig(path: Path, server: str, ca: Path, token: str) -> None:
-    """Writes a kubeconfig that needs no other file."""
+    """Writes a self-contained kubeconfig."""
     authority = base64.b64encode(ca.read_bytes()).decode()
     content = {
         "apiVersion": "v1",

@@ -1,8 +1,8 @@
-"""Server programs: started with a log each, recorded in files, noticed when they end.
+"""Server programs: each is started with a log, recorded in a file, and noticed when it exits.
 
-A record names a process by its id and by when the kernel says that it began: an id that has been
-given to another process since is nobody of ours. A mark in their environment finds those whose
-record was never written. So any later process can stop what outlived one that was killed.
+A record identifies a process by its id and its start time in the kernel, so that a reused id is
+not mistaken for ours. A variable in their environment finds processes whose record was never
+written. So a later process can stop everything that a killed one left running.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 MARK = "SRCCORE_TEST_CLUSTER"
-"""The variable that every program of a cluster, and what it starts, finds the folder in."""
+"""The environment variable with the folder, in every program of a cluster and its children."""
 TAIL = 20
-"""Lines of a log that an error shows."""
+"""How many lines of a log an error includes."""
 POLL = 0.05
 
 
 class ClusterError(Exception):
-    """Why the test cluster cannot do what it was asked, and where to look."""
+    """Why the test cluster cannot do something, and where to look."""
 
 
 class MissingError(ClusterError):
@@ -36,7 +36,7 @@ class Programs:
     """The programs of one cluster.
 
     Args:
-        folder: Gets run/, with a record of every program, and logs/.
+        folder: The folder for run/, with a record of every program, and logs/.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,7 +46,7 @@ class Programs:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, command: Sequence[str | Path]) -> None:
-        """Starts a program that outlives this process if nobody stops it."""
+        """Starts a program that outlives this process unless it is stopped."""
         words = [str(word) for word in command]
         self.logs.mkdir(parents=True, exist_ok=True)
         self._records.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ class Programs:
                 stderr=log,
                 env={**_without_proxies(), MARK: str(self._folder)},
                 cwd=self._records,
-                start_new_session=True,  # an interrupt from the keyboard is for the tests alone
+                start_new_session=True,  # Ctrl-C only goes to the tests
             )
         self._children[name] = child
         record = {"pid": child.pid, "began": _began(child.pid), "command": words}
@@ -69,11 +69,11 @@ class Programs:
         aside.replace(self._record(name))
 
     def start_again(self, name: str) -> None:
-        """Starts a program that was stopped, as it was started before."""
+        """Starts a stopped program again, in the same way."""
         self.start(name, json.loads(self._record(name).read_text("utf-8"))["command"])
 
     def stop(self, name: str) -> None:
-        """Kills a program and waits for its end; its record stays."""
+        """Kills a program and waits until it has exited; its record stays."""
         if self.is_running(name):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid(name), signal.SIGKILL)
@@ -82,7 +82,7 @@ class Programs:
         wait_until(f"{name} ends", lambda: not self.is_running(name), within=30)
 
     def stop_all(self, first: Sequence[str] = ()) -> None:
-        """Kills all programs, those named before the others, and forgets them."""
+        """Kills all programs, the given ones first, and deletes their records."""
         names = self.names()
         for name in [*(name for name in first if name in names), *names]:
             self.stop(name)
@@ -92,7 +92,7 @@ class Programs:
                 os.kill(pid, signal.SIGKILL)
 
     def names(self) -> list[str]:
-        """The programs that were started and not forgotten."""
+        """The programs that have a record."""
         return sorted(path.stem for path in self._records.glob("*.json"))
 
     def is_running(self, name: str) -> bool:
@@ -103,24 +103,24 @@ class Programs:
         return record["began"] is not None and _began(record["pid"]) == record["began"]
 
     def ended(self) -> list[str]:
-        """What there is to say of every program that has ended by itself, with its log's end."""
+        """Describes every program that has exited by itself, with the end of its log."""
         codes = {name: child.poll() for name, child in self._children.items()}
         return [
-            f"{name} has ended with {code}. {self._log_end(name)}"
+            f"{name} exited with {code}. {self._log_end(name)}"
             for name, code in codes.items()
             if code is not None
         ]
 
     def wait_until(self, what: str, ready: Callable[[], bool], within: float = 60) -> None:
-        """Waits, and gives up early if a program ends meanwhile.
+        """Waits for a condition, and gives up early if a program exits.
 
         Args:
-            what: What is waited for, as a sentence: ``etcd answers``.
-            ready: Whether it is so.
-            within: Seconds.
+            what: The condition, as a sentence: ``etcd answers``.
+            ready: Whether it is true.
+            within: The time limit in seconds.
 
         Raises:
-            ClusterError: A program has ended, or the time is over.
+            ClusterError: A program has exited, or the time is over.
         """
 
         def ready_or_dead() -> bool:
@@ -133,7 +133,7 @@ class Programs:
     def _log_end(self, name: str) -> str:
         log = self._log(name)
         lines = log.read_text("utf-8", errors="replace").splitlines()[-TAIL:]
-        return "\n  ".join([f"The end of {log}:", *lines])
+        return "\n  ".join([f"Last lines of {log}:", *lines])
 
     def _marked(self) -> list[int]:
         mark = f"{MARK}={self._folder}".encode()
@@ -150,13 +150,13 @@ class Programs:
 
 
 def wait_until(what: str, ready: Callable[[], bool], within: float = 60, then: str = "") -> None:
-    """Waits until something is so.
+    """Waits for a condition.
 
     Args:
-        what: What is waited for, as a sentence: ``the pod runs``.
-        ready: Whether it is so.
-        within: Seconds.
-        then: What to say besides when the time is over.
+        what: The condition, as a sentence: ``the pod runs``.
+        ready: Whether it is true.
+        within: The time limit in seconds.
+        then: What to add to the message when the time is over.
 
     Raises:
         ClusterError: The time is over.
@@ -176,17 +176,17 @@ def process_ids() -> list[int]:
 def _environment(pid: int) -> list[bytes]:
     try:
         return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:  # gone, or another user's
+    except OSError:  # gone, or of another user
         return []
 
 
 def _began(pid: int) -> int | None:
-    """When a process began, in ticks since the machine did; None where there is none."""
+    """When a process started, in ticks since the machine did; None if it does not exist."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text("utf-8")
     except (FileNotFoundError, ProcessLookupError):
         return None
-    fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
+    fields = stat.rpartition(")")[2].split()  # the name before it may contain anything
     return None if fields[0] in "ZX" else int(fields[19])
 
 

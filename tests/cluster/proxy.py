@@ -1,11 +1,11 @@
-"""A proxy between a client and an API server that fails as a test wishes.
+"""A proxy between a client and an API server that fails on demand.
 
-The client speaks HTTP with it, on this machine; it speaks HTTPS with the API server, in the
-client's name. Streams, which are watches and logs, pass through line by line.
+The client connects to it with HTTP on this machine; it connects to the API server with HTTPS, with
+the client's credentials. Streams, which are watches and logs, are forwarded line by line.
 
-A rule says what happens to requests of one kind, so many times: `drop`, `answer`, `lose_answer`,
-`hold`, `cut`, `stall`. A stream that is open already is cut by `Proxy.cut` and stalled by
-`Proxy.stall`. Without a rule a request passes.
+A rule defines what happens to requests of one kind, a number of times: `drop`, `answer`,
+`lose_answer`, `hold`, `cut`, `stall`. `Proxy.cut` and `Proxy.stall` act on streams that are already
+open. A request that matches no rule is forwarded.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from urllib.parse import parse_qsl, urlsplit
 
 PASSED_ON = ("authorization", "accept", "content-type")
 PATIENCE = 30.0
-"""Seconds after which anything that a test holds goes on, so that a failed test ends."""
+"""Seconds after which everything that a test holds back continues, so that a failed test ends."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a client asked; ``at`` is by the monotonic clock."""
+    """A client's request; ``at`` is a time of the monotonic clock."""
 
     method: str
     path: str
@@ -64,7 +64,7 @@ class Rule:
         )
 
     def wait(self, within: float = PATIENCE) -> None:
-        """Waits until a request has met it."""
+        """Waits until a request has matched it."""
         assert self.met.wait(within), f"no {self.method} {self.path.pattern} within {within} s"
 
     def remove(self) -> None:
@@ -72,7 +72,7 @@ class Rule:
 
 
 class Exchange:
-    """A request on its way, and what is to become of it."""
+    """A request in progress, and what is done with it."""
 
     def __init__(
         self, request: Request, handler: BaseHTTPRequestHandler, connect: Callable[[], Any]
@@ -85,11 +85,11 @@ class Exchange:
         self._server: Any = None
 
     def forward(self, lines: float = float("inf"), then: str = "cut") -> None:
-        """Asks the API server and hands its answer on.
+        """Forwards the request to the API server, and the response to the client.
 
         Args:
-            lines: After so many of a stream something happens.
-            then: ``cut`` or ``stall``.
+            lines: The number of lines of a stream to forward before the fault.
+            then: The fault: ``cut`` or ``stall``.
         """
         with self._asked() as answer:
             if answer.getheader("Content-Length") is not None:
@@ -107,13 +107,13 @@ class Exchange:
             self.end()
 
     def forward_and_lose(self) -> None:
-        """Asks the API server and keeps its answer."""
+        """Forwards the request to the API server and keeps the response."""
         with self._asked() as answer:
             answer.read()
         self.drop()
 
     def answer(self, status: int, body: bytes, kind: str = "application/json") -> None:
-        """Answers in the API server's place, or with its answer."""
+        """Responds in place of the API server, or with its response."""
         self._handler.send_response(status)
         self._handler.send_header("Content-Type", kind)
         self._handler.send_header("Content-Length", str(len(body)))
@@ -121,24 +121,24 @@ class Exchange:
         self._handler.wfile.write(body)
 
     def begin(self, status: int = 200, kind: str = "application/json") -> None:
-        """Begins a stream."""
+        """Starts a stream."""
         self._handler.send_response(status)
         self._handler.send_header("Content-Type", kind)
         self._handler.send_header("Transfer-Encoding", "chunked")
         self._handler.end_headers()
 
     def line(self, line: bytes) -> None:
-        """Sends a line of a stream, once it flows."""
+        """Sends a line of a stream, once it is not stalled."""
         self.flows.wait(PATIENCE)
         self._handler.wfile.write(f"{len(line):x}\r\n".encode() + line + b"\r\n")
         self._handler.wfile.flush()
 
     def end(self) -> None:
-        """Ends a stream as it should be."""
+        """Ends a stream properly."""
         self._handler.wfile.write(b"0\r\n\r\n")
 
     def drop(self) -> None:
-        """Closes the connection, whatever was under way."""
+        """Closes the connection, whatever is in progress."""
         self._handler.close_connection = True
         self.flows.set()
         for sock in (self._handler.connection, getattr(self._server, "sock", None)):
@@ -159,11 +159,11 @@ class Exchange:
 
 
 class Proxy:
-    """Passes requests on to one API server, but for those that a rule fits.
+    """Forwards requests to one API server, except those that match a rule.
 
     Args:
-        server: The API server's address; None where rules answer everything.
-        ca: What its certificate is signed with.
+        server: The API server's address; None if rules respond to everything.
+        ca: The certificate that signed the API server's.
     """
 
     def __init__(self, server: str | None = None, ca: Path | None = None) -> None:
@@ -193,14 +193,14 @@ class Proxy:
         times: float = float("inf"),
         **query: str,
     ) -> Rule:
-        """Adds a rule; the last one that fits a request is the one that holds.
+        """Adds a rule; the last rule that matches a request applies.
 
         Args:
-            fault: What happens.
-            method: To requests of this one; a pattern, such as ``GET|POST``.
-            path: And a path in which this pattern is found.
-            times: As often, then no more.
-            **query: And a query with these values: ``watch="true"``.
+            fault: What happens to matching requests.
+            method: A pattern for the method, such as ``GET|POST``.
+            path: A pattern to find in the path.
+            times: How often the rule applies.
+            **query: Values that the query must have: ``watch="true"``.
         """
         rule = Rule(fault, method, re.compile(path), query, times)
         with self._lock:
@@ -213,17 +213,17 @@ class Proxy:
             exchange.drop()
 
     def stall(self, path: str = "") -> None:
-        """Holds back what open streams say, until they are released or cut."""
+        """Holds back the lines of open streams until they are released or cut."""
         for exchange in self._streams(path):
             exchange.flows.clear()
 
     def release(self, path: str = "") -> None:
-        """Lets stalled streams flow."""
+        """Resumes stalled streams."""
         for exchange in self._streams(path):
             exchange.flows.set()
 
     def reset(self) -> None:
-        """Forgets rules and requests, and closes what is open."""
+        """Deletes rules and requests, and closes open connections."""
         with self._lock:
             self._rules.clear()
             self.requests.clear()
@@ -261,7 +261,7 @@ class Proxy:
                 rule.met.set()
             (rule.fault if rule else forward)(exchange)
         except (OSError, http.client.HTTPException, ValueError):
-            # Either side has gone: so does the other.
+            # If one side is gone, close the other.
             exchange.drop()
         finally:
             with self._lock:
@@ -292,7 +292,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 256
 
     def handle_error(self, *_: Any) -> None:
-        """Says nothing of clients that hang up."""
+        """Ignores clients that hang up."""
 
 
 # Faults
@@ -304,12 +304,12 @@ def forward(exchange: Exchange) -> None:
 
 
 def drop(exchange: Exchange) -> None:
-    """Closes the connection without an answer."""
+    """Closes the connection without a response."""
     exchange.drop()
 
 
 def say_nothing(exchange: Exchange) -> None:
-    """Begins a stream, and no more."""
+    """Starts a stream and sends nothing."""
     exchange.begin()
     exchange.flows.clear()
     exchange.flows.wait(PATIENCE)
@@ -317,19 +317,19 @@ def say_nothing(exchange: Exchange) -> None:
 
 
 def lose_answer(exchange: Exchange) -> None:
-    """Has the API server do it, and tells nobody."""
+    """Lets the API server handle the request, and drops the response."""
     exchange.forward_and_lose()
 
 
 def answer(status: int, reason: str, message: str) -> Fault:
-    """Refuses in the API server's words."""
+    """Refuses a request like the API server."""
     body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": status}
     text = json.dumps({**body, "reason": reason, "message": message}).encode()
     return lambda exchange: exchange.answer(status, text)
 
 
 def lines(*texts: str) -> Fault:
-    """Answers with a stream of lines that ends."""
+    """Responds with a stream of lines that ends."""
 
     def fault(exchange: Exchange) -> None:
         exchange.begin()
@@ -341,13 +341,13 @@ def lines(*texts: str) -> Fault:
 
 
 def error_event(status: int, reason: str) -> Fault:
-    """A watch that begins, and says that it cannot go on."""
+    """A watch that starts, and reports that it cannot continue."""
     thing = {"kind": "Status", "code": status, "reason": reason, "message": f"{reason}, in a watch"}
     return lines(json.dumps({"type": "ERROR", "object": thing}))
 
 
 def hold(until: threading.Event) -> Fault:
-    """Lets a request pass no earlier than an event."""
+    """Holds a request until an event is set."""
 
     def fault(exchange: Exchange) -> None:
         until.wait(PATIENCE)
@@ -357,10 +357,10 @@ def hold(until: threading.Event) -> Fault:
 
 
 def cut(after: int) -> Fault:
-    """Closes a stream's connection after so many lines."""
+    """Closes a stream's connection after a number of lines."""
     return lambda exchange: exchange.forward(lines=after)
 
 
 def stall(after: int) -> Fault:
-    """Lets a stream say no more after so many lines, until it is released or cut."""
+    """Stalls a stream after a number of lines, until it is released or cut."""
     return lambda exchange: exchange.forward(lines=after, then="stall")

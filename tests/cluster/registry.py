@@ -19,17 +19,16 @@ _MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
 
 def push(registry: str, repository: str, program: Path, path: str) -> str:
-    """Pushes an image that holds one static program, which it starts as a user without rights.
+    """Pushes an image with one static program, which runs as an unprivileged user.
 
     Args:
-        registry: Host and port; plain HTTP is spoken.
-        repository: The image's name there.
-        program: The program here.
-        path: The program in the image, and its entrypoint.
+        registry: Host and port, for plain HTTP.
+        repository: The name of the image in the registry.
+        program: The program on this machine.
+        path: The path of the program in the image, which is its entrypoint.
 
     Returns:
-        The image, named by its digest: the same program always gives the same. It has the tag
-        ``test``, too.
+        The image with its digest, which only depends on the program. It also has the tag ``test``.
     """
     layer = _layer(program, path)
     settings = {
@@ -80,7 +79,7 @@ def _upload(base: str, content: bytes) -> None:
 
 
 def _send(method: str, url: str, content: bytes | None = None, kind: str = "") -> str:
-    """Sends a request; returns where the answer says to go on."""
+    """Sends a request; returns the location in the response."""
     headers = {"Content-Type": kind} if kind else {}
     request = urllib.request.Request(url, data=content, headers=headers, method=method)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))

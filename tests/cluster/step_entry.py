@@ -1,4 +1,4 @@
-"""In a task's container: brings inputs, runs the command, takes outputs away."""
+"""Runs in a task's container: downloads inputs, runs the command, uploads outputs."""
 
 import json
 import os

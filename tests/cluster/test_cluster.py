@@ -1,4 +1,4 @@
-"""The test cluster itself: that what is real in it is real, and that nothing is left of it."""
+"""The test cluster itself: its real parts work, and it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def new_namespace(cluster: Reachable, **labels: str) -> Iterator[str]:
     metadata = {"name": name, "labels": labels}
     create(cluster, {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
     try:
-        # Pods are admitted once their account is there.
+        # Pods are admitted once their account exists.
         account = ("get", "serviceaccount", "default", "--namespace", name)
         wait_until("the namespace has its account", lambda: cluster.kubectl_succeeds(*account))
         yield name
@@ -88,7 +88,7 @@ def pytorch_job(name: str, namespace: str, image: str, workers: int = 1) -> dict
 
 
 def run_pod(cluster: Reachable, namespace: str, *words: str) -> str:
-    """Runs the probe to its end; returns what it prints."""
+    """Runs the probe until it exits; returns its output."""
     name = f"{words[0]}-{uuid.uuid4().hex[:8]}"
     create(cluster, pod(name, namespace, cluster.probe, *words))
     ended = ("Succeeded", "Failed")
@@ -178,7 +178,7 @@ def test_an_account_may_do_what_its_role_says_and_the_audit_log_tells(
 
 
 def _as_nobody(cluster: Cluster, *words: str) -> str:
-    """kubectl with no rights but those of a token among its words."""
+    """kubectl with the permissions of a token in its arguments, and no others."""
     server = (f"--server={cluster.server}", f"--certificate-authority={cluster.ca}")
     return cluster.kubectl(*words, *server, f"--kubeconfig={os.devnull}")
 
@@ -226,8 +226,8 @@ def test_two_clusters_are_apart_and_a_dead_program_is_named(
         assert not second.kubectl_succeeds("get", "namespace", namespace)
         (etcd,) = _pids(second.folder, "etcd")
         os.kill(etcd, signal.SIGKILL)
-        wait_until("the end is noticed", lambda: "etcd has ended with -9" in second.condition())
-        assert f"The end of {second.logs / 'etcd.log'}:" in second.condition()
+        wait_until("the end is noticed", lambda: "etcd exited with -9" in second.condition())
+        assert f"Last lines of {second.logs / 'etcd.log'}:" in second.condition()
     assert not any(second.programs().values())
 
 
@@ -244,7 +244,7 @@ def test_the_next_cluster_removes_one_whose_process_was_killed() -> None:
 
 @contextlib.contextmanager
 def _begun(size: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A process that brings a cluster up, and the folder of that."""
+    """A process that starts a cluster, and the cluster's folder."""
     script = f"""
 import sys
 sys.path.insert(0, {str(TESTS)!r})
@@ -272,14 +272,14 @@ def _runs(pid: int) -> bool:
     return False
 
 
-# A node. The first test is about its first `up`, which is the second in its folder.
+# A node. The first test covers its first `up`, which is the second one in its folder.
 
 
 def test_a_node_comes_up_after_one_that_was_killed_half_way(
     request: pytest.FixtureRequest,
 ) -> None:
     if KUBECONFIG in os.environ:
-        pytest.skip(f"somebody uses the cluster that {KUBECONFIG} names")
+        pytest.skip(f"the cluster that {KUBECONFIG} names is in use")
     with _begun("node") as (process, folder):
         wait_until("a pod runs", lambda: _pods_processes(folder) != [])
         before = [*_pids(folder), *_pods_processes(folder)]
@@ -292,7 +292,7 @@ def test_a_node_comes_up_after_one_that_was_killed_half_way(
 
 
 def _pods_processes(folder: Path) -> list[int]:
-    """The first process of every container, as containerd notes it."""
+    """The first process of every container, as recorded by containerd."""
     tasks = folder / "containerd/state/io.containerd.runtime.v2.task/k8s.io"
     texts = [path.read_text("utf-8") for path in tasks.glob("*/init.pid")]
     return [int(text) for text in texts if text]

@@ -1,8 +1,8 @@
 """The compiled pipeline on a real cluster: steps as pods, DPO as a job of two pods.
 
-As an administrator and a user would: the single-node overlay is installed, the images are pushed,
-the pipeline of a shrunken `tiny` is compiled with the overlay's profile. Accounts, roles, quota and
-Pod Security are the shipped ones. Kubeflow's own part is played by `pipeline_pods`.
+It follows the steps of an administrator and a user: install the single-node overlay, push the
+images, compile the pipeline of a shrunken `tiny` with the overlay's profile. Accounts, roles, quota
+and Pod Security are the shipped ones. `pipeline_pods` replaces Kubeflow itself.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def looped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def brought(site: Site, pods: Pods, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder that `srccore collect` makes of what lies in the bucket."""
+    """The run folder that `srccore collect` creates from the bucket."""
     keys = site.store.keys()
     (report,) = {key.split("/")[2] for key in keys if key.startswith("src/report/")}
     out = tmp_path_factory.mktemp("brought") / "run"

@@ -1,8 +1,8 @@
-"""The training job's client against a real API server that is spoilt as each case wants it.
+"""The training job's client against a real API server, with the faults that each case requires.
 
-Between the two stands a proxy; a test controller plays operator and kubelet. Quotas, roles,
+There is a proxy between the two, and a test controller plays operator and kubelet. Quotas, roles,
 namespaces, admission, garbage collection and the API server's own restarts are real. The client
-has the rights of the shipped Role and no more, in a namespace with Pod Security ``restricted``.
+has exactly the permissions of the shipped Role, in a namespace with Pod Security ``restricted``.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ WATCHED = r"/(pytorchjobs|pods)$"
 LOGS = r"/pods/[^/]+/log$"
 LIMITS = Limits(waiting=120, running=120, restarts=2, refused=0.5, doubtful=1, unclaimed=120)
 WITHIN = 60.0
-"""Seconds for anything to happen, on a machine that is busy."""
+"""Seconds for anything to happen on a busy machine."""
 _RUNS = itertools.count(1)
 
 
@@ -78,10 +78,10 @@ class Case:
 
     Args:
         name: A sentence.
-        before: What has happened before it begins.
+        before: What happens before it starts.
         steps: What happens then.
-        ends: The exception that it ends with; None is success.
-        says: What is in the lines it says or in its exception.
+        ends: The exception that it ends with; None means success.
+        says: Texts in its log or in its exception.
         left: The attempts whose jobs are left in the end.
     """
 
@@ -94,7 +94,7 @@ class Case:
 
 
 class Scene:
-    """One launch, and all that a test moves around it."""
+    """One launch, and everything around it that a test moves."""
 
     def __init__(
         self, cluster: Cluster, proxy: Proxy, namespace: str, patch: pytest.MonkeyPatch
@@ -107,7 +107,7 @@ class Scene:
         self.run = f"t{next(_RUNS)}"
         self.launcher: Launcher = PYTORCHJOB
         self.settings: Object = {"image": "image"}
-        # Those that a test changes once it has seen that a limit is what comes next.
+        # A test changes them once the limit is the next thing to happen.
         self.limits = SimpleNamespace(**vars(LIMITS))
         self.outage = WITHIN
         self.attempt = 1
@@ -123,11 +123,11 @@ class Scene:
         self._workflow: Object | None = None
         proxy.add(self.logs, path=LOGS)
 
-    # What it is about
+    # Its objects
 
     @property
     def token(self) -> str:
-        """That of the step's account."""
+        """The token of the step's account."""
         if not self._token:
             self._token = self.cluster.token_for(self.namespace, ACCOUNT)
         return self._token
@@ -170,13 +170,13 @@ class Scene:
 
     @property
     def job(self) -> JobController:
-        """What moves the job of the present attempt, once it is there."""
+        """The controller of the job of the present attempt, once it exists."""
         name = self.request.name(self.attempt)
         self.wait_until(f"{name} is there", lambda: self.admin.is_there(f"{self.jobs}/{name}"))
         return JobController(self.admin, self.namespace, name, self.logs)
 
     def left(self) -> tuple[int, ...]:
-        """The attempts whose jobs are there."""
+        """The attempts whose jobs exist."""
         found = self.admin.ask("GET", self.jobs, labelSelector=f"srccore.dev/run={self.run}")
         names = [each["metadata"]["name"] for each in found["items"]]
         return tuple(sorted(int(name.rpartition("-a")[2]) for name in names))
@@ -208,7 +208,7 @@ class Scene:
         self.wait_until("the launch ends", lambda: not self._thread.is_alive())
 
     def close(self) -> None:
-        """Ends it, however far it is, and removes what is left."""
+        """Stops it, and deletes what is left."""
         if self.launch:
             self.launch.stop()
             self.proxy.cut()
@@ -217,14 +217,14 @@ class Scene:
             self.admin.delete(f"{self.jobs}/{self.request.name(attempt)}")
 
     def wait_until(self, what: str, ready: Callable[[], bool]) -> None:
-        """Waits, and tells what was said so far if it is in vain."""
+        """Waits for a condition; on a timeout, shows the log so far."""
         try:
             wait_until(what, ready, within=WITHIN)
         except Exception as error:
             raise AssertionError("\n".join([str(error), *self.lines, repr(self.error)])) from None
 
     def hear(self, text: str) -> None:
-        """Waits until the launch says something."""
+        """Waits until the launch logs a text."""
         self.wait_until(f"it says {text!r}", lambda: any(text in line for line in self.lines))
 
 
@@ -269,7 +269,7 @@ def waits_long_for_logs(scene: Scene) -> None:
 
 
 def is_judged(scene: Scene) -> None:
-    """The launch asks once more before it believes that the job has failed."""
+    """The launch requests the job again before it accepts that it has failed."""
     name = scene.request.name(scene.attempt)
     scene.wait_until("it asks", lambda: scene.proxy.count("GET", f"/pytorchjobs/{name}$") > 0)
 
@@ -283,14 +283,14 @@ def job(move: str, *args: Any) -> Step:
 
 
 def takes_up(scene: Scene) -> None:
-    """The operator makes the pods, and they wait."""
+    """The operator creates the pods, and they wait."""
     scene.job.take_up()
     scene.job.make_pods()
     scene.hear(f"0 of {scene.pods} pod")
 
 
 def runs(scene: Scene) -> None:
-    """All pods run, and the launch knows."""
+    """All pods are running, and the launch knows it."""
     scene.job.run(*range(scene.pods))
     scene.hear("1 pod is running" if scene.pods == 1 else f"{scene.pods} pods are running")
 
@@ -301,7 +301,7 @@ def is_running(scene: Scene) -> None:
 
 
 def tells(*texts: str) -> Step:
-    """The first pod says some lines, and the launch tells them."""
+    """The first pod logs some lines, and the launch shows them."""
 
     def step(scene: Scene) -> None:
         scene.told += texts
@@ -349,10 +349,10 @@ def mended(scene: Scene) -> None:
 
 
 def loses_watches(fault: Fault) -> Step:
-    """Both watches are cut, or not there yet; those that come next meet a fault."""
+    """Both watches are cut, or not open yet; the next ones meet a fault."""
 
     def step(scene: Scene) -> None:
-        # So long a silence is a lost connection: for these two alone.
+        # For these two only, a silence this long is a lost connection.
         scene.patch.setattr(api_module, "SILENCE_SECONDS", 1)
         scene.rule = scene.proxy.add(fault, "GET", WATCHED, 2, watch="true")
         scene.proxy.cut(WATCHED)
@@ -387,7 +387,7 @@ def api_server_restarts(scene: Scene) -> None:
 
 
 def made_before(**settings: Any) -> Step:
-    """An earlier attempt of the step has made the job; perhaps for another specification."""
+    """An earlier attempt of the step has created the job, perhaps with another specification."""
 
     def step(scene: Scene) -> None:
         mine, scene.settings = scene.settings, {**scene.settings, **settings}
@@ -398,7 +398,7 @@ def made_before(**settings: Any) -> Step:
 
 
 def job_held(scene: Scene) -> None:
-    """Something keeps the job from going when it is deleted."""
+    """A finalizer keeps the job when it is deleted."""
     body = {"metadata": {"finalizers": ["example.com/held"]}}
     scene.admin.ask("PATCH", scene.job.path, body)
 
@@ -430,7 +430,7 @@ def namespace_deleted(scene: Scene) -> None:
 
 
 def namespace_held(scene: Scene) -> None:
-    """Something in the namespace does not go with it."""
+    """A finalizer keeps something in the namespace."""
     path = f"/api/v1/namespaces/{scene.namespace}/configmaps"
     body = {"metadata": {"name": "held", "finalizers": ["example.com/held"]}}
     scene.admin.ask("POST", path, body)
@@ -442,7 +442,7 @@ def namespace_let_go(scene: Scene) -> None:
 
 
 def quota(resource: str, most: int) -> Step:
-    """A real quota, once it holds."""
+    """A real quota, once it is enforced."""
 
     def step(scene: Scene) -> None:
         path = f"/api/v1/namespaces/{scene.namespace}/resourcequotas"
@@ -462,7 +462,7 @@ def quota(resource: str, most: int) -> Step:
 
 
 def uncounted_quota(scene: Scene) -> None:
-    """A real quota that no controller has counted."""
+    """A real quota that no controller has calculated."""
     scene.cluster.stop("kube-controller-manager")
     path = f"/api/v1/namespaces/{scene.namespace}/resourcequotas"
     hard = {"count/pytorchjobs.kubeflow.org": "5"}
@@ -476,7 +476,7 @@ def quota_counted(scene: Scene) -> None:
 
 
 def may(*rules: tuple[str, str, str]) -> Step:
-    """The step's account has just these rights: API group, resource, verbs."""
+    """The step's account has exactly these permissions: API group, resource, verbs."""
 
     def step(scene: Scene) -> None:
         named = [
@@ -491,7 +491,7 @@ def may(*rules: tuple[str, str, str]) -> Step:
 
 
 def rights_taken(scene: Scene) -> None:
-    """Its rights are taken from the account; a new watch is a new question."""
+    """The account loses its permissions, which a new watch needs."""
     account = f"account-{scene.run}"
     scene.admin.delete(f"{RBAC}/namespaces/{scene.namespace}/rolebindings/{account}")
     verb = ("kubeflow.org", "pytorchjobs", "watch")
@@ -535,7 +535,7 @@ def refused_by_policy(scene: Scene) -> None:
 
 
 def refused_by_broken_webhook(scene: Scene) -> None:
-    """A webhook has to be asked and is not there: that of an operator that begins anew."""
+    """A required webhook is not available: that of an operator that is restarting."""
     jobs = {"apiGroups": ["kubeflow.org"], "apiVersions": ["v1"], "resources": ["pytorchjobs"]}
     names = {"kubernetes.io/metadata.name": scene.namespace}
     hook = {
@@ -561,7 +561,7 @@ def admit(scene: Scene, plural: str, spec: Object) -> None:
 
 
 def wait_until_refused(scene: Scene, message: str) -> None:
-    """Waits until the API server has heard of what is to refuse the job."""
+    """Waits until the API server knows what has to refuse the job."""
 
     def is_refused() -> bool:
         try:
@@ -575,7 +575,7 @@ def wait_until_refused(scene: Scene, message: str) -> None:
 
 
 def make_namespace(admin: Administrator, name: str) -> None:
-    """A namespace with the account that launches jobs, and its rights."""
+    """A namespace with the account that launches jobs, and its permissions."""
     admin.ask("POST", "/api/v1/namespaces", {"metadata": {"name": name, "labels": RESTRICTED}})
     roles = [each for each in yaml.safe_load_all(ROLE.read_text()) if each["kind"] == "Role"]
     (rules,) = [each["rules"] for each in roles if each["metadata"]["name"] == ACCOUNT]
@@ -585,7 +585,7 @@ def make_namespace(admin: Administrator, name: str) -> None:
 
 
 def grant(admin: Administrator, namespace: str, name: str, rules: list[Object]) -> None:
-    """Makes an account that has these rights, and waits until it has them."""
+    """Creates an account with these permissions, and waits until it has them."""
     admin.ask(
         "POST", f"/api/v1/namespaces/{namespace}/serviceaccounts", {"metadata": {"name": name}}
     )
@@ -626,7 +626,7 @@ FAULTS = {
     "a closed socket": drop,
     "silence": stall(after=0),
 }
-"""What becomes of the watches that come next."""
+"""What happens to the next watches."""
 
 PHASES: dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]] = {
     "creating": ((), (takes_up, runs, tells("step 1"))),
@@ -634,7 +634,7 @@ PHASES: dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]] = {
     "running": ((is_running, tells("step 1")), (tells("step 2"),)),
     "ending": ((is_running, tells("step 1"), job("end", 0, 0)), ()),
 }
-"""What happens until a phase is reached, and what is left to happen before the end."""
+"""What happens until a phase is reached, and what remains to happen until the end."""
 
 WATCHES = [
     Case(
@@ -659,7 +659,7 @@ UNHEARD = (
     spoilt(answer(500, "InternalError", "odd"), "POST"),
     spoilt(lose_answer, "POST", times=1),
 )
-"""The job is created, and nobody says so."""
+"""The job is created, and no response says so."""
 STOPPED_IN = {
     "creating": (UNHEARD, (hears("is not responding as expected"),)),
     "waiting": ((), (takes_up,)),
@@ -677,7 +677,7 @@ STOPPING = {
 STOPS = [
     *(
         Case(
-            f"SIGTERM while {phase}, and the workflow goes on",
+            f"SIGTERM while {phase}, and the workflow continues",
             before=before,
             steps=(*steps, stop),
             ends=Stopped,
@@ -713,7 +713,7 @@ STOPS = [
         left=(),
     ),
     Case(
-        "SIGTERM while nobody knows whether the workflow goes on",
+        "SIGTERM while nobody knows whether the workflow continues",
         steps=(
             is_running,
             spoilt(drop),
@@ -792,7 +792,7 @@ ENDS = [
         says=("has published its result, so this is not an error: Pod", "exited with code 1"),
     ),
     Case(
-        "a pod out of memory is final, though the operator makes it anew",
+        "a pod out of memory is final, though the operator recreates it",
         steps=(is_running, job("end", 0, 137, "OOMKilled"), job("remove_pod", 0)),
         ends=JobFailed,
         says=("-worker-0 ran out of memory", "training_memory", "Deleted PyTorchJob"),
@@ -810,7 +810,7 @@ ENDS = [
         steps=(
             is_running,
             tells("step 1"),
-            # The watch comes back so late that all that is left is the list.
+            # The watch resumes so late that only the list is left.
             spoilt(EXPIRED, "GET", "/pytorchjobs$", 1, watch="true"),
             spoilt(drop, "GET", WATCHED, watch="true"),
             loses_all,
@@ -889,7 +889,7 @@ TIMES = [
         left=(),
     ),
     Case(
-        "a pod is preempted, and the job goes on",
+        "a pod is preempted, and the job continues",
         steps=(
             is_running,
             tells("step 1"),
@@ -1086,7 +1086,7 @@ REFUSED = [
         left=(),
     ),
     Case(
-        "the account may not read logs, and the job goes on",
+        "the account may not read logs, and the job continues",
         before=(
             may(
                 ("", "pods", "get list watch"),
@@ -1277,7 +1277,7 @@ def test_no_cluster_at_all_is_told_with_what_to_do(tmp_path: Path) -> None:
 
 
 def connected(kubeconfig: Path) -> subprocess.CompletedProcess[str]:
-    """What a process finds that is given a kubeconfig."""
+    """What a process with a kubeconfig finds."""
     words = """
 from srccore.cluster.api import connect
 api = connect()
@@ -1315,10 +1315,10 @@ except Stopped:
 """
 
 
-@pytest.mark.parametrize("goes_on", [True, False], ids=["goes on", "is stopping"])
+@pytest.mark.parametrize("continues", [True, False], ids=["continues", "is stopping"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda each: each.name)
 def test_a_process_that_is_told_to_end_does_so_in_order(
-    number: signal.Signals, goes_on: bool, scene: Scene, tmp_path: Path
+    number: signal.Signals, continues: bool, scene: Scene, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
     words = [sys.executable, "-c", STEP, scene.proxy.url, scene.token]
@@ -1335,12 +1335,12 @@ def test_a_process_that_is_told_to_end_does_so_in_order(
         scene.job.make_pods()
         scene.job.run(0)
         scene.wait_until("the pod runs", lambda: "1 pod is running" in log.read_text())
-        if not goes_on:
+        if not continues:
             workflow(spec={"shutdown": "Stop"})(scene)
         step.send_signal(number)
         assert step.wait(WITHIN) == 143
     finally:
         step.kill()
         step.wait()
-    assert ("continues; the next attempt" in log.read_text()) is goes_on
-    assert scene.left() == ((1,) if goes_on else ())
+    assert ("continues; the next attempt" in log.read_text()) is continues
+    assert scene.left() == ((1,) if continues else ())

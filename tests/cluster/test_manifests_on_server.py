@@ -1,7 +1,7 @@
-"""manifests/ on a real API server: what it accepts, who may do what, which pods it lets in.
+"""manifests/ on a real API server: what it accepts, who may do what, which pods it admits.
 
-Network policies are accepted and select pods as `tests/unit/test_manifests.py` says; no network of
-these tests enforces them. Kueue's kinds are not known here.
+Network policies are accepted and select the pods that `tests/unit/test_manifests.py` says; nothing
+in these tests enforces them. Kueue's kinds are not installed here.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ DRY_RUN = ("apply", "--server-side", "--dry-run=server", "--validate=strict", "-
 TRAINER_COMPONENT = "components: [../../components/trainjob, ../../components/cache]\n"
 PAGES = ("admin", *(name for name in OVERLAYS if name != "overlays/kueue"), ".")
 NOT_HERE = re.compile(r"^(aws|gcloud) |github\.com|kueue|localqueue")
-"""Commands for a cloud, or for what no server of the tests has."""
+"""Commands for a cloud, or for something that no server of the tests has."""
 
 
 def apply(cluster: Cluster, objects: list[Manifest], *words: str) -> str:
@@ -60,7 +60,7 @@ def apply(cluster: Cluster, objects: list[Manifest], *words: str) -> str:
 
 @pytest.fixture(scope="module")
 def manifests(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy with a namespace of its own: other tests have the cluster, too."""
+    """A copy with its own namespace: other tests use the cluster, too."""
     name = f"srccore-{uuid.uuid4().hex[:8]}"
     return copied(tmp_path_factory.mktemp("site"), namespace=name).parents[1]
 
@@ -72,7 +72,7 @@ def namespace(api_cluster: Cluster, manifests: Path) -> Iterator[str]:
     apply(api_cluster, [made])
     apply(api_cluster, render(manifests / "overlays/single-node"))
     name: str = made["metadata"]["name"]
-    # Until the controllers have counted what there is, the quota refuses every pod.
+    # The quota refuses every pod until the controllers have calculated it.
     counted = ("resourcequota/srccore", "--for=jsonpath={.status.used.pods}", "--timeout=60s")
     api_cluster.kubectl("wait", *counted, f"--namespace={name}")
     yield name
@@ -110,7 +110,7 @@ def rights(cluster: Cluster, namespace: str, account: str) -> set[tuple[str, str
         "spec": {"namespace": namespace},
     }
     user = f"--as=system:serviceaccount:{namespace}:{account}"
-    # kubectl would ask for the kinds of the cluster to validate it, as that account.
+    # To validate, kubectl would request the kinds of the cluster as that account.
     words = ("create", "--validate=false", "-f", "-", "--output=json", user)
     found = json.loads(cluster.kubectl(*words, stdin=json.dumps(review)))["status"]
     assert not found["incomplete"]
@@ -166,7 +166,7 @@ def test_the_launcher_is_told_so(
     words = question.split()
     if "namespace" not in question:
         words.append(f"--namespace={namespace}")
-    # kubectl ends with 1 where the answer is no.
+    # kubectl exits with 1 if the answer is no.
     assert api_cluster.kubectl_succeeds("auth", "can-i", *words, account) == (answer == "yes")
 
 
@@ -216,7 +216,7 @@ def training_pod(namespace: str, **settings: Any) -> str:
 def test_a_training_pod_is_let_in_and_gets_no_token(
     api_cluster: Cluster, namespace: str, settings: dict[str, Any]
 ) -> None:
-    # The namespace warns of the newest standard: that, too, finds nothing.
+    # The namespace warns about violations of the newest standard: there are none, either.
     strict = ("create", "--dry-run=server", "--validate=strict", "--warnings-as-errors")
     words = (*strict, f"--namespace={namespace}", "--output=json", "-f", "-")
     made = json.loads(api_cluster.kubectl(*words, stdin=training_pod(namespace, **settings)))
@@ -250,12 +250,12 @@ def test_the_quota_counts_gpus(api_cluster: Cluster, namespace: str) -> None:
         api_cluster.kubectl(*words, stdin=training_pod(namespace, gpus=9))
 
 
-# A cluster of our own: kinds are added to it, and the namespace has the name of the pages
+# A separate cluster: kinds are added to it, and the namespace has the name of the pages
 
 
 @pytest.fixture(scope="module")
 def own_cluster(api_cluster: Cluster) -> Iterator[Cluster]:
-    """Where ``api_cluster`` can be, this one can."""
+    """Needs what ``api_cluster`` needs."""
     with Cluster("api") as it:
         kinds = operators.TRAINER.source / "manifests/base/crds"
         it.kubectl("apply", "--server-side", "-k", str(kinds))
@@ -278,7 +278,7 @@ def test_the_commands_of_a_page_run(own_cluster: Cluster, tmp_path: Path, page: 
     lines = [line for line in text.splitlines() if not NOT_HERE.search(line)]
     named = [at for at, line in enumerate(lines) if "serviceaccount pipeline-runner" in line]
     if named:
-        # It is Kubeflow Pipelines that brings this account.
+        # Kubeflow Pipelines creates this account.
         account = "kubectl create serviceaccount pipeline-runner --namespace srccore"
         lines.insert(named[0], account)
     environment = {
@@ -298,7 +298,7 @@ def test_the_commands_of_a_page_run(own_cluster: Cluster, tmp_path: Path, page: 
     )
     assert done.returncode == 0, done.stderr
     if page == ".":
-        # What the namespace gave away is the profile of the folder.
+        # The folder's profile is what remains of the namespace.
         config = load_config("llava-1.5-7b", [])
         given = load_profile(tmp_path / "cluster.yaml", config)
         assert given == load_profile(MANIFESTS / "overlays/eks/profile.yaml", config)

@@ -1,4 +1,4 @@
-"""The training job under real operators: what is lost comes back, what is wrong is said.
+"""The training job under real operators: losses are recovered, errors are explained.
 
 The step of train-dpo of the finished pipeline is run again, each time with another seed, so that
 there is something to train.
@@ -20,11 +20,11 @@ from cluster.pipeline_pods import Pods, Task
 from kustomize import copied
 
 LONG = {"epochs": 12, "checkpoint_steps": 1}
-"""Long enough to take something away in the middle."""
+"""Long enough to remove something in the middle."""
 LIMIT = 240.0
 FIRST = 100
 NUMBERS = itertools.count(FIRST)
-"""Seeds, and rounds too: a run has one job a round."""
+"""Seeds and also rounds, since a run has one job per round."""
 COMPONENT = "components: [../../components/trainjob]\n"
 
 
@@ -59,7 +59,7 @@ def job_of(pods: Pods, name: str) -> str:
                 return line.split("srccore/")[1].split()[0]
         return None
 
-    # Its container may not have begun yet.
+    # Its container may not have started yet.
     return str(awaited(f"a job of {name}", lambda: _started(pods, name) and look()))
 
 
@@ -95,7 +95,7 @@ def test_a_killed_worker_comes_back_and_training_goes_on(
     ended = pods.wait(name)
     log = pods.log(name)
     assert ended.status.phase == "Succeeded", log
-    # Where the job has succeeded, the operator removes a pod that is about to end.
+    # When the job has succeeded, the operator deletes a pod that is about to exit.
     assert training_pods(site, job).get(victim) != before[victim]
     assert "pods lost so far: 1" in log
 
@@ -113,7 +113,7 @@ def test_a_retried_step_goes_on_with_the_running_job(site: Site, pods: Pods, ste
     log = pods.log(second)
     assert ended.status.phase == "Succeeded", log
     assert "already exists; this step adopts it" in log
-    # The same pods; where the job has succeeded, the operator removes one that is about to end.
+    # The same pods; when the job has succeeded, the operator deletes one that is about to exit.
     assert training_pods(site, job).items() <= before.items()
 
 
@@ -140,7 +140,7 @@ def test_an_image_that_does_not_exist_is_told_within_a_minute(
     assert ended.status.phase == "Failed"
     assert "no-such-image" in log and "Check the image's name" in log
     ran = ended.status.container_statuses[0].state.terminated
-    # What was promised to people; it takes half of it.
+    # This is what the documentation promises; it takes half of it.
     assert (ran.finished_at - ran.started_at).total_seconds() < 60
     assert "Deleted PyTorchJob" in log
 
@@ -167,7 +167,7 @@ def test_a_trainjob_trains_as_a_pytorchjob_does(site: Site, pods: Pods, step: Ta
 
 
 def _figures(site: Site, root: str) -> dict[str, float]:
-    """What the DPO of the pipeline's seed told of its training, below a root."""
+    """The training metrics of the DPO with the pipeline's seed, below a root."""
     found, keys = [], site.store.keys()
     for key in keys:
         if key.startswith(f"{root}/train-dpo/") and key.endswith("/manifest.json"):
@@ -180,7 +180,7 @@ def _figures(site: Site, root: str) -> dict[str, float]:
 
 
 def test_the_role_grants_what_the_client_uses_and_no_more(site: Site, pods: Pods) -> None:
-    """Last of all: each verb was needed somewhere above."""
+    """Must run last: each verb was needed somewhere above."""
     user = f"system:serviceaccount:{NAMESPACE}:{ACCOUNT}"
     used = set()
     for line in site.cluster.audit_log.read_text(encoding="utf-8").splitlines():

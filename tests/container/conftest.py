@@ -1,6 +1,6 @@
-"""The images, built once through the real command, and one run outside to compare with.
+"""The images, built once with the real command, and a run without containers to compare with.
 
-The images stay in podman's store: a warm machine builds nothing but the layer of the code.
+The images stay in podman's storage: with a warm cache only the layer with the code is built.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def images(podman: Podman) -> Podman:
 
 @pytest.fixture(scope="session")
 def run_outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of a shrunken `tiny`, made without a container."""
+    """A finished run of a shrunken `tiny`, without containers."""
     out = tmp_path_factory.mktemp("outside") / "run"
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
     subprocess.run(

@@ -1,6 +1,6 @@
-"""podman on this machine, with settings of the tests' own, and what a build needs of the host.
+"""podman on this machine, with the tests' own settings, and what a build needs from the host.
 
-`srccore images` finds podman by itself; the settings reach it through the environment.
+`srccore images` finds podman by itself; the environment passes the settings on.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ LOCKED_DOWN = (
     "--cap-drop=all",
     "--security-opt=no-new-privileges",
 )
-"""What the security context of the pipeline's pods asks for, and no network besides."""
+"""The security context of the pipeline's pods, and no network."""
 
 
 class Podman:
     """Runs podman, and srccore with it.
 
     Args:
-        folder: Gets podman's settings.
+        folder: The folder for podman's settings.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,7 +53,7 @@ class Podman:
         return subprocess.run(command, env=self.environment, check=False).returncode == 0
 
     def build(self, *names: str, extra: Sequence[str] = ()) -> None:
-        """Builds images, as a user does on this machine; no name means all."""
+        """Builds images like a user on this machine; no names means all."""
         named = [word for name in names for word in ("--image", name)]
         base = ["--tool", "podman", "--base-image", base_image(self)]
         self.srccore("images", "build", *base, *named, "--", *_of_the_host(), *extra)
@@ -67,11 +67,11 @@ class Podman:
 
 
 def _settings() -> str:
-    """podman asks for more files than a root without CAP_SYS_RESOURCE may give."""
+    """podman requests more open files than a root user without CAP_SYS_RESOURCE may set."""
     limits = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
     allowed = {name: _most(resource.getrlimit(limit)[1]) for name, limit in limits.items()}
     ulimits = ", ".join(f'"{name}={most}:{most}"' for name, most in allowed.items())
-    # Debian 12's crun refuses a host that has both versions of cgroups mounted; runc takes it.
+    # Debian 12's crun rejects a host with both versions of cgroups mounted; runc accepts it.
     runtime = '[engine]\nruntime = "runc"\n' if shutil.which("runc") else ""
     return f"[containers]\ndefault_ulimits = [{ulimits}]\n{runtime}"
 
@@ -81,7 +81,7 @@ def _most(limit: int) -> int:
 
 
 def _of_the_host() -> list[str]:
-    """How this machine reaches its package index, and what it has fetched before."""
+    """How this machine accesses its package index, and its cache of packages."""
     words = []
     for file in ("/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt"):
         if Path(file).exists():
@@ -93,12 +93,12 @@ def _of_the_host() -> list[str]:
 
 
 def give(folder: Path) -> None:
-    """Makes a folder the containers' user's: weights are written for their owner alone."""
+    """Gives a folder to the containers' user: only the owner of weights can read them."""
     subprocess.run(["chown", "--recursive", f"{USER}:{USER}", folder], check=True)
 
 
 def base_image(podman: Podman) -> str:
-    """A bare Debian with Python, made of packages where it is not there yet."""
+    """A minimal Debian with Python, built from packages unless it exists."""
     if named := os.environ.get("SRCCORE_TEST_BASE_IMAGE"):
         return named
     if podman.has(BASE_IMAGE):
@@ -118,7 +118,7 @@ def base_image(podman: Podman) -> str:
 
 
 def _mirror() -> list[str]:
-    """Where apt has bookworm from; nothing, and so debootstrap's own, where it has not."""
+    """The mirror from which apt gets bookworm; empty for debootstrap's default."""
     command = [
         "apt-get",
         "indextargets",

@@ -1,4 +1,4 @@
-"""What a build shares, and that it can be repeated."""
+"""What builds share, and that they are reproducible."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from container.podman import Podman, base_image
 
 from srccore.containers.names import BASES, IMAGES, LAUNCH_TRAINING, Images
 
-# Over the image that the bases stand on, in bytes.
+# In addition to the image that the bases are built on, in bytes.
 LIMITS = {"report": 240_000_000, LAUNCH_TRAINING: 150_000_000}
 
 

@@ -1,4 +1,4 @@
-"""Components in their images, started by the very command that Kubeflow would give a pod."""
+"""Components in their images, started with the same command as by Kubeflow in a pod."""
 
 from __future__ import annotations
 

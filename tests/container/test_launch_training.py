@@ -1,4 +1,4 @@
-"""The image of a step whose training runs as a job: small, and with all that the step imports."""
+"""The image of a step whose training is a job: small, and with everything the step imports."""
 
 from __future__ import annotations
 

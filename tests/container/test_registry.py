@@ -1,4 +1,4 @@
-"""Pushed to a registry of Debian's, all images are there by digest, and shared layers once."""
+"""Pushed to Debian's registry, all images are there by digest, and shared layers only once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Registry:
             return answer.headers["Docker-Content-Digest"], json.load(answer)
 
     def uploads(self) -> int:
-        """How many requests so far have sent content of a layer."""
+        """How many requests have sent content of a layer so far."""
         return len(re.findall(r'"PATCH /v2/', self.log.read_text()))
 
 
@@ -102,7 +102,7 @@ def test_every_image_is_pushed_by_digest_and_a_shared_layer_once(
     compiling = ["compile", "--registry", registry.address, "--digests", str(out)]
     images.srccore(*compiling, "-o", str(package))
     named = set(re.findall(r"^ +image: (\S+)$", package.read_text(), re.MULTILINE))
-    assert len(named) == len(STAGES) - 1  # all but import-output, which the preset has no use for
+    assert len(named) == len(STAGES) - 1  # all except import-output, which the preset does not use
     for image in named:
         repository, _, digest = image.removeprefix(f"{registry.address}/").partition("@")
         assert registry.manifest(repository, digest)[0] == digest

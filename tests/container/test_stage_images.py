@@ -1,7 +1,7 @@
-"""Every stage in its image, locked down, makes what it makes outside, bit for bit.
+"""Every stage produces the same output in its locked-down image as outside, bit for bit.
 
-Each reads the folders that the run outside wrote, read-only and at their places beside its own
-folder, so that it meets the same paths and one stage's failure is its own.
+Each reads the folders of the run outside, mounted read-only at the same paths next to its own
+folder, so that paths are the same and stages fail independently of each other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STAGE_1 = "--policy=tune-rationale/policy.json"
 FOUND = "--candidates=round-1/search-candidates-0"
 RATED = "--ratings=round-1/score-candidates-0"
 
-# By stage: its folder in the run, and what it reads.
+# By stage: its folder in the run, and its inputs.
 READS: dict[str, tuple[str, list[str]]] = {
     "prepare-data": ("data", []),
     "augment-rationales": ("augment-rationales/train", [DATA["train"]]),

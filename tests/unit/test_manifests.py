@@ -1,4 +1,4 @@
-"""What manifests/ renders: scopes, rights, labels, and that profiles and pages fit the objects.
+"""What manifests/ renders: scopes, permissions, labels; profiles and pages match the objects.
 
 ``SRCCORE_WRITE_GOLDENS=1`` writes the files that rendered objects are compared with.
 """
@@ -124,7 +124,7 @@ def test_the_account_of_steps_is_changed_as_the_page_says(folder: str, tmp_path:
     before, after = rendered(folder), render(copied(tmp_path, Path(folder).name, lines))
     (subject,) = only(after, "RoleBinding", STEPS)["subjects"]
     assert subject == {"kind": "ServiceAccount", "name": "default-editor", "namespace": "srccore"}
-    # All else is as it was: an overlay has patches of its own.
+    # Everything else stays the same: an overlay has its own patches.
     subject["name"] = "pipeline-runner"
     assert sorted(map(str, after)) == sorted(map(str, before))
 
@@ -187,7 +187,7 @@ def test_the_namespace_enforces_restricted() -> None:
 def test_priority_classes_evict_nobody_and_are_seen_by_the_autoscaler() -> None:
     for each in of_kind(rendered("admin"), "PriorityClass"):
         assert each["preemptionPolicy"] == "Never"
-        assert each["value"] >= -10  # pods below that get no node from the cluster autoscaler
+        assert each["value"] >= -10  # the cluster autoscaler adds no nodes for pods below that
         assert not each.get("globalDefault")
 
 
@@ -232,7 +232,7 @@ def test_a_pod_of_a_trainjob_is_secured_like_one_of_a_pytorchjob(tmp_path: Path)
 
 
 def selects(selector: Manifest, labels: dict[str, str]) -> bool:
-    """Whether a label selector means a pod."""
+    """Whether a label selector matches a pod."""
     found = [labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()]
     for each in selector.get("matchExpressions", []):
         assert each["operator"] in ("Exists", "DoesNotExist")
@@ -305,7 +305,7 @@ def test_a_profile_names_what_the_cluster_then_has(folder: str) -> None:
 
 
 def named_on_the_page(folder: str, profile: Profile) -> None:
-    """What a profile needs and no manifest makes is made by a command of the overlay's page."""
+    """Whatever a profile needs and no manifest creates, a command in the overlay's page does."""
     page = (MANIFESTS / folder / "README.md").read_text()
     names = list(profile.image_pull_secrets)
     if profile.ca_bundle:
@@ -342,7 +342,7 @@ def test_the_role_of_amazon_is_taken_by_the_accounts_that_name_it() -> None:
     json.loads((folder / "bucket-policy.json").read_text())
 
 
-# Goldens: no server of the tests knows these kinds
+# Goldens: no server of the tests serves these kinds
 
 
 @pytest.mark.parametrize("folder", ["admin/kueue", "overlays/kueue"])
