@@ -344,7 +344,8 @@ class Observer:
         lost = self.restarts(pods)
         note = f" (pods lost so far: {lost})" if lost else ""
         if running >= self.pods:
-            return f"{_pods(running)} {'is' if running == 1 else 'are'} running{note}."
+            all_run = "1 pod is running" if running == 1 else f"{running} pods are running"
+            return f"{all_run}{note}."
         if condition(job, "Suspended"):
             return f"The job is waiting in its queue{note}."
         why = _one_line(events[-1].get("message", "")) if events else ""
