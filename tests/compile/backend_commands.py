@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from shallow import shallow
 from typer.testing import CliRunner
 
 from srccore.cli.main import app
@@ -33,9 +34,10 @@ class Outcome:
 
 
 def call(*arguments: object, **environment: str | Path) -> Outcome:
-    """Calls a command; what a user can mend has exit code 2, as in `srccore.cli.main.main`."""
+    """Calls a command; a `UserError` has exit code 2, as in `srccore.cli.main.main`."""
     given = {name: str(value) for name, value in environment.items()}
-    result = CliRunner().invoke(app, [str(each) for each in arguments], env=NO_BACKEND | given)
+    words = [str(each) for each in arguments]
+    result = shallow(CliRunner().invoke, app, words, env=NO_BACKEND | given)
     if isinstance(result.exception, UserError):
         return Outcome(2, f"{result.output}{result.exception}")
     if result.exception is not None and not isinstance(result.exception, SystemExit):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from kfp_server import KfpServer, serving
+from shallow import shallow
 from small_pipeline import compile_small
 
 
@@ -16,6 +17,6 @@ def server() -> Iterator[KfpServer]:
         yield it
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_small(tmp_path_factory.mktemp("compiled") / "src-tiny.yaml")
+    return shallow(compile_small, tmp_path_factory.mktemp("compiled") / "src-tiny.yaml")

@@ -10,6 +10,7 @@ import yaml
 from ir import unsafe
 from kfp import compiler, dsl
 from kfp.dsl import Artifact, Dataset, Input, Output
+from shallow import shallow
 
 component = functools.partial(dsl.component, base_image="localhost/none:1")
 
@@ -157,7 +158,7 @@ BAD: list[tuple[Callable[..., Any], str]] = [
 
 def compiled(function: Callable[..., Any], folder: Path) -> dict[str, Any]:
     path = folder / "pipeline.yaml"
-    compiler.Compiler().compile(dsl.pipeline(function), str(path))
+    shallow(lambda: compiler.Compiler().compile(dsl.pipeline(function), str(path)))
     found: dict[str, Any] = next(yaml.safe_load_all(path.read_text()))
     return found
 

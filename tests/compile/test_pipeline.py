@@ -12,6 +12,7 @@ import pytest
 import yaml
 from backend_commands import call
 from ir import dags, unsafe
+from shallow import shallow
 
 from srccore.cluster.request import JobSettings
 from srccore.config import load_config, preset_names
@@ -32,6 +33,8 @@ cache_claim: models
 run_as_user: null
 stages: {train-dpo: {cpu: "16", memory: 200Gi, gpus: 4, timeout_hours: 72, retries: 5}}
 """
+TEXTS: dict[tuple[str, str, str], str] = {}
+"""Pipelines compiled so far, by preset, profile and images."""
 
 
 def compiled(
@@ -40,9 +43,13 @@ def compiled(
     profile: Path | None = None,
     **changes: Any,
 ) -> Ir:
+    """What `compile_pipeline` makes; tests with the same arguments share its text."""
     config = load_config(preset)
-    text = compile_pipeline(config, load_profile(profile, config, **changes), images or Images())
-    pipeline, platforms = yaml.safe_load_all(text)
+    fixed, images = load_profile(profile, config, **changes), images or Images()
+    key = (preset, fixed.model_dump_json(), repr(images))
+    if key not in TEXTS:
+        TEXTS[key] = shallow(compile_pipeline, config, fixed, images)
+    pipeline, platforms = yaml.load_all(TEXTS[key], yaml.CSafeLoader)
     return {**pipeline, "kubernetes": platforms["platforms"]["kubernetes"]["deploymentSpec"]}
 
 
@@ -103,7 +110,7 @@ def test_a_shipped_pipeline_loads_and_is_safe(preset: str) -> None:
 
     path = COMPILED / f"{preset}.yaml"
     assert components.load_component_from_file(str(path)).name.startswith("src-")
-    assert unsafe(next(yaml.safe_load_all(path.read_text()))) == []
+    assert unsafe(next(yaml.load_all(path.read_text(), yaml.CSafeLoader))) == []
 
 
 def test_every_gpu_task_has_all_that_a_gpu_task_needs() -> None:
