@@ -1,11 +1,11 @@
-"""A real HTTP server on this machine that answers as Kubeflow Pipelines 2.17 does.
+"""A real HTTP server on this machine that responds like Kubeflow Pipelines 2.17.
 
-Its answers are the models of `kfp_server_api`, so that no field is invented, and it checks what it
-is sent as the backend does: credentials, namespaces, pipelines, types of parameters. What those
-models leave open was read in the backend's sources: times that there are not yet are 1970; a run's
-tasks are the nodes of Argo's workflow, listed flat, whose parents, pods and errors are empty and
-whose children are node ids; terminating a finished run is an error; a run of an uploaded version
-comes without its pipeline; uploads have a form of their own for errors.
+Its responses are models of `kfp_server_api`, so that no field is made up, and it validates requests
+as the backend does: credentials, namespaces, pipelines, and types of parameters. The rest was read
+in the backend's sources: times that are not known yet are 1970; the tasks of a run are a flat list
+of the nodes of Argo's workflow, whose parents, pods and errors are empty and whose children are
+node IDs; terminating a finished run is an error; a run of an uploaded version is returned without
+its pipeline; and errors of uploads have a different format.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FINISHED = {"SUCCEEDED", "FAILED", "CANCELED"}
 
 
 class RefusalError(Exception):
-    """An error of the backend, by its gRPC code."""
+    """An error of the backend, with its gRPC code."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -57,9 +57,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Step:
-    """How far a run has come: its state, and that of every task that has begun.
+    """The progress of a run: its state, and that of every task that has started.
 
-    Tasks are named by their keys in the pipeline: ``prepare``, ``src-round-2.for-loop-2.0.search``.
+    Tasks are identified by their keys in the pipeline, such as ``prepare`` or
+    ``src-round-2.for-loop-2.0.search``.
     """
 
     state: str
@@ -67,7 +68,7 @@ class Step:
 
 
 def read_body(content_type: str, content: bytes) -> Any:
-    """A body of JSON; or the files of a form, each as its name and its text, by their fields."""
+    """A JSON body, or the files of a form by field, each with its name and text."""
     if not content_type.startswith("multipart/form-data"):
         return json.loads(content) if content else None
     form = email.message_from_bytes(f"Content-Type: {content_type}\r\n\r\n".encode() + content)
@@ -92,14 +93,14 @@ def argo_node_id(workflow: str, path: str) -> str:
 
 
 class Workflow:
-    """The nodes that Argo makes of a pipeline, and Kubeflow's compiler before it.
+    """The nodes that Kubeflow's compiler and Argo create for a pipeline.
 
     Args:
         pipeline: As compiled.
         name: The workflow's name.
         states: Those of the tasks, as in `Step`.
-        attempts: How many of every node there are, under one that stands for all of them; 0 for
-            nodes of no retry strategy. Kubeflow's own install gives one to every template.
+        attempts: The number of attempts of each node, under a node for all of them; 0 for nodes
+            without a retry strategy. Kubeflow's own installation sets one for every template.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Workflow:
             )
             for number, (path, state) in enumerate(self.states.items())
         ]
-        # Executions that the metadata store knows, and that are matched with no node.
+        # Executions in the metadata store that match no node.
         made += [
             api.V2beta1PipelineTaskDetail(
                 run_id=run_id, task_id=str(uuid.uuid5(uuid.NAMESPACE_URL, number)), start_time=NEVER
@@ -153,7 +154,7 @@ class Workflow:
         return next(iter(within), None)
 
     def _node(self, path: str, state: str, parents: Sequence[str]) -> str:
-        """Adds a node of a template; returns the path of what is inside it."""
+        """Adds a node of a template; returns the path for its content."""
         inside = self._bare(path, state, parents)
         for number in range(self.attempts):
             is_last = number + 1 == self.attempts
@@ -167,7 +168,7 @@ class Workflow:
         return path
 
     def _dag(self, dag: dict[str, Any], path: str, above: str) -> list[str]:
-        """Adds the tasks that have begun; returns the nodes at whose end the DAG has ended."""
+        """Adds the tasks that have started; returns the last nodes of the DAG."""
         ends: dict[str, list[str]] = {}
         waiting = dict(sorted(dag["tasks"].items()))
         while waiting:
@@ -217,29 +218,28 @@ class KfpServer:
         """A header that every request must carry, and its value."""
         self.forbidden = False
         self.page: str | None = None
-        """A page of HTML that is answered to everything."""
+        """An HTML page to respond with to every request."""
         self.gateway: str | None = None
-        """Why the Kubernetes API, where it stands before the backend, lets nobody through."""
+        """Why the Kubernetes API, in front of the backend, denies every request."""
         self.login: str | None = None
-        """Where everything is sent on to."""
+        """The address to redirect every request to."""
         self.prefix = ""
-        """What stands before every path, as with the proxy of the Kubernetes API."""
+        """The prefix of every path, as with the proxy of the Kubernetes API."""
         self.failures: list[tuple[str, int | None]] = []
-        """Requests to fail: a pattern of ``METHOD path``, and a status; None drops them."""
+        """Requests to fail: a pattern of ``METHOD path``, and a status; None hangs up."""
         self.races: list[str] = []
-        """Requests that another client makes too, a moment earlier: patterns as above."""
+        """Requests that another client also sends, just before: patterns as above."""
         self.lists_versions = True
-        """Whether versions are listed; those are not that have been made, but are not ready."""
+        """Whether versions are listed; one that is not ready yet exists, but is not listed."""
         self.largest_page = 200
         self.script: list[Step] = [Step("PENDING")]
-        """Where a run stands when it is looked at for the first time, the second, and so on; the
-        last one stays."""
+        """The progress of a run at the first request, the second, and so on; the last one stays."""
         self.requests: list[Request] = []
         self.experiments: dict[str, api.V2beta1Experiment] = {}
         self.pipelines: dict[str, api.V2beta1Pipeline] = {}
         self.versions: dict[str, api.V2beta1PipelineVersion] = {}
         self.texts: dict[str, str] = {}
-        """What was uploaded, by the version's id."""
+        """The uploaded texts, by the ID of the version."""
         self.runs: dict[str, api.V2beta1Run] = {}
         self.recurring_runs: dict[str, api.V2beta1RecurringRun] = {}
         self.looks: dict[str, int] = defaultdict(int)
@@ -261,7 +261,7 @@ class KfpServer:
 
         class Server(ThreadingHTTPServer):
             def handle_error(self, request: object, client_address: object) -> None:
-                """Says nothing of clients that hang up."""
+                """Prints nothing when a client disconnects."""
 
         self.http = Server(("127.0.0.1", 0), Handler)
         scheme = "http"
@@ -273,11 +273,11 @@ class KfpServer:
         self.url = f"{scheme}://127.0.0.1:{self.http.server_port}"
 
     def sent(self, method: str, path: str) -> list[Request]:
-        """Requests whose path ends so."""
+        """The requests whose path ends with this path."""
         return [r for r in self.requests if r.method == method and r.path.endswith(path)]
 
     def wait_for(self, method: str, path: str, times: int = 1) -> None:
-        """Waits until so many requests have come whose path matches."""
+        """Waits until this many requests have a matching path."""
         with self.seen:
             arrived = self.seen.wait_for(
                 lambda: sum(
@@ -290,7 +290,7 @@ class KfpServer:
         assert arrived, [f"{r.method} {r.path}" for r in self.requests]
 
     def add_run(self, **fields: Any) -> api.V2beta1Run:
-        """A run as another client left it."""
+        """Adds a run of another client."""
         run_id = str(uuid.uuid4())
         values = {
             "run_id": run_id,
@@ -329,7 +329,7 @@ class KfpServer:
                 handler.close_connection = True
                 handler.connection.shutdown(socket.SHUT_RDWR)
                 return
-        with contextlib.suppress(OSError):  # the client has gone
+        with contextlib.suppress(OSError):  # the client has disconnected
             handler.send_response(status)
             for name, value in ({"Content-Type": "application/json"} | headers).items():
                 handler.send_header(name, value)
@@ -339,7 +339,7 @@ class KfpServer:
 
     @staticmethod
     def _first(entries: list[Any], request: Request, pattern: Callable[[Any], str]) -> Any:
-        """The first entry whose pattern the request matches, which is taken out; else None."""
+        """Removes and returns the first entry whose pattern matches the request, or None."""
         line = f"{request.method} {request.path}"
         found = next((each for each in entries if re.search(pattern(each), line)), None)
         if found is not None:
@@ -507,7 +507,7 @@ class KfpServer:
         return version
 
     def _source(self, body: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What a run or recurring run starts, with its platforms, if it is still there."""
+        """The pipeline of a run or recurring run, with its platforms, if it still exists."""
         reference = body.get("pipeline_version_reference")
         if reference is None:
             return body.get("pipeline_spec")
@@ -515,7 +515,7 @@ class KfpServer:
         return version and version.pipeline_spec
 
     def _parsed(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline of what is sent, less its platforms."""
+        """The pipeline of a request, without its platforms."""
         pipeline = spec.get("pipeline_spec", spec)
         try:
             json_format.ParseDict(pipeline, pipeline_spec_pb2.PipelineSpec())
@@ -526,7 +526,7 @@ class KfpServer:
         return pipeline
 
     def _checked(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline of a run or recurring run that is asked for."""
+        """The pipeline of a run or recurring run, after validating the request."""
         if body.get("experiment_id") not in self.experiments:
             raise RefusalError(5, f"Experiment {body.get('experiment_id')} not found")
         if not body.get("display_name"):
@@ -625,7 +625,7 @@ class KfpServer:
 
 @contextlib.contextmanager
 def serving(certificate: Path | None = None) -> Iterator[KfpServer]:
-    """The server, listening."""
+    """Runs the server."""
     it = KfpServer(certificate)
     thread = threading.Thread(target=it.http.serve_forever, args=(0.01,))
     thread.start()

@@ -31,7 +31,7 @@ __all__ = ["Package", "Parameter", "read_package", "shared_root"]
 ARTIFACT_ROOT = "artifact_root"
 COMPILE = "Compile it with srccore compile."
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The one in C where PyYAML has it: a shipped pipeline is read six times faster."""
+"""In C if PyYAML has it, which reads a shipped pipeline six times faster."""
 _MADE_BY = re.compile(r"srccore ([^\s,]+)(?:,|\s|$)")
 
 

@@ -162,8 +162,8 @@ def _disable_others(backend: Backend, name: str, new: str) -> list[str]:
             done.append(old)
     except UserError as error:
         raise UserError(
-            f"The new schedule {new} is enabled, but {old} of the same name could not be found "
-            f"and disabled, so both may start runs: {error.what}",
+            f"The new schedule {new} is enabled, but {old} of the same name could not be "
+            f"disabled, so both may start runs: {error.what}",
             f"Disable one of them at {backend.ui}/#/recurringruns, or run this command again: it "
             "creates another schedule and disables the others.",
         ) from None

@@ -1,4 +1,4 @@
-"""The commands against a backend, called as the command line calls them."""
+"""Calls the commands that talk to a backend, as the command line does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NO_BACKEND = dict.fromkeys(
         "KUBERNETES_SERVICE_HOST",
     ]
 )
-"""An environment that knows of no backend."""
+"""An environment without a backend."""
 ROOT = "--artifact-root=s3://bucket/runs"
 
 

@@ -1,6 +1,6 @@
-"""Constructs of kfp 2.17 that compile and then go wrong, silently or on a backend.
+"""Constructs of kfp 2.17 that compile but fail later, silently or only on a backend.
 
-Each was seen to fail; `unsafe` finds them in a compiled pipeline.
+Each of them was seen to fail; `unsafe` finds them in a compiled pipeline.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ITEM = "pipelinechannel--loop-item-param-"
 
 
 def unsafe(ir: Ir) -> list[str]:
-    """Names what is unsafe in a compiled pipeline; empty where nothing is."""
+    """Lists what is unsafe in a compiled pipeline; empty if nothing is."""
     return sorted({problem for check in CHECKS for problem in check(ir)})
 
 
@@ -50,7 +50,7 @@ def _inside(ir: Ir, component: Ir) -> Iterator[tuple[str, Ir]]:
 
 
 def outside_parameter(ir: Ir) -> Iterator[str]:
-    """Locally the loop item would take its place."""
+    """When run locally, the loop item would replace it."""
     for _, _, task, spec in _tasks(ir):
         items = spec.get("parameterIterator", {}).get("items", {}).get("inputParameter")
         for name, value in spec.get("inputs", {}).get("parameters", {}).items():
@@ -113,7 +113,7 @@ def optional_parameter(ir: Ir) -> Iterator[str]:
 
 
 def optional_artifact(ir: Ir) -> Iterator[str]:
-    """kfp.local fails on it where it is not given."""
+    """kfp.local fails if it is not set."""
     for name, component in dags(ir):
         artifacts = component.get("inputDefinitions", {}).get("artifacts", {})
         if any(spec.get("isOptional") for spec in artifacts.values()):
@@ -121,7 +121,7 @@ def optional_artifact(ir: Ir) -> Iterator[str]:
 
 
 def resources(ir: Ir) -> Iterator[str]:
-    """A dangling input inside a loop; a dropped limit where the parameter is no string."""
+    """A dangling input inside a loop; a dropped limit if the parameter is not a string."""
     in_loops = {
         task["componentRef"]["name"]
         for body in _loop_bodies(ir).values()
@@ -139,7 +139,7 @@ def resources(ir: Ir) -> Iterator[str]:
             given = spec["inputs"]["parameters"][found["name"]].get("componentInputParameter")
             parameters = component.get("inputDefinitions", {}).get("parameters", {})
             if given in parameters and parameters[given]["parameterType"] != "STRING":
-                yield f"{task}: a resource from a parameter that is no string"
+                yield f"{task}: a resource from a parameter that is not a string"
 
 
 def dangling_input(ir: Ir) -> Iterator[str]:
@@ -160,7 +160,7 @@ def artifacts_only(ir: Ir) -> Iterator[str]:
 
 
 def iteration_name(ir: Ir) -> Iterator[str]:
-    """kfp.local reads a loop index in it."""
+    """kfp.local takes it for a loop index."""
     for _, _, task, _ in _tasks(ir):
         if "-iteration-" in task:
             yield f"{task}: a task called *-iteration-*"

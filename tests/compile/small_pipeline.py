@@ -1,6 +1,6 @@
-"""A pipeline of the shape of ours, small: two nested rounds, a loop in each, settings as dicts.
+"""A small pipeline with the structure of ours: two nested rounds with a loop, settings as dicts.
 
-kfp reads annotations as they stand, so there is no import of `annotations` from the future.
+kfp reads annotations as they are written, so `annotations` is not imported from `__future__`.
 """
 
 from pathlib import Path

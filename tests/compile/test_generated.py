@@ -1,4 +1,4 @@
-"""What is generated and committed is what would be generated today (`make compiled`)."""
+"""The committed generated files are up to date (`make compiled`)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_component_reads_artifacts_as_a_backend_names_them(stage: str, tmp_pat
     from kfp.dsl import executor
 
     component = getattr(srccore.components, stage.replace("-", "_"))
-    # A real backend gives no schemaTitle, as kfp's local runner does: the annotation has to do.
+    # Unlike kfp's local runner, a real backend sends no schemaTitle: the annotation must suffice.
     artifact = {"name": "3", "uri": str(tmp_path), "type": {"instanceSchema": ""}, "metadata": {}}
     inputs = [k for k, v in component.component_spec.inputs.items() if "@" in v.type]
     made = executor.Executor(

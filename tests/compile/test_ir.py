@@ -1,4 +1,4 @@
-"""Every check of `ir` finds the construct that it is for, in what kfp really compiles."""
+"""Every check of `ir` finds its construct in a pipeline that kfp compiled."""
 
 import functools
 from collections.abc import Callable
@@ -149,7 +149,7 @@ BAD: list[tuple[Callable[..., Any], str]] = [
     (optional_parameter, "an optional parameter without a default"),
     (resources_in_a_loop, "a resource from a parameter inside a loop"),
     (resources_in_a_loop, "a dangling input"),
-    (resources_of_no_string, "a resource from a parameter that is no string"),
+    (resources_of_no_string, "a resource from a parameter that is not a string"),
     (artifacts_only, "a sub-DAG with only artifact inputs"),
     (optional_artifact, "a sub-DAG with an optional artifact"),
     (iteration_name, "a task called *-iteration-*"),

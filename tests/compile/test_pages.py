@@ -1,4 +1,4 @@
-"""The pages for platform teams: their commands run, in their order, against a backend."""
+"""The pages for platform teams: their commands run in order against a backend."""
 
 from __future__ import annotations
 

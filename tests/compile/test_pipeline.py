@@ -1,4 +1,4 @@
-"""The compiled pipeline: what every task is given, what is wired to what, and what is refused."""
+"""The compiled pipeline: the settings of its tasks, how they are connected, and what is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from srccore.pipelines.profile import Profile, load_profile
 from srccore.stages.table import STAGES
 
 Ir = dict[str, Any]
-# All that a job's pods need from a profile, beside resources.
+# Everything that a job's pods need from a profile, except resources.
 PROFILE = """
 environment: {HTTPS_PROXY: "http://proxy:3128", AWS_ENDPOINT_URL: "https://s3.example.com"}
 secrets: [{name: s3, keys: {access: AWS_ACCESS_KEY_ID, secret: AWS_SECRET_ACCESS_KEY}}]
@@ -43,7 +43,7 @@ def compiled(
     profile: Path | None = None,
     **changes: Any,
 ) -> Ir:
-    """What `compile_pipeline` makes; tests with the same arguments share its text."""
+    """A compiled pipeline; tests with the same arguments share its text."""
     config = load_config(preset)
     fixed, images = load_profile(profile, config, **changes), images or Images()
     key = (preset, fixed.model_dump_json(), repr(images))
@@ -257,7 +257,7 @@ def test_a_task_trains_in_its_own_pod_or_watches_the_job_that_does(launcher: str
     assert container["resources"]["resourceMemoryLimit"] == "512Mi"
     assert "accelerator" not in container["resources"]
     assert not {"nodeSelector", "tolerations"} & settings.keys()
-    # 24 hours for a place, 48 of training, and one to spare.
+    # 24 hours of waiting, 48 of training, and one to spare.
     assert int(settings["activeDeadlineSeconds"]) == 73 * 3600
     for name in given - {"job"}:
         assert arguments[name] == {"componentInputParameter": name}
@@ -299,7 +299,7 @@ def test_a_job_is_told_all_that_its_pods_need(tmp_path: Path) -> None:
         max_restarts=3,
         ttl_hours=2,
     )
-    # Parameters of the run say these, and one that is there would win over an empty one.
+    # Parameters of the run set these; a value here would override an empty parameter.
     assert not {"memory", "gpus", "node_selector", "tolerations"} & job.keys()
 
 
@@ -386,7 +386,7 @@ def test_digests_replace_every_tag(tmp_path: Path) -> None:
     images = Images("registry.example.com", digests=read_digests(path, "registry.example.com"))
     ir = compiled("tiny", images, launcher="pytorchjob")
     named = re.findall(r"'(registry\.example\.com/[^']*)'", str(ir))
-    expected = IMAGES.keys() - {"import-output"}  # which the preset has no use for
+    expected = IMAGES.keys() - {"import-output"}  # which the preset does not use
     assert set(named) == {
         f"registry.example.com/srccore/{name}@sha256:{'a' * 64}" for name in expected
     }

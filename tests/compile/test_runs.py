@@ -222,7 +222,7 @@ def test_ctrl_c_leaves_the_run_going_and_says_how_to_follow_and_stop_it(
         stderr=subprocess.PIPE,
         text=True,
         env={k: v for k, v in os.environ.items() if k not in NO_BACKEND} | {"KFP_HOST": server.url},
-        # What a script starts in the background ignores Ctrl-C, and so would this child of it.
+        # A background process of a script ignores Ctrl-C, and so would its child.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no thread
     )
     assert process.stdout is not None
@@ -357,7 +357,7 @@ def test_a_loop_over_items_that_the_pipeline_does_not_list_grows_as_they_begin(
 
 
 def test_node_ids_are_those_of_argo() -> None:
-    # The vectors of the hash's own reference: "a" is e40c292c and "foobar" is bf9cf968.
+    # The test vectors of the hash's reference: "a" is e40c292c and "foobar" is bf9cf968.
     assert node_id("wf", "a") == f"wf-{0xE40C292C}"
     assert node_id("wf", "foobar") == f"wf-{0xBF9CF968}"
 
@@ -391,7 +391,7 @@ def test_runs_are_listed_newest_first_over_all_pages(server: KfpServer) -> None:
     names = [next(cell for cell in row[1:] if cell) for row in rows[1:]]
     assert names == ["late", *(f"run {number}" for number in range(7, 0, -1))]
     assert result.out.splitlines()[1].startswith(f"{going.run_id}  late   RUNNING")
-    # Made at second 7 and finished at second 125.
+    # Created at second 7 and finished at second 125.
     assert result.out.splitlines()[2].endswith("SUCCEEDED  2026-03-01 02:00  1 min 58 s")
 
 
@@ -412,7 +412,7 @@ def test_a_list_in_a_multi_user_install_is_of_a_namespace(server: KfpServer, run
     result = call("runs", "list", "--host", server.url, "--namespace", "ann")
     assert result.code == 0
     assert server.requests[-1].query["namespace"] == "ann"
-    # A run's id needs none.
+    # The ID of a run needs no namespace.
     assert call("runs", "status", run_id, "--host", server.url).code == 0
 
 

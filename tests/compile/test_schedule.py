@@ -1,4 +1,4 @@
-"""``srccore schedule``: cron lines, and one schedule of a name."""
+"""``srccore schedule``: cron lines, and one enabled schedule per name."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_new_schedule_is_there_before_the_old_ones_of_its_name_are_disabled(
     assert schedule(server, pipeline, "--namespace", "bob").code == 0
     for name in ("weekly", "other", "weekly", "weekly"):
         assert schedule(server, pipeline, "--namespace", "ann", name=name).code == 0
-    # Somebody enabled two of one name, on different pages.
+    # Someone enabled two schedules of the same name, on different pages.
     for each in server.recurring_runs.values():
         each.mode, each.status = "ENABLE", "ENABLED"
     server.requests.clear()
@@ -89,7 +89,7 @@ def test_a_new_schedule_is_there_before_the_old_ones_of_its_name_are_disabled(
     assert posts[:2] == ["experiments", "recurringruns"]
     assert [post.endswith(":disable") for post in posts[2:]] == [True] * 3
     assert result.out.count("Disabled the earlier schedule of that name") == 3
-    # What is disabled already is left alone.
+    # Disabled schedules are left alone.
     server.requests.clear()
     assert schedule(server, pipeline, "--namespace", "ann").code == 0
     assert len(server.sent("POST", ":disable")) == 1
@@ -153,7 +153,7 @@ def test_a_sunday_of_seven_is_told_since_kubeflow_has_none(line: str) -> None:
 
 
 def test_the_next_times_are_those_of_the_line() -> None:
-    # 1 March 2026 is a Sunday; at 02:00 sharp the next one is a week off.
+    # 1 March 2026 is a Sunday; at exactly 02:00 the next time is a week later.
     now = datetime(2026, 3, 1, 2, 0, tzinfo=UTC)
     sundays = [datetime(2026, 3, day, 2, 0, tzinfo=UTC) for day in (8, 15, 22)]
     assert next_times("0 0 2 * * 0", now) == sundays

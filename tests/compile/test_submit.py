@@ -1,4 +1,4 @@
-"""``srccore submit``: what is sent, who asks, and what goes wrong."""
+"""``srccore submit``: what it sends, with which credentials, and what can go wrong."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SECRET = "eyJhbGciOi.the-secret.of-ann"
 
 
 def submit(server: KfpServer, pipeline: Path, *options: object, **environment: str | Path) -> dict:
-    """Submits, and returns the body that the backend was sent."""
+    """Submits, and returns the body of the request."""
     result = call("submit", pipeline, ROOT, "--host", server.url, *options, **environment)
     assert result.code == 0, result.out
     return server.sent("POST", "/runs")[-1].body
@@ -165,7 +165,7 @@ def test_the_same_text_is_uploaded_once_and_another_is_a_new_version(
     submit(server, other, "--upload")
     [kept] = server.pipelines.values()
     first = submit(server, pipeline, "--upload")["pipeline_version_reference"]
-    # Users may change what is displayed, which is not the name then.
+    # Users can change the display name, which then differs from the name.
     for each in (*server.pipelines.values(), *server.versions.values()):
         each.display_name = "shown"
     assert submit(server, pipeline, "--upload")["pipeline_version_reference"] == first
@@ -461,7 +461,7 @@ def test_every_request_carries_the_credential_and_nothing_prints_it(
     result = call("submit", pipeline, ROOT, "--host", server.url, *given, **environment)
     assert result.code == 0, result.out
     assert SECRET not in result.out
-    # What it says to follow the run with works: the options without the secret itself.
+    # The printed command to follow the run works: it has the options, but not the secret.
     line = result.out.splitlines()[-1].removeprefix("Follow it: srccore ").replace("--wait ", "")
     assert call(*line.split(), **environment).code == 0
 
@@ -501,7 +501,7 @@ def test_a_file_that_holds_no_token_is_told_without_its_content(
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A key and a certificate for this machine, which no public authority signed."""
+    """A key and a certificate for this machine, not signed by a public authority."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
     now = datetime.datetime.now(datetime.UTC)

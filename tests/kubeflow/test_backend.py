@@ -1,7 +1,7 @@
-"""The commands against a real Kubeflow Pipelines: the one that ``KFP_HOST`` names.
+"""Runs the commands against a real Kubeflow Pipelines, at ``KFP_HOST``.
 
-Credentials and namespace come from the environment as the commands read them. Image of the pods:
-``SRCCORE_TEST_KFP_IMAGE``, one with a shell. The runs and schedules stay, with names of their own.
+The commands read credentials and namespace from the environment. ``SRCCORE_TEST_KFP_IMAGE`` is the
+image of the pods, which must have a shell. The runs and schedules are kept, under unique names.
 """
 
 import os
@@ -18,9 +18,7 @@ import srccore
 
 pytestmark = [
     pytest.mark.kubeflow,
-    pytest.mark.skipif(
-        not os.environ.get("KFP_HOST"), reason="KFP_HOST names no Kubeflow Pipelines"
-    ),
+    pytest.mark.skipif(not os.environ.get("KFP_HOST"), reason="KFP_HOST is not set"),
 ]
 IMAGE = os.environ.get("SRCCORE_TEST_KFP_IMAGE", "python:3.11-slim")
 NAME = f"srccore-test-{uuid.uuid4().hex[:6]}"
@@ -49,7 +47,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*arguments: object, code: int = 0) -> str:
-    """Calls a command, and returns what it says."""
+    """Calls a command, and returns its output."""
     result = subprocess.run(
         [sys.executable, "-m", "srccore", *map(str, arguments)],
         capture_output=True,
@@ -62,7 +60,7 @@ def call(*arguments: object, code: int = 0) -> str:
 
 
 def submit(pipeline: Path, *options: str, code: int = 0) -> tuple[str, str]:
-    """Submits a run; returns its id and what the command said."""
+    """Submits a run; returns its ID and the output of the command."""
     out = call("submit", pipeline, "--artifact-root=s3://none/none", *options, code=code)
     found = re.match(r"Run (\S+)\n", out)
     assert found is not None
@@ -104,7 +102,7 @@ def test_a_schedule_is_replaced_by_one_of_its_name(pipeline: Path) -> None:
     from srccore.kubeflow.client import connect
     from srccore.kubeflow.connection import Connection
 
-    # On 1 January, so that none starts a run before it is disabled.
+    # On 1 January, so that it starts no run before it is disabled.
     options = ("--artifact-root=s3://none/none", "--name", NAME, "--cron", "0 0 1 1 *")
     first = call("schedule", pipeline, *options)
     second = call("schedule", pipeline, *options)

@@ -1,4 +1,4 @@
-"""Names of images, lists of digests, and what the Containerfiles and lock files promise."""
+"""Image names, lists of digests, and the contents of Containerfiles and lock files."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_containerfile_takes_its_base_as_an_argument_and_has_no_entrypoint(pat
     assert re.findall(r"^FROM (.*)$", text, re.MULTILINE) in (["${BASE_IMAGE}"], ["${BASE}"])
     assert "ENTRYPOINT" not in text
     if path.parent.name == "stage":
-        # A name instead of a number is refused by a cluster that wants no root.
+        # A cluster that forbids root refuses a name instead of a number.
         assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["1000:1000"]
 
 
