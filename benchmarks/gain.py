@@ -42,12 +42,14 @@ from srccore.method.response import gives_answer
 from srccore.method.search import candidate_id
 from srccore.models.engines import sampling_engine
 from srccore.run.console import ConsoleObserver
+from srccore.run.folder import RunFolder
 from srccore.run.loop import run
 from srccore.run.report.gather import overall_change
 from srccore.stages.candidates import score_candidates, search_candidates
 from srccore.stages.evaluation import evaluate, read_outcomes
 from srccore.stages.folder import StageFolder
 from srccore.stages.machine import Machine
+from srccore.stages.manifest import read_manifest
 from srccore.stages.preferences import curate_preference, train_dpo
 from srccore.stages.table import Input, Stage
 
@@ -87,12 +89,12 @@ def main() -> None:
 
 def control(arm: str, config: RunConfig, folder: Path) -> list[dict]:
     """Carries one control through the rounds, from the run's stage-1 policy."""
-    source, out = folder / "src", folder / arm
-    heldout, calibration = (source / "data" / f"{n}.parquet" for n in ("heldout", "calibration"))
-    policy = source / "tune-rationale" / "policy.json"
-    evaluations = [source / "round-0" / "evaluate"]
+    source, out = RunFolder(folder / "src"), RunFolder(folder / arm)
+    heldout, calibration = (source.split(name) for name in ("heldout", "calibration"))
+    policy = source.trained_policy(0)
+    evaluations = [source.evaluation(0)]
     for number in range(1, config.rounds + 1):
-        place = out / f"round-{number}"
+        place = out.round(number)
         preferences = place / "preferences"
         if arm == "random":
             random_preferences(config, calibration, policy, preferences, number)
@@ -113,8 +115,8 @@ def control(arm: str, config: RunConfig, folder: Path) -> list[dict]:
                     config.scoring,
                     data=calibration,
                     candidates=place / "search",
-                    scorer=source / "train-scorer",
-                    rationales=source / "augment-rationales" / "calibration",
+                    scorer=source.scorer,
+                    rationales=source.rationales("calibration"),
                     out=place / "score",
                     machine=Machine(config.device),
                 )
@@ -131,14 +133,14 @@ def control(arm: str, config: RunConfig, folder: Path) -> list[dict]:
             config.evaluation,
             data=heldout,
             policy=policy,
-            out=place / "evaluate",
+            out=out.evaluation(number),
             seed=config.seed,
             round_number=number,
             previous=evaluations[-1],
             machine=Machine(config.device),
         )
-        evaluations.append(place / "evaluate")
-    return [json.loads((path / "figures.json").read_text()) for path in evaluations]
+        evaluations.append(out.evaluation(number))
+    return [read_manifest(path).figures for path in evaluations]
 
 
 def preference_trained(
@@ -272,16 +274,17 @@ def raw_samples(
 
 def headroom(config: RunConfig, folder: Path) -> dict:
     """Aligned accuracy of one greedy response, and pass@6, after stage 1, by category."""
+    source = RunFolder(folder / "src")
     step = StageFolder(
         "headroom",
         folder / "headroom",
         config=config.search,
-        inputs={"policy": folder / "src" / "tune-rationale"},
+        inputs={"policy": source.tuning},
     )
     if step.figures is not None:
         return step.figures
-    opened = dataset.open_data(folder / "src" / "data" / "heldout.parquet")
-    policy = folder / "src" / "tune-rationale" / "policy.json"
+    opened = dataset.open_data(source.split("heldout"))
+    policy = source.trained_policy(0)
     samples = list(opened.samples)
     raw = raw_samples(config, policy, opened, samples, f"headroom/{config.seed}")
     reached: dict[str, list[bool]] = {}
@@ -364,8 +367,8 @@ def comparison(out: Path, seeds: list[int], arms: list[str], last: int) -> str:
 def aligned(out: Path, seed: int, arm: str, number: int) -> np.ndarray:
     """Per held-out sample, 1.0 where an arm's answer and rationale are right after a round."""
     folder = out / f"seed-{seed}"
-    samples = dataset.open_data(folder / "src" / "data" / "heldout.parquet").samples
-    outcomes = read_outcomes(samples, folder / arm / f"round-{number}" / "evaluate")
+    samples = dataset.open_data(RunFolder(folder / "src").split("heldout")).samples
+    outcomes = read_outcomes(samples, RunFolder(folder / arm).evaluation(number))
     return np.array([float(o.answer_right and bool(o.rationale_right)) for o in outcomes])
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import yaml
 
 from srccore.config import RunConfig
 from srccore.errors import UserError
-from srccore.run.loop import load_run, policy_of_round
+from srccore.run.folder import RunFolder
+from srccore.run.loop import load_run
 from srccore.stages.manifest import read_manifest
 
 __all__ = ["export_policy"]
@@ -68,7 +68,7 @@ def export_policy(run: Path, number: int, out: Path, *, adapter: bool = False) -
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty.", "Give another folder.")
     config = load_run(run)
-    path = policy_of_round(run, number)
+    path = RunFolder(run).policy(number)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -81,8 +81,7 @@ def export_policy(run: Path, number: int, out: Path, *, adapter: bool = False) -
 
 def _card(run: Path, config: RunConfig, number: int, policy: Path, *, adapter: bool) -> str:
     manifest = read_manifest(policy.parent)
-    path = run / f"round-{number}" / "evaluate" / "figures.json"
-    evaluation = json.loads(path.read_text(encoding="utf-8"))
+    evaluation = read_manifest(RunFolder(run).evaluation(number)).figures
     rows = ["| figure | value | 95 % interval |", "| --- | --- | --- |"]
     for name, interval in evaluation["interval"].items():
         if evaluation.get(name) is not None and interval:

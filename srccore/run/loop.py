@@ -20,6 +20,7 @@ from srccore.config import RunConfig, identity
 from srccore.errors import UserError
 from srccore.files import MANIFEST, write_json
 from srccore.models.policy import resolve_model_path
+from srccore.run.folder import RunFolder
 from srccore.stages.candidates import sample_responses, score_candidates, search_candidates
 from srccore.stages.checks import check_run
 from srccore.stages.data import prepare_data
@@ -29,7 +30,7 @@ from srccore.stages.preferences import curate_preference, train_dpo
 from srccore.stages.rationales import augment_rationales, tune_rationale
 from srccore.stages.scorer import annotate_ratings, train_scorer
 
-__all__ = ["Observer", "load_run", "policy_of_round", "run", "set_threads"]
+__all__ = ["Observer", "load_run", "run", "set_threads"]
 
 
 class Observer(Protocol):
@@ -64,21 +65,23 @@ def run(config: RunConfig, out: Path, observer: Observer) -> list[Figures]:
     """
     for model in (config.model, config.rating_model):
         resolve_model_path(model.path)
-    if not (out / "data" / MANIFEST).exists():
+    folder = RunFolder(out)
+    if not (folder.data / MANIFEST).exists():
         check_run(config)
     # Whoever asks for fewer rounds than are done loses none.
-    config = config.model_copy(update={"rounds": max([config.rounds, *_finished_rounds(out)])})
-    _open_run(config, out)
+    config = config.model_copy(update={"rounds": max([config.rounds, *folder.finished_rounds()])})
+    _open_run(config, folder)
     set_threads(config.threads)
-    wiring = _Wiring(config, out, observer)
+    wiring = _Wiring(config, folder, observer)
     wiring.prepare_data()
     wiring.augment_rationales()
     policy = wiring.tune_rationale()
     wiring.evaluate(policy, 0)
     scorer = wiring.train_scorer(policy)
+    shards = range(config.shards)
     for number in range(1, config.rounds + 1):
-        found = [wiring.search(policy, number, shard) for shard in range(config.shards)]
-        rated = [wiring.score(found[shard], scorer, shard) for shard in range(config.shards)]
+        found = [wiring.search(policy, number, shard) for shard in shards]
+        rated = [wiring.score(found[shard], scorer, number, shard) for shard in shards]
         preferences = wiring.curate(found, rated, number)
         aligned = wiring.align(preferences, policy, number)
         policy = wiring.keep_or_go_back(policy, aligned, number)
@@ -92,7 +95,7 @@ def load_run(out: Path) -> RunConfig:
     Raises:
         UserError: It is none.
     """
-    path = out / "run.json"
+    path = RunFolder(out).config
     try:
         return RunConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -102,34 +105,10 @@ def load_run(out: Path) -> RunConfig:
         ) from None
 
 
-def policy_of_round(out: Path, number: int) -> Path:
-    """The ``policy.json`` that a round of a run ended with; 0 is stage 1.
-
-    Raises:
-        UserError: The run has not finished that round.
-    """
-    folder = out / f"round-{number}" / "evaluate"
-    kept = out / f"round-{number}" / "kept.json"
-    if not (folder / "manifest.json").exists():
-        finished = ", ".join(str(each) for each in _finished_rounds(out))
-        raise UserError(
-            f"The run {out} has not finished round {number}.",
-            f"It has finished {finished or 'none'}; srccore run goes on with it.",
-        )
-    if kept.exists() and not json.loads(kept.read_text(encoding="utf-8"))["aligned"]:
-        return policy_of_round(out, number - 1)
-    return out / (f"round-{number}/train-dpo" if number else "tune-rationale") / "policy.json"
-
-
-def _finished_rounds(out: Path) -> list[int]:
-    found = (path.parents[1].name for path in out.glob("round-*/evaluate/manifest.json"))
-    return sorted(int(name.removeprefix("round-")) for name in found)
-
-
-def _open_run(config: RunConfig, out: Path) -> None:
-    path = out / "run.json"
+def _open_run(config: RunConfig, folder: RunFolder) -> None:
+    out = folder.path
     try:
-        if path.exists():
+        if folder.config.exists():
             wanted, found = identity(config), identity(load_run(out))
             if changed := [name for name in wanted if wanted[name] != found.get(name)]:
                 raise UserError(
@@ -142,7 +121,7 @@ def _open_run(config: RunConfig, out: Path) -> None:
                 f"{out} exists and is no run folder.", "Give another --out; nothing was changed."
             )
         out.mkdir(parents=True, exist_ok=True)
-        write_json(path, config.model_dump(mode="json"))
+        write_json(folder.config, config.model_dump(mode="json"))
     except OSError as error:
         raise UserError(
             f"The folder {out} cannot be written ({error.strerror}).",
@@ -166,7 +145,7 @@ class _Wiring:
     """Which folder feeds which stage."""
 
     config: RunConfig
-    out: Path
+    out: RunFolder
     observer: Observer
     figures: list[Figures] = field(default_factory=list)
 
@@ -175,18 +154,9 @@ class _Wiring:
         with self.observer.stage(name, round_number) as progress:
             yield Machine(self.config.device, progress)
 
-    def _round(self, number: int) -> Path:
-        return self.out / f"round-{number}"
-
-    def _split(self, name: str) -> Path:
-        return self.out / "data" / f"{name}.parquet"
-
     def prepare_data(self) -> None:
         with self._stage("prepare-data", None) as machine:
-            prepare_data(self.config.data, self.out / "data", machine)
-
-    def _rationales(self, split: str) -> Path:
-        return self.out / "augment-rationales" / split
+            prepare_data(self.config.data, self.out.data, machine)
 
     def augment_rationales(self) -> None:
         """Of the train split for stage 1 to learn, of both for R-Scorer to judge against."""
@@ -194,39 +164,35 @@ class _Wiring:
             with self._stage("augment-rationales", None) as machine:
                 augment_rationales(
                     self.config.augmentation,
-                    data=self._split(split),
-                    out=self._rationales(split),
+                    data=self.out.split(split),
+                    out=self.out.rationales(split),
                     machine=machine,
                 )
 
     def tune_rationale(self) -> Path:
-        folder = self.out / "tune-rationale"
         with self._stage("tune-rationale", None) as machine:
             tune_rationale(
                 self.config.rationale,
                 model=self.config.model,
-                data=self._split("train"),
-                rationales=self._rationales("train"),
-                out=folder,
+                data=self.out.split("train"),
+                rationales=self.out.rationales("train"),
+                out=self.out.tuning,
                 seed=self.config.seed,
                 machine=machine,
             )
-        return folder / "policy.json"
+        return self.out.trained_policy(0)
 
     def train_scorer(self, policy: Path) -> Path:
         """Trained once, before round 1, on responses of the stage-1 policy."""
         annotation = self.config.annotation
-        train = self._split("train")
-        sampled = self.out / "sample-responses"
-        pairs = self.out / "annotate-ratings"
-        folder = self.out / "train-scorer"
+        train, rationales = self.out.split("train"), self.out.rationales("train")
         with self._stage("sample-responses", None) as machine:
             sample_responses(
                 self.config.search,
                 annotation=annotation,
                 data=train,
                 policy=policy,
-                out=sampled,
+                out=self.out.responses,
                 seed=self.config.seed,
                 machine=machine,
             )
@@ -234,9 +200,9 @@ class _Wiring:
             annotate_ratings(
                 annotation,
                 data=train,
-                candidates=sampled,
-                rationales=self._rationales("train"),
-                out=pairs,
+                candidates=self.out.responses,
+                rationales=rationales,
+                out=self.out.labelled_pairs,
                 seed=self.config.seed,
                 machine=machine,
             )
@@ -246,20 +212,20 @@ class _Wiring:
                 model=self.config.rating_model,
                 data=train,
                 annotation=annotation,
-                labelled_pairs=pairs,
-                rationales=self._rationales("train"),
-                out=folder,
+                labelled_pairs=self.out.labelled_pairs,
+                rationales=rationales,
+                out=self.out.scorer,
                 seed=self.config.seed,
                 machine=machine,
             )
-        return folder
+        return self.out.scorer
 
     def search(self, policy: Path, number: int, shard: int) -> Path:
-        folder = self._round(number) / f"search-candidates-{shard}"
+        folder = self.out.candidates(number, shard)
         with self._stage("search-candidates", number) as machine:
             search_candidates(
                 self.config.search,
-                data=self._split("calibration"),
+                data=self.out.split("calibration"),
                 policy=policy,
                 out=folder,
                 seed=self.config.seed,
@@ -269,27 +235,26 @@ class _Wiring:
             )
         return folder
 
-    def score(self, candidates: Path, scorer: Path, shard: int) -> Path:
-        folder = candidates.with_name(f"score-candidates-{shard}")
-        number = int(candidates.parent.name.removeprefix("round-"))
+    def score(self, candidates: Path, scorer: Path, number: int, shard: int) -> Path:
+        folder = self.out.ratings(number, shard)
         with self._stage("score-candidates", number) as machine:
             score_candidates(
                 self.config.scoring,
-                data=self._split("calibration"),
+                data=self.out.split("calibration"),
                 candidates=candidates,
                 scorer=scorer,
-                rationales=self._rationales("calibration"),
+                rationales=self.out.rationales("calibration"),
                 out=folder,
                 machine=machine,
             )
         return folder
 
     def curate(self, candidates: list[Path], ratings: list[Path], number: int) -> Path:
-        folder = self._round(number) / "curate-preference"
+        folder = self.out.preferences(number)
         with self._stage("curate-preference", number) as machine:
             curate_preference(
                 self.config.curation,
-                data=self._split("calibration"),
+                data=self.out.split("calibration"),
                 candidates=candidates,
                 ratings=ratings,
                 out=folder,
@@ -298,30 +263,30 @@ class _Wiring:
         return folder
 
     def align(self, preferences: Path, policy: Path, number: int) -> Path:
-        folder = self._round(number) / "train-dpo"
         with self._stage("train-dpo", number) as machine:
             train_dpo(
                 self.config.dpo,
-                data=self._split("calibration"),
+                data=self.out.split("calibration"),
                 preferences=preferences,
                 policy=policy,
-                out=folder,
+                out=self.out.training(number),
                 seed=self.config.seed,
                 machine=machine,
             )
-        return folder / "policy.json"
+        return self.out.trained_policy(number)
 
     def keep_or_go_back(self, before: Path, aligned: Path, number: int) -> Path:
         """Under ``keep_previous``, goes back where calibration figures fall (reconstruction)."""
         if self.config.on_regression == "continue":
             return aligned
-        earlier = self._check(before, number, "before", None)
-        later = self._check(aligned, number, "after", earlier)
-        changes = json.loads((later / "figures.json").read_text())["change"]
+        split = self.out.split("calibration")
+        earlier, later = self.out.check(number, "before"), self.out.check(number, "after")
+        self._evaluate(before, number, earlier, split, None)
+        changes = self._evaluate(aligned, number, later, split, earlier)["change"]
         name = "aligned accuracy" if "aligned_accuracy" in changes else "accuracy"
         change = changes[name.replace(" ", "_")]
         is_kept = change["interval"][1] >= 0
-        write_json(self._round(number) / "kept.json", {"aligned": is_kept, "change": change})
+        write_json(self.out.kept(number), {"aligned": is_kept, "change": change})
         if not is_kept:
             self.observer.note(
                 f"Round {number} lowered {name} on the calibration split by "
@@ -329,17 +294,12 @@ class _Wiring:
             )
         return aligned if is_kept else before
 
-    def _check(self, policy: Path, number: int, name: str, previous: Path | None) -> Path:
-        folder = self._round(number) / f"check-{name}"
-        self._evaluate(policy, number, folder, self._split("calibration"), previous)
-        return folder
-
     def evaluate(self, policy: Path, number: int) -> None:
-        previous = self._round(number - 1) / "evaluate" if number else None
-        folder = self._round(number) / "evaluate"
-        found = self._evaluate(policy, number, folder, self._split("heldout"), previous)
+        previous = self.out.evaluation(number - 1) if number else None
+        split = self.out.split("heldout")
+        found = self._evaluate(policy, number, self.out.evaluation(number), split, previous)
         self.figures.append(found)
-        path = self.out / "figures.json"
+        path = self.out.figures
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         if known[: len(self.figures)] != self.figures:
             write_json(path, self.figures)

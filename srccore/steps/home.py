@@ -19,8 +19,9 @@ from srccore.config import RunConfig, validate_config
 from srccore.errors import UserError
 from srccore.files import write_json
 from srccore.models.policy import POLICY_FILE, parse_policy, write_policy
+from srccore.run.folder import CONFIG, RunFolder
 from srccore.stages.manifest import read_manifest
-from srccore.steps.step import RUN, STEP, Lineage
+from srccore.steps.step import STEP, Lineage
 
 __all__ = ["collect_report", "collect_run"]
 
@@ -44,18 +45,20 @@ def collect_run(
         UserError: A folder is missing, or is no output of a pipeline.
     """
     root = artifact_root.rstrip("/")
-    places = dict(_places(root, evaluation))
-    for uri, place in places.items():
-        _bring(uri, out / place, whole)
-    for uri, place in places.items():
-        if whole and (out / place / POLICY_FILE).exists():
-            _move_policy(uri, out / place / POLICY_FILE, places, out)
-    evaluations = sorted(
-        (place for place in places.values() if place.endswith("/evaluate")), key=_round_of
-    )
-    write_json(out / "figures.json", [read_manifest(out / place).figures for place in evaluations])
+    run = RunFolder(out)
+    places = dict(_places(run, root, evaluation))
+    for uri, folder in places.items():
+        _bring(uri, folder, whole)
+    for uri, folder in places.items():
+        if whole and (folder / POLICY_FILE).exists():
+            _move_policy(uri, folder / POLICY_FILE, places)
+    # The way back leads from evaluation to evaluation, so every round on it has one.
+    found = {run.round_of(folder) for folder in places.values()}
+    rounds = sorted(number for number in found if number is not None)
+    evaluations = [run.evaluation(number) for number in rounds]
+    write_json(run.figures, [read_manifest(folder).figures for folder in evaluations])
     done = config.model_copy(update={"rounds": max(1, len(evaluations) - 1)})
-    write_json(out / RUN, done.model_dump(mode="json"))
+    write_json(run.config, done.model_dump(mode="json"))
 
 
 def collect_report(uri: str, out: Path) -> None:
@@ -69,9 +72,9 @@ def collect_report(uri: str, out: Path) -> None:
         UserError: It is no such folder, or something of the run is missing.
     """
     uri = uri.rstrip("/")
-    if not storage.exists(storage.join(uri, RUN)):
+    if not storage.exists(storage.join(uri, CONFIG)):
         raise UserError(
-            f"{uri} is no report of a pipeline: there is no {RUN}.",
+            f"{uri} is no report of a pipeline: there is no {CONFIG}.",
             "Give the folder <artifact root>/report/<key>, as the log of its last step names it.",
         )
     try:
@@ -84,63 +87,64 @@ def collect_report(uri: str, out: Path) -> None:
     if not is_empty:
         raise UserError(f"The folder {out} is not empty.", "Give another; nothing was changed.")
     root = storage.join(uri, "../..")
-    config = validate_config(json.loads(storage.read_text(storage.join(uri, RUN))), uri)
+    config = validate_config(
+        json.loads(storage.read_text(storage.join(uri, CONFIG))), f"configuration ({uri})"
+    )
     (evaluation,) = _Step(root, uri).inputs("last_evaluation")
     collect_run(root, evaluation, config, out, whole=True)
 
 
-def _places(root: str, evaluation: str) -> Iterator[tuple[str, str]]:
+def _places(run: RunFolder, root: str, evaluation: str) -> Iterator[tuple[str, Path]]:
     """Folder URIs, each with its place in a run folder."""
     current: str | None = evaluation
     while current is not None:
         found = _Step(root, current)
-        place = f"round-{found.round}"
-        yield current, f"{place}/evaluate"
-        yield found.parent("data"), "data"
+        yield current, run.evaluation(found.round)
+        yield found.parent("data"), run.data
         policy = found.input("policy")
         if policy and found.round == 0:
-            yield from _tuning(root, policy)
+            yield from _tuning(run, root, policy)
         elif policy:
-            yield from _alignment(root, policy, place)
+            yield from _alignment(run, root, policy, found.round)
         current = found.input("previous")
 
 
-def _alignment(root: str, policy: str, place: str) -> Iterator[tuple[str, str]]:
+def _alignment(run: RunFolder, root: str, policy: str, number: int) -> Iterator[tuple[str, Path]]:
     training = _Step(root, policy)
-    yield policy, f"{place}/train-dpo"
+    yield policy, run.training(number)
     preferences = training.inputs("preferences")[0]
-    yield preferences, f"{place}/curate-preference"
+    yield preferences, run.preferences(number)
     curation = _Step(root, preferences)
     for shard, uri in enumerate(curation.inputs("candidates")):
-        yield uri, f"{place}/search-candidates-{shard}"
+        yield uri, run.candidates(number, shard)
     ratings = curation.inputs("ratings")
     for shard, uri in enumerate(ratings):
-        yield uri, f"{place}/score-candidates-{shard}"
+        yield uri, run.ratings(number, shard)
     for uri in ratings[:1]:  # one R-Scorer and one folder of rationales serve all shards
         rating = _Step(root, uri)
-        yield from _scorer(root, rating.inputs("scorer")[0])
-        yield from _rationales(root, rating, "calibration")
+        yield from _scorer(run, root, rating.inputs("scorer")[0])
+        yield from _rationales(run, root, rating, "calibration")
 
 
-def _scorer(root: str, uri: str) -> Iterator[tuple[str, str]]:
-    yield uri, "train-scorer"
+def _scorer(run: RunFolder, root: str, uri: str) -> Iterator[tuple[str, Path]]:
+    yield uri, run.scorer
     pairs = _Step(root, uri).input("labelled_pairs")
     if pairs:
-        yield pairs, "annotate-ratings"
+        yield pairs, run.labelled_pairs
         if sampled := _Step(root, pairs).input("candidates"):
-            yield sampled, "sample-responses"
+            yield sampled, run.responses
 
 
-def _tuning(root: str, policy: str) -> Iterator[tuple[str, str]]:
-    yield policy, "tune-rationale"
-    yield from _rationales(root, _Step(root, policy), "train")
+def _tuning(run: RunFolder, root: str, policy: str) -> Iterator[tuple[str, Path]]:
+    yield policy, run.tuning
+    yield from _rationales(run, root, _Step(root, policy), "train")
 
 
-def _rationales(root: str, step: _Step, split: str) -> Iterator[tuple[str, str]]:
+def _rationales(run: RunFolder, root: str, step: _Step, split: str) -> Iterator[tuple[str, Path]]:
     """Those that a step made; a data set that carries its own is in the run already."""
     uri = step.input("rationales")
     if uri and _Step(root, uri).lineage:
-        yield uri, f"augment-rationales/{split}"
+        yield uri, run.rationales(split)
 
 
 class _Step:
@@ -192,13 +196,9 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _move_policy(uri: str, file: Path, places: dict[str, str], out: Path) -> None:
+def _move_policy(uri: str, file: Path, places: dict[str, Path]) -> None:
     policy = parse_policy(file.read_text(encoding="utf-8"), str(file))
     folders = [storage.resolve(uri, name).rpartition("/") for name in policy.adapters]
-    adapters = tuple(str(out / places[folder] / name) for folder, _, name in folders)
+    adapters = tuple(str(places[folder] / name) for folder, _, name in folders)
     file.unlink()
     write_policy(file, policy.model_copy(update={"adapters": adapters}))
-
-
-def _round_of(place: str) -> int:
-    return int(place.split("/", maxsplit=1)[0].removeprefix("round-"))

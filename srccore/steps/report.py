@@ -12,10 +12,10 @@ from typing import Any
 from srccore import storage
 from srccore.config import validate_config
 from srccore.errors import UserError
+from srccore.run.folder import CONFIG, REPORT
 from srccore.run.report.gather import write_report
 from srccore.steps.home import collect_run
 from srccore.steps.step import (
-    RUN,
     StepInput,
     below,
     explained,
@@ -59,10 +59,10 @@ def report_run(
         uri = storage.join(root, f"report/{work_key('report', {'config': checked}, given)}")
         folder = storage.local_path(uri)
         folder.mkdir(parents=True, exist_ok=True)
-        for file in (write_report(run), run / RUN):
+        for file in (write_report(run), run / CONFIG):
             shutil.copyfile(file, folder / file.name)
         write_lineage(folder, "report", None, given, root)
         storage.publish(folder, uri)
         Path(page).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / "report.html", page)
+        shutil.copyfile(folder / REPORT, page)
         print(f"Report: {uri}. To fetch the run: srccore collect {uri} -o RUN", file=sys.stderr)

@@ -43,7 +43,6 @@ from srccore.training.ranks import Processes, is_launched, joined
 from srccore.training.resume import CHECKPOINTS, Checkpoints, PublishedCheckpoints, discard
 
 __all__ = [
-    "RUN",
     "STEP",
     "Finished",
     "Lineage",
@@ -64,8 +63,6 @@ __all__ = [
 
 STEP = "step.json"
 """In a stage's folder: which folders went into it."""
-RUN = "run.json"
-"""In a report's folder: the run's configuration."""
 
 
 class Reference(BaseModel):

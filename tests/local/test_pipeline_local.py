@@ -14,7 +14,8 @@ from shrunken import SETTINGS, Recorder, shrunken
 from srccore.data import dataset
 from srccore.data.records import Preference, Rationale, read_records
 from srccore.models.policy import read_policy
-from srccore.run.loop import load_run, policy_of_round, run
+from srccore.run.folder import RunFolder
+from srccore.run.loop import load_run, run
 
 METHOD = [f"--set={each}" for each in SETTINGS if not each.startswith("rounds=")]
 
@@ -67,7 +68,7 @@ def test_search_and_scoring_were_done_in_two_shards(piped: Path) -> None:
 
 def test_a_brought_run_has_its_policies_and_is_reported(piped: Path) -> None:
     assert load_run(piped).rounds == 1
-    policy = read_policy(policy_of_round(piped, 1))
+    policy = read_policy(RunFolder(piped).policy(1))
     assert [Path(adapter).parent.name for adapter in policy.adapters] == [
         "tune-rationale",
         "train-dpo",

@@ -14,8 +14,8 @@ from PIL import Image
 from srccore.config import RunConfig
 from srccore.data import dataset
 from srccore.data.records import Preference, Rating, Sample, read_records
-from srccore.files import MANIFEST
 from srccore.method import evaluation
+from srccore.run.folder import RunFolder
 from srccore.run.loop import load_run
 from srccore.run.report import page
 from srccore.stages.evaluation import read_outcomes
@@ -46,7 +46,7 @@ def write_report(run: Path) -> Path:
     Raises:
         UserError: It is no run folder.
     """
-    path = run / "report.html"
+    path = RunFolder(run).report
     path.write_text(page.render(collect(run)), encoding="utf-8")
     return path
 
@@ -61,9 +61,10 @@ def collect(run: Path) -> page.ReportData:
         The report's data; what the run has not got to stays empty.
     """
     config = load_run(run)
-    manifests = dict(_manifests(run))
-    rounds = _figures(run)
-    scorer = manifests.get(run / "train-scorer")
+    folder = RunFolder(run)
+    manifests = dict(_manifests(folder))
+    rounds = _figures(folder)
+    scorer = manifests.get(folder.scorer)
     return page.ReportData(
         title=config.name,
         created=datetime.now(UTC),
@@ -76,18 +77,18 @@ def collect(run: Path) -> page.ReportData:
         }
         if len(rounds) > 1
         else None,
-        curation=tuple(_curation(manifests)),
+        curation=tuple(_curation(folder, manifests)),
         scorer=page.ScorerHealth.model_validate(scorer.figures["validation"]) if scorer else None,
-        scoring=tuple(_scoring(manifests)),
-        samples=tuple(_cards(run, config, manifests)),
+        scoring=tuple(_scoring(folder, manifests)),
+        samples=tuple(_cards(folder, manifests)),
         stages=tuple(
             page.StageTime(
-                name=folder.name,
-                round=_round_of(folder),
+                name=output.name,
+                round=folder.round_of(output),
                 seconds=manifest.seconds,
                 peak_memory_mb=manifest.peak_memory_mb,
             )
-            for folder, manifest in manifests.items()
+            for output, manifest in manifests.items()
         ),
         versions={
             name: version
@@ -95,33 +96,29 @@ def collect(run: Path) -> page.ReportData:
             for name, version in manifest.versions.items()
         },
         hashes={
-            str(folder.relative_to(run)): manifest.key for folder, manifest in manifests.items()
+            str(output.relative_to(run)): manifest.key for output, manifest in manifests.items()
         },
         config_yaml=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
-        notes=tuple(_notes(run, config)),
+        notes=tuple(_notes(folder, config)),
     )
 
 
-def _manifests(run: Path) -> Iterator[tuple[Path, Manifest]]:
+def _manifests(run: RunFolder) -> Iterator[tuple[Path, Manifest]]:
     """Finished stages, round by round in the order in which a run comes to them."""
-    found = {path.parent: read_manifest(path.parent) for path in run.rglob(MANIFEST)}
+    found = {output: read_manifest(output) for output in run.finished_stages()}
     order = list(STAGES)
 
-    def place(folder: Path) -> tuple[int, int, str]:
-        return _round_of(folder) or 0, order.index(found[folder].stage), str(folder)
+    def place(output: Path) -> tuple[int, int, str]:
+        return run.round_of(output) or 0, order.index(found[output].stage), str(output)
 
-    for folder in sorted(found, key=place):
-        yield folder, found[folder]
-
-
-def _round_of(folder: Path) -> int | None:
-    name = folder.parent.name
-    return int(name.removeprefix("round-")) if name.startswith("round-") else None
+    for output in sorted(found, key=place):
+        yield output, found[output]
 
 
-def _figures(run: Path) -> list[dict[str, object]]:
-    path = run / "figures.json"
-    found: list[dict[str, object]] = json.loads(path.read_text()) if path.exists() else []
+def _figures(run: RunFolder) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = (
+        json.loads(run.figures.read_text(encoding="utf-8")) if run.figures.exists() else []
+    )
     return found
 
 
@@ -136,25 +133,24 @@ def overall_change(run: Path, config: RunConfig, last: int) -> dict[str, evaluat
     Returns:
         The change by figure.
     """
-    samples = dataset.open_data(run / "data" / "heldout.parquet").samples
-    before, after = (
-        read_outcomes(samples, run / f"round-{number}" / "evaluate") for number in (0, last)
-    )
+    folder = RunFolder(run)
+    samples = dataset.open_data(folder.split("heldout")).samples
+    before, after = (read_outcomes(samples, folder.evaluation(number)) for number in (0, last))
     return evaluation.paired_change(before, after, config.evaluation.resamples, config.seed)
 
 
-def _curation(manifests: dict[Path, Manifest]) -> Iterator[page.RoundCuration]:
-    for folder, manifest in manifests.items():
-        number = _round_of(folder)
+def _curation(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.RoundCuration]:
+    for output, manifest in manifests.items():
+        number = run.round_of(output)
         if manifest.stage == "curate-preference" and number is not None:
             yield page.RoundCuration.model_validate({"round": number, **manifest.figures})
 
 
-def _scoring(manifests: dict[Path, Manifest]) -> Iterator[page.RoundScoring]:
+def _scoring(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.RoundScoring]:
     """One row a round: the mean over its shards, by their ratings."""
     by_round: dict[int, list[Manifest]] = {}
-    for folder, manifest in manifests.items():
-        number = _round_of(folder)
+    for output, manifest in manifests.items():
+        number = run.round_of(output)
         if manifest.stage == "score-candidates" and number is not None:
             by_round.setdefault(number, []).append(manifest)
     for number, shards in sorted(by_round.items()):
@@ -167,22 +163,22 @@ def _scoring(manifests: dict[Path, Manifest]) -> Iterator[page.RoundScoring]:
         yield page.RoundScoring.model_validate({"round": number, **means})
 
 
-def _cards(
-    run: Path, config: RunConfig, manifests: dict[Path, Manifest]
-) -> Iterator[page.SampleCard]:
-    folders = [
-        folder for folder, manifest in manifests.items() if manifest.stage == "curate-preference"
+def _cards(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.SampleCard]:
+    rounds = [
+        run.round_of(output) or 0
+        for output, manifest in manifests.items()
+        if manifest.stage == "curate-preference"
     ]
-    if not folders:
+    if not rounds:
         return
-    data = dataset.open_data(run / "data" / "calibration.parquet")
+    data = dataset.open_data(run.split("calibration"))
     samples = {sample.id: sample for sample in data.samples}
-    for folder in folders:
-        preferences = list(read_records(folder / "preferences.jsonl", Preference))
+    for number in rounds:
+        preferences = list(read_records(run.preferences(number) / "preferences.jsonl", Preference))
         ratings = {
             (rating.first, rating.second): rating
-            for path in sorted(folder.parent.glob("score-candidates-*/ratings.jsonl"))
-            for rating in read_records(path, Rating)
+            for shard in run.all_ratings(number)
+            for rating in read_records(shard / "ratings.jsonl", Rating)
         }
         for preference in _some(preferences, samples):
             sample = samples[preference.sample_id]
@@ -194,7 +190,7 @@ def _cards(
             yield page.SampleCard(
                 sample_id=sample.id,
                 category=sample.category,
-                round=_round_of(folder) or 0,
+                round=number,
                 image_png=_thumbnail(data.image(sample.id)),
                 question=sample.question,
                 reference_answer=sample.answer,
@@ -226,9 +222,9 @@ def _some(preferences: list[Preference], samples: dict[str, Sample]) -> list[Pre
     return [preference for _, found in sorted(by_category.items()) for preference in found[:share]]
 
 
-def _notes(run: Path, config: RunConfig) -> Iterator[str]:
+def _notes(run: RunFolder, config: RunConfig) -> Iterator[str]:
     if config.data.source == "embedded":
         yield TINY_NOTE
-    for path in sorted(run.glob("round-*/kept.json")):
-        if not json.loads(path.read_text())["aligned"]:
-            yield f"{path.parent.name}: the policy before it was kept (on_regression)."
+    for number in range(1, config.rounds + 1):
+        if not run.is_kept(number):
+            yield f"Round {number}: the policy before it was kept (on_regression)."

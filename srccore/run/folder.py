@@ -1,0 +1,178 @@
+"""The layout of a run folder, in one place: what writes and what reads one gets its paths here."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from srccore.errors import UserError
+from srccore.files import MANIFEST
+from srccore.models.policy import POLICY_FILE
+
+__all__ = ["CONFIG", "REPORT", "RunFolder"]
+
+CONFIG = "run.json"
+"""The configuration; a pipeline's report keeps it under the same name."""
+REPORT = "report.html"
+_ROUND = re.compile(r"round-(\d+)")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run folder, whether or not they exist.
+
+    ::
+
+        run.json  figures.json  report.html
+        data/{train,calibration,heldout}.parquet
+        augment-rationales/{train,calibration}/
+        tune-rationale/  sample-responses/  annotate-ratings/  train-scorer/
+        round-0/evaluate/                                    the policy after stage 1
+        round-<N>/search-candidates-<K>/  score-candidates-<K>/     one of each per shard
+        round-<N>/curate-preference/  train-dpo/  evaluate/
+        round-<N>/check-before/  check-after/  kept.json     with on_regression: keep_previous
+
+    Every folder shown with a slash is the output of one stage.
+
+    Args:
+        path: The run folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The run's configuration. A folder without this file is not a run folder."""
+        return self.path / CONFIG
+
+    @property
+    def figures(self) -> Path:
+        """The figures of all rounds evaluated so far."""
+        return self.path / "figures.json"
+
+    @property
+    def report(self) -> Path:
+        """The report, one HTML page."""
+        return self.path / REPORT
+
+    @property
+    def data(self) -> Path:
+        """The output of `prepare-data`."""
+        return self.path / "data"
+
+    def split(self, name: str) -> Path:
+        """A split of the data: ``train``, ``calibration`` or ``heldout``."""
+        return self.data / f"{name}.parquet"
+
+    def rationales(self, split: str) -> Path:
+        """The output of `augment-rationales` for a split."""
+        return self.path / "augment-rationales" / split
+
+    @property
+    def tuning(self) -> Path:
+        """The output of `tune-rationale`, the policy of round 0."""
+        return self.path / "tune-rationale"
+
+    @property
+    def responses(self) -> Path:
+        """The output of `sample-responses`."""
+        return self.path / "sample-responses"
+
+    @property
+    def labelled_pairs(self) -> Path:
+        """The output of `annotate-ratings`."""
+        return self.path / "annotate-ratings"
+
+    @property
+    def scorer(self) -> Path:
+        """The output of `train-scorer`."""
+        return self.path / "train-scorer"
+
+    def round(self, number: int) -> Path:
+        """The folder of a round."""
+        return self.path / f"round-{number}"
+
+    def candidates(self, number: int, shard: int) -> Path:
+        """The output of `search-candidates` for a shard of a round."""
+        return self.round(number) / f"search-candidates-{shard}"
+
+    def ratings(self, number: int, shard: int) -> Path:
+        """The output of `score-candidates` for a shard of a round."""
+        return self.round(number) / f"score-candidates-{shard}"
+
+    def all_ratings(self, number: int) -> list[Path]:
+        """The finished outputs of `score-candidates` in a round."""
+        manifests = self.round(number).glob(f"score-candidates-*/{MANIFEST}")
+        return sorted(path.parent for path in manifests)
+
+    def preferences(self, number: int) -> Path:
+        """The output of `curate-preference` in a round."""
+        return self.round(number) / "curate-preference"
+
+    def training(self, number: int) -> Path:
+        """The output of `train-dpo` in a round."""
+        return self.round(number) / "train-dpo"
+
+    def check(self, number: int, when: Literal["before", "after"]) -> Path:
+        """The output of `evaluate` on the calibration split, before or after a round's training."""
+        return self.round(number) / f"check-{when}"
+
+    def kept(self, number: int) -> Path:
+        """What was decided on a round's policy, under ``on_regression: keep_previous``."""
+        return self.round(number) / "kept.json"
+
+    def evaluation(self, number: int) -> Path:
+        """The output of `evaluate` after a round."""
+        return self.round(number) / "evaluate"
+
+    def trained_policy(self, number: int) -> Path:
+        """The policy file that a round's training wrote; 0 is stage 1."""
+        return (self.training(number) if number else self.tuning) / POLICY_FILE
+
+    def policy(self, number: int) -> Path:
+        """The policy file that a round ended with: its own, or an earlier one that was kept.
+
+        Args:
+            number: The round; 0 is stage 1.
+
+        Returns:
+            The path of a ``policy.json``.
+
+        Raises:
+            UserError: The run has not finished that round.
+        """
+        finished = self.finished_rounds()
+        if number not in finished:
+            raise UserError(
+                f"The run {self.path} has not finished round {number}.",
+                f"Finished rounds: {', '.join(map(str, finished)) or 'none'}. "
+                "Resume the run with the srccore run command that started it.",
+            )
+        while not self.is_kept(number):
+            number -= 1
+        return self.trained_policy(number)
+
+    def is_kept(self, number: int) -> bool:
+        """Whether the run continued with the policy that a round trained."""
+        path = self.kept(number)
+        return not path.exists() or bool(json.loads(path.read_text(encoding="utf-8"))["aligned"])
+
+    def round_of(self, folder: Path) -> int | None:
+        """The round that a stage's output belongs to; None for what comes before the rounds."""
+        match = _ROUND.fullmatch(folder.parent.name)
+        return int(match[1]) if match else None
+
+    def finished_stages(self) -> list[Path]:
+        """The outputs of the finished stages, in no particular order."""
+        # No deeper than this: a training's checkpoints have manifests of their own.
+        found = (self.path.glob(f"{depth}/{MANIFEST}") for depth in ("*", "*/*"))
+        return [manifest.parent for manifests in found for manifest in manifests]
+
+    def finished_rounds(self) -> list[int]:
+        """The rounds that have been evaluated, in order."""
+        stages = set(self.finished_stages())
+        rounds = {self.round_of(folder) for folder in stages}
+        return sorted(n for n in rounds if n is not None and self.evaluation(n) in stages)
