@@ -11,8 +11,9 @@ not of other training seeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,12 @@ from srccore.method.facts import check_rationale
 from srccore.method.response import ParsedResponse, parse, same_answer
 
 __all__ = [
+    "FIGURES",
     "FIGURE_NAMES",
+    "HEADLINE",
+    "SHOWN",
     "Change",
+    "Figure",
     "FigureSet",
     "Figures",
     "Outcome",
@@ -33,17 +38,6 @@ __all__ = [
     "judge_responses",
     "paired_change",
 ]
-
-FIGURE_NAMES = (
-    "accuracy",
-    "rationale_accuracy",
-    "aligned_accuracy",
-    "spurious_correctness",
-    "consistency",
-    "format_rate",
-    "mean_tokens",
-)
-"""The figures that have intervals. All are fractions but ``mean_tokens``."""
 
 Interval = tuple[float, float]
 Matrix = NDArray[np.float64]
@@ -62,6 +56,98 @@ class Outcome:
     consistent: bool | None
     """The answer derived from the rationale alone equals the answer given."""
     token_count: int
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether there is a verdict on the rationale."""
+        return self.rationale_right is not None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What one figure is. To add one, add it to `FIGURES` and a field to `FigureSet`."""
+
+    key: str
+    """Its name in records and files."""
+    heading: str
+    short: str
+    """The heading of a narrow column."""
+    meaning: str
+    """For readers of a report, as a sentence without its full stop."""
+    ratio: Callable[[Outcome], tuple[int, int]]
+    """What one sample adds to the numerator and to the denominator."""
+    better: Literal["higher", "lower"] | None = "higher"
+    """None where neither is better."""
+    unit: Literal["fraction", "tokens"] = "fraction"
+    """A fraction is shown in percent."""
+
+
+HEADLINE = "aligned_accuracy"
+"""The figure that a report puts first."""
+FIGURES = (
+    Figure(
+        key="accuracy",
+        heading="Accuracy",
+        short="answer",
+        meaning="Right answer",
+        ratio=lambda outcome: (outcome.answer_right, 1),
+    ),
+    Figure(
+        key="rationale_accuracy",
+        heading="Rationale accuracy",
+        short="rationale",
+        meaning="Right rationale",
+        ratio=lambda outcome: (outcome.rationale_right is True, outcome.is_judged),
+    ),
+    Figure(
+        key=HEADLINE,
+        heading="Aligned accuracy",
+        short="aligned",
+        meaning="Right answer and right rationale",
+        ratio=lambda outcome: (
+            outcome.answer_right and outcome.rationale_right is True,
+            outcome.is_judged,
+        ),
+    ),
+    Figure(
+        key="spurious_correctness",
+        heading="Spurious correctness",
+        short="spurious",
+        meaning="Right answers whose rationale is wrong; lower is better",
+        ratio=lambda outcome: (
+            outcome.answer_right and outcome.rationale_right is False,
+            outcome.answer_right and outcome.is_judged,
+        ),
+        better="lower",
+    ),
+    Figure(
+        key="consistency",
+        heading="Consistency",
+        short="consist.",
+        meaning="The rationale alone leads to the answer given",
+        ratio=lambda outcome: (outcome.consistent is True, outcome.is_judged),
+    ),
+    Figure(
+        key="format_rate",
+        heading="Format rate",
+        short="format",
+        meaning="Responses that parse",
+        ratio=lambda outcome: (outcome.parsed, 1),
+    ),
+    Figure(
+        key="mean_tokens",
+        heading="Mean length",
+        short="tokens",
+        meaning="Tokens of a response",
+        ratio=lambda outcome: (outcome.token_count, 1),
+        better=None,
+        unit="tokens",
+    ),
+)
+"""The figures that have intervals, in the order of ``figures.json``."""
+FIGURE_NAMES = tuple(figure.key for figure in FIGURES)
+SHOWN = tuple(sorted(FIGURES, key=lambda figure: figure.key != HEADLINE))
+"""`FIGURES` in the order of a report: the headline first."""
 
 
 class Change(BaseModel):
@@ -251,7 +337,7 @@ def _figure_set(outcomes: Sequence[Outcome], resamples: int, seed: int) -> Figur
         for column, name in enumerate(FIGURE_NAMES)
         if numbers[name] is not None
     }
-    judged = sum(outcome.rationale_right is not None for outcome in outcomes)
+    judged = sum(outcome.is_judged for outcome in outcomes)
     return FigureSet.model_validate(
         {"n": len(outcomes), "judged": judged, **numbers, "interval": interval}
     )
@@ -275,27 +361,14 @@ def _ratios(weights: Matrix, outcomes: Sequence[Outcome]) -> Matrix:
     Returns:
         Shape (resamples, figures), in the order of `FIGURE_NAMES`; NaN where nothing counts.
     """
-    rows = [_row(outcome) for outcome in sorted(outcomes, key=lambda each: each.sample_id)]
+    rows = [
+        [figure.ratio(outcome) for figure in FIGURES]
+        for outcome in sorted(outcomes, key=lambda each: each.sample_id)
+    ]
     table = np.array(rows, dtype=np.float64)  # (n, figures, 2)
     over, under = weights @ table[:, :, 0], weights @ table[:, :, 1]
     # Sums of whole numbers are exact, so equal outcomes give equal ratios to the last bit.
     return np.divide(over, under, out=np.full_like(over, np.nan), where=under > 0)
-
-
-def _row(outcome: Outcome) -> list[tuple[int, int]]:
-    """What one sample adds above and below the line of each of `FIGURE_NAMES`."""
-    right = outcome.answer_right
-    judged = outcome.rationale_right is not None
-    sound = outcome.rationale_right is True
-    return [
-        (right, 1),
-        (sound, judged),
-        (right and sound, judged),
-        (right and judged and not sound, right and judged),
-        (outcome.consistent is True, judged),
-        (outcome.parsed, 1),
-        (outcome.token_count, 1),
-    ]
 
 
 def _interval(resampled: NDArray[np.float64]) -> Interval:

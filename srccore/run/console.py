@@ -13,19 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from srccore.method import evaluation
 from srccore.stages.machine import Figures
 from srccore.stages.machine import Progress as Report
 
 __all__ = ["ConsoleObserver", "figures_table", "quiet_libraries"]
 
-FIGURES = {
-    "aligned_accuracy": "aligned",
-    "accuracy": "answer",
-    "rationale_accuracy": "rationale",
-    "spurious_correctness": "spurious",
-    "consistency": "consist.",
-    "format_rate": "format",
-}
 LINE_EVERY = 10.0
 """Seconds between two plain lines of one stage."""
 
@@ -112,21 +105,22 @@ def figures_table(figures: list[Figures]) -> Table:
         title=f"Held-out figures, per cent, 95 % interval (n = {figures[0]['n']})",
     )
     table.add_column("after", no_wrap=True)
-    for title in FIGURES.values():
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("tokens", justify="right", no_wrap=True)
+    for figure in evaluation.SHOWN:
+        table.add_column(figure.short, justify="right", no_wrap=True)
     for row in figures:
-        cells = []
-        for name in FIGURES:
-            interval = row["interval"].get(name)
-            if row[name] is None or interval is None:
-                cells.append("-")
-                continue
-            half = 50 * (interval[1] - interval[0])
-            cells.append(f"{100 * row[name]:.1f} ±{half:.0f}")
         after = f"round {row['round']}" if row["round"] else "stage 1"
-        table.add_row(after, *cells, f"{row['mean_tokens']:.1f}")
+        table.add_row(after, *(_cell(row, figure) for figure in evaluation.SHOWN))
     return table
+
+
+def _cell(row: Figures, figure: evaluation.Figure) -> str:
+    value, interval = row[figure.key], row["interval"].get(figure.key)
+    if value is None or interval is None:
+        return "-"
+    if figure.unit == "tokens":
+        return f"{value:.1f}"
+    half = 50 * (interval[1] - interval[0])
+    return f"{100 * value:.1f} ±{half:.0f}"
 
 
 def quiet_libraries() -> None:

@@ -19,6 +19,7 @@ from typing import Protocol
 from srccore.config import RunConfig, identity
 from srccore.errors import UserError
 from srccore.files import MANIFEST, write_json
+from srccore.method.evaluation import HEADLINE
 from srccore.models.policy import resolve_model_path
 from srccore.run.folder import RunFolder
 from srccore.stages.candidates import sample_responses, score_candidates, search_candidates
@@ -283,13 +284,13 @@ class _Wiring:
         earlier, later = self.out.check(number, "before"), self.out.check(number, "after")
         self._evaluate(before, number, earlier, split, None)
         changes = self._evaluate(aligned, number, later, split, earlier)["change"]
-        name = "aligned accuracy" if "aligned_accuracy" in changes else "accuracy"
-        change = changes[name.replace(" ", "_")]
+        figure = HEADLINE if HEADLINE in changes else "accuracy"
+        change = changes[figure]
         is_kept = change["interval"][1] >= 0
         write_json(self.out.kept(number), {"aligned": is_kept, "change": change})
         if not is_kept:
             self.observer.note(
-                f"Round {number} lowered {name} on the calibration split by "
+                f"Round {number} lowered {figure.replace('_', ' ')} on the calibration split by "
                 f"{-change['difference']:.1%}: the policy before it is kept."
             )
         return aligned if is_kept else before

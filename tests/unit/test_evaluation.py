@@ -1,19 +1,24 @@
+import io
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from srccore.data.records import Category, Fact, Judgement, Response, Sample
 from srccore.errors import UserError
 from srccore.method.evaluation import (
     FIGURE_NAMES,
+    SHOWN,
     Figures,
+    FigureSet,
     Outcome,
     figures,
     judge_responses,
     paired_change,
 )
+from srccore.run.console import figures_table
 
 FACTS = (
     Fact(subject="the left digit", relation="is", value="3"),
@@ -131,6 +136,21 @@ def test_the_figures_by_hand() -> None:
     assert set(summed.by_category) == {Category.MATH, Category.CHART}
     chart = summed.by_category[Category.CHART]
     assert (chart.n, chart.accuracy, chart.spurious_correctness) == (2, 0.5, 1)
+
+
+def test_figures_are_written_in_the_order_in_which_they_are_declared() -> None:
+    assert tuple(sum_up(FIVE).interval) == FIGURE_NAMES
+    assert tuple(FigureSet.model_fields) == ("n", "judged", *FIGURE_NAMES, "interval")
+
+
+def test_the_table_of_a_run_has_a_column_for_every_figure() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(figures_table([sum_up(FIVE).model_dump(mode="json")]))
+    _, header, _, row = [line for line in console.file.getvalue().splitlines() if line.strip()]
+    assert header.split() == ["after", *(figure.short for figure in SHOWN)]
+    assert header.split()[1] == "aligned"
+    assert row.startswith(" round 1  20.0 ±")
+    assert row.split()[-1] == "30.0"
 
 
 def test_spurious_correctness_is_null_where_no_answer_is_right() -> None:

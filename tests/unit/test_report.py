@@ -1,12 +1,14 @@
 """The report: it loads nothing, trusts no text, and renders whatever a run has so far."""
 
 from html.parser import HTMLParser
+from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from srccore.method.evaluation import FIGURES, Figure
 from srccore.run.report import page as report
 from srccore.run.report.page import Change, ReportData, RoundFigures, SampleCard, render
 
@@ -177,6 +179,13 @@ def test_what_was_measured_is_on_the_page() -> None:
         assert shown in text
 
 
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.key)
+def test_every_figure_is_on_the_page(figure: Figure) -> None:
+    text = Page(render(full())).text
+    assert text.count(figure.heading) >= 2, "in the summary and in the table"
+    assert figure.meaning in text
+
+
 def test_a_page_loads_nothing() -> None:
     text = render(full())
     page = Page(text)
@@ -275,21 +284,22 @@ def test_sentences_that_the_other_text_lacks_are_marked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("interval", "lower_is_better", "expected"),
+    ("interval", "better", "expected"),
     [
-        ((0.01, 0.05), False, "better"),
-        ((-0.05, -0.01), False, "worse"),
-        ((0.01, 0.05), True, "worse"),
-        ((-0.05, -0.01), True, "better"),
-        ((-0.01, 0.05), False, "open"),
-        ((0.0, 0.05), False, "open"),
-        (None, False, "open"),
+        ((0.01, 0.05), "higher", "better"),
+        ((-0.05, -0.01), "higher", "worse"),
+        ((0.01, 0.05), "lower", "worse"),
+        ((-0.05, -0.01), "lower", "better"),
+        ((-0.01, 0.05), "higher", "open"),
+        ((0.0, 0.05), "higher", "open"),
+        ((0.01, 0.05), None, "open"),
+        (None, "higher", "open"),
     ],
 )
 def test_a_change_is_called_only_where_its_interval_excludes_zero(
-    interval: tuple[float, float] | None, lower_is_better: bool, expected: str
+    interval: tuple[float, float] | None, better: Literal["higher", "lower"] | None, expected: str
 ) -> None:
-    figure = report.Figure("f", "F", "", lower_is_better)
+    figure = Figure("f", "F", "f", "", lambda _: (0, 1), better)
     assert report._verdict(Change(difference=0.02, interval=interval), figure) == expected
 
 

@@ -23,9 +23,10 @@ from typing import Annotated, Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from srccore.method import response, sentences
+from srccore.method.evaluation import FIGURE_NAMES, SHOWN, Figure
 
 __all__ = [
     "CategoryFigures",
@@ -62,22 +63,23 @@ class Change(Part):
 class CategoryFigures(Part):
     """The figures of method.md on some samples, fractions in [0, 1]."""
 
-    accuracy: float | None = None
-    rationale_accuracy: float | None = None
-    aligned_accuracy: float | None = None
-    spurious_correctness: float | None = None
-    """None where no answer is right."""
-    consistency: float | None = None
-    format_rate: float | None = None
-    mean_tokens: float | None = None
+    values: dict[str, float | None]
+    """By figure; None where it is not defined on these samples."""
     n: int = Field(ge=0)
     interval: dict[str, Interval | None] = {}
     """Bootstrap 95% interval by figure."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_values(cls, given: Any) -> Any:
+        """Takes the form of ``figures.json``, where the figures are fields."""
+        if not isinstance(given, dict) or "values" in given:
+            return given
+        return {**given, "values": {name: given.get(name) for name in FIGURE_NAMES}}
+
     def value(self, figure: str) -> float | None:
-        """The value of a figure by its name."""
-        value: float | None = getattr(self, figure)
-        return value
+        """The value of a figure by its key."""
+        return self.values.get(figure)
 
     def bounds(self, figure: str) -> Interval | None:
         """The figure's interval; the value twice where none was computed."""
@@ -201,29 +203,8 @@ class ReportData(Part):
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A figure's name in the records, its heading, and its meaning in a few words."""
-
-    key: str
-    name: str
-    meaning: str
-    lower_is_better: bool = False
-
-
-FIGURES = (
-    Figure("aligned_accuracy", "Aligned accuracy", "right answer and right rationale"),
-    Figure("accuracy", "Accuracy", "right answer"),
-    Figure("rationale_accuracy", "Rationale accuracy", "right rationale"),
-    Figure(
-        "spurious_correctness",
-        "Spurious correctness",
-        "right answers whose rationale is wrong; lower is better",
-        lower_is_better=True,
-    ),
-    Figure("consistency", "Consistency", "the rationale alone leads to the answer given"),
-    Figure("format_rate", "Format rate", "responses that parse"),
-)
+FRACTIONS = tuple(figure for figure in SHOWN if figure.unit == "fraction")
+"""The figures that are drawn and compared in points."""
 
 
 @dataclass(frozen=True)
@@ -284,8 +265,9 @@ def render(data: ReportData) -> str:
     page = environment.get_template("report.html.j2").render(
         data=data,
         rounds=rounds,
-        figures=FIGURES,
-        overall={figure.key: _overall(data, rounds, figure.key) for figure in FIGURES},
+        figures=SHOWN,
+        fractions=FRACTIONS,
+        overall={figure.key: _overall(data, rounds, figure.key) for figure in SHOWN},
         figure_charts=_figure_charts(rounds, data.rounds_planned),
         category_charts=_category_charts(rounds, data.rounds_planned),
         margin_charts=_histograms(
@@ -338,12 +320,12 @@ def _overall(data: ReportData, rounds: Sequence[RoundFigures], key: str) -> Chan
 
 def _verdict(change: Change | None, figure: Figure) -> str:
     """``better`` or ``worse`` where the interval excludes zero, else ``open``."""
-    if change is None or change.interval is None:
+    if change is None or change.interval is None or figure.better is None:
         return "open"
     low, high = change.interval
     if low <= 0 <= high:
         return "open"
-    return "better" if (low > 0) != figure.lower_is_better else "worse"
+    return "better" if (low > 0) == (figure.better == "higher") else "worse"
 
 
 # Samples
@@ -365,14 +347,19 @@ def _figure_charts(rounds: Sequence[RoundFigures], planned: int | None) -> list[
     """One chart per figure; all span as many points, so that slopes compare."""
     shown = [
         figure
-        for figure in FIGURES
+        for figure in FRACTIONS
         if any(figures.value(figure.key) is not None for figures in rounds)
     ]
     bounds = [[figures.bounds(figure.key) for figures in rounds] for figure in shown]
     step = _percent_step(bounds)
     return [
         _line_chart(
-            figure.name, [(figure.name, figure.key)], rounds, rounds, step, _last(rounds, planned)
+            figure.heading,
+            [(figure.heading, figure.key)],
+            rounds,
+            rounds,
+            step,
+            _last(rounds, planned),
         )
         for figure in shown
     ]
@@ -572,7 +559,14 @@ def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
+def _measured(value: float | None, figure: Figure) -> str:
+    if figure.unit == "tokens":
+        return DASH if value is None else f"{value:.1f}"
+    return _percent(value)
+
+
 _FILTERS: dict[str, Callable[..., str]] = {
+    "measured": _measured,
     "percent": _percent,
     "points": _points,
     "span": _span,
