@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from srccore.method.evaluation import FIGURES, Figure
+from srccore.run.report import charts
 from srccore.run.report import page as report
+from srccore.run.report.format import duration
 from srccore.run.report.page import Change, ReportData, RoundFigures, SampleCard, render
 
 SECTIONS = [
@@ -263,10 +265,11 @@ def test_a_null_figure_is_a_dash_and_no_dot() -> None:
     ]
     data = full(rounds=rounds)
     page = Page(render(data))
-    charts = {chart.title: chart for chart in report._figure_charts(data.rounds, 1)}
+    found = charts.line_charts(report._figure_panels(data.rounds), last=1)
+    by_title = {chart.title: chart for chart in found}
     assert "–" in page.text  # noqa: RUF001 - the dash that stands for no value
-    assert len(charts["Spurious correctness"].curves[0].dots) == 1
-    assert len(charts["Accuracy"].curves[0].dots) == 2
+    assert len(by_title["Spurious correctness"].curves[0].dots) == 1
+    assert len(by_title["Accuracy"].curves[0].dots) == 2
 
 
 def test_sentences_that_the_other_text_lacks_are_marked() -> None:
@@ -318,35 +321,35 @@ def test_first_to_last_has_an_interval_only_where_one_was_computed() -> None:
 
 def test_axes_take_the_finest_step_that_holds_all_intervals() -> None:
     # 41-49 fits 40-50 (step 2), but 41-58 needs 40-65 (step 5); 12-88 needs the whole.
-    assert report._percent_step([[(0.41, 0.49)]]) == 2
-    assert report._percent_step([[(0.41, 0.49)], [(0.41, 0.58)]]) == 5
-    assert report._percent_step([[(0.12, 0.88), None]]) == 20
-    assert report._percent_step([]) == 2
-    assert report._percent_floor(0.97, 5) == 75
+    assert charts._percent_step([[(0.41, 0.49)]]) == 2
+    assert charts._percent_step([[(0.41, 0.49)], [(0.41, 0.58)]]) == 5
+    assert charts._percent_step([[(0.12, 0.88)], []]) == 20
+    assert charts._percent_step([]) == 2
+    assert charts._percent_floor(0.97, 5) == 75
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted), min_size=1))
 def test_an_axis_holds_every_interval(bounds: list[list[float]]) -> None:
     intervals = [(low, high) for low, high in bounds]
-    step = report._percent_step([intervals])
+    step = charts._percent_step([intervals])
     low, high = min(low for low, _ in intervals), max(high for _, high in intervals)
-    floor = report._percent_floor(low, step)
+    floor = charts._percent_floor(low, step)
     assert floor <= 100 * low
     assert 100 * high <= floor + 5 * step <= 100
 
 
 @given(st.lists(st.floats(0, 2), min_size=1))
 def test_a_histogram_counts_every_value_once(values: list[float]) -> None:
-    assert sum(report._shares(values, 2.0, 20)) == pytest.approx(1)
+    assert sum(charts._shares(values, 2.0, 20)) == pytest.approx(1)
 
 
 def test_bins_hold_the_values_from_their_left_edge_on() -> None:
     # Ten bins of 0.1: 0.05 in the first, 0.1 and 0.15 in the second, 1.0 in the last.
-    assert report._shares([0.05, 0.1, 0.15, 1.0], 1.0, 10) == [0.25, 0.5, *[0.0] * 7, 0.25]
+    assert charts._shares([0.05, 0.1, 0.15, 1.0], 1.0, 10) == [0.25, 0.5, *[0.0] * 7, 0.25]
 
 
 def test_equal_and_zero_values_still_make_a_histogram() -> None:
-    (chart,) = report._histograms("Margin", [(1, ()), (2, (0.0, 0.0))], widest=2.0)
+    (chart,) = charts.histograms("Margin", [(1, ()), (2, (0.0, 0.0))], widest=2.0)
     assert chart.title == "Round 2"
     assert len(chart.bars) == 1
 
@@ -356,7 +359,7 @@ def test_equal_and_zero_values_still_make_a_histogram() -> None:
     [(0.84, "0.8 s"), (59.97, "1 min 00 s"), (184.2, "3 min 04 s"), (3720, "1 h 02 min")],
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
-    assert report._duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_figures_come_as_models_or_as_dicts() -> None:

@@ -10,23 +10,18 @@ turn the direction of the text around them are written out by their code point.
 
 from __future__ import annotations
 
-import base64
 import difflib
-import math
-import re
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime
-from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from srccore.method import response, sentences
-from srccore.method.evaluation import FIGURE_NAMES, SHOWN, Figure
+from srccore.method.evaluation import FIGURE_NAMES, HEADLINE, SHOWN, Figure
+from srccore.run.report.charts import PLOT, Panel, Point, Series, histograms, line_charts
+from srccore.run.report.format import FILTERS, Interval, visible
 
 __all__ = [
     "CategoryFigures",
@@ -42,7 +37,6 @@ __all__ = [
     "render",
 ]
 
-Interval = tuple[float, float]
 Probabilities = tuple[float, float, float, float, float]
 
 
@@ -207,42 +201,6 @@ FRACTIONS = tuple(figure for figure in SHOWN if figure.unit == "fraction")
 """The figures that are drawn and compared in points."""
 
 
-@dataclass(frozen=True)
-class Dot:
-    """A measured value of a curve, in the chart's units."""
-
-    x: float
-    y: float
-    label: str
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line of a chart with its interval band (the points of a polygon)."""
-
-    style: Literal["main", "side"]
-    dots: tuple[Dot, ...]
-    band: tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A drawing without looks: ticks are (position, label)."""
-
-    title: str
-    description: str
-    x_ticks: tuple[tuple[float, str], ...]
-    y_ticks: tuple[tuple[float, str], ...]
-    curves: tuple[Curve, ...] = ()
-    bars: tuple[tuple[float, float, float, float, str], ...] = ()
-    """x, y, width, height, label."""
-
-
-WIDTH, HEIGHT = 340, 190
-LEFT, RIGHT, TOP, BOTTOM = 40, 326, 12, 164
-"""The plotting area inside the drawing."""
-
-
 def render(data: ReportData) -> str:
     """Renders the report.
 
@@ -258,22 +216,23 @@ def render(data: ReportData) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_visible,
+        finalize=visible,
     )
-    environment.filters.update(_FILTERS)
+    environment.filters.update(FILTERS)
     rounds = sorted(data.rounds, key=lambda figures: figures.round)
+    last = max([data.rounds_planned or 0, 1, *(figures.round for figures in rounds)])
     page = environment.get_template("report.html.j2").render(
         data=data,
         rounds=rounds,
         figures=SHOWN,
         fractions=FRACTIONS,
         overall={figure.key: _overall(data, rounds, figure.key) for figure in SHOWN},
-        figure_charts=_figure_charts(rounds, data.rounds_planned),
-        category_charts=_category_charts(rounds, data.rounds_planned),
-        margin_charts=_histograms(
+        figure_charts=line_charts(_figure_panels(rounds), last),
+        category_charts=line_charts(_category_panels(rounds), last),
+        margin_charts=histograms(
             "Margin", [(part.round, part.margins) for part in data.curation], widest=2.0
         ),
-        confidence_charts=_histograms(
+        confidence_charts=histograms(
             "Confidence", [(part.round, part.confidences) for part in data.curation], widest=1.0
         ),
         reasons=list(dict.fromkeys(r for part in data.curation for r in part.reasons)),
@@ -281,27 +240,9 @@ def render(data: ReportData) -> str:
         compare=_compare,
         answer_is_right=response.gives_answer,
         verdict=_verdict,
-        plot={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM},
+        plot=PLOT,
     )
     return page.lstrip()
-
-
-# Controls, and the characters that steer or hide the direction of text (bidi, tags); ordinary
-# joiners stay, for scripts and emoji need them. Lone surrogates could not be written as UTF-8.
-_UNSAFE = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff"
-    "\ud800-\udfff\U000e0000-\U000e007f]"
-)
-
-
-def _visible(value: object) -> object:
-    """Writes unsafe characters out; Jinja calls it on every value before it escapes."""
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return _UNSAFE.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", value)
-    return value
-
-
-# Changes
 
 
 def _overall(data: ReportData, rounds: Sequence[RoundFigures], key: str) -> Change | None:
@@ -328,9 +269,6 @@ def _verdict(change: Change | None, figure: Figure) -> str:
     return "better" if (low > 0) == (figure.better == "higher") else "worse"
 
 
-# Samples
-
-
 def _compare(text: str, other: str) -> list[tuple[str, bool]]:
     """Splits a text into sentences and tells which of them the other text lacks."""
     own, others = sentences.split(text), sentences.split(other)
@@ -340,240 +278,32 @@ def _compare(text: str, other: str) -> list[tuple[str, bool]]:
     return list(zip(own, differs, strict=True))
 
 
-# Charts
-
-
-def _figure_charts(rounds: Sequence[RoundFigures], planned: int | None) -> list[Chart]:
-    """One chart per figure; all span as many points, so that slopes compare."""
-    shown = [
-        figure
+def _figure_panels(rounds: Sequence[RoundFigures]) -> list[Panel]:
+    """One per figure that has a value."""
+    panels = [
+        Panel(figure.heading, (_series(figure, [(part.round, part) for part in rounds]),))
         for figure in FRACTIONS
-        if any(figures.value(figure.key) is not None for figures in rounds)
     ]
-    bounds = [[figures.bounds(figure.key) for figures in rounds] for figure in shown]
-    step = _percent_step(bounds)
-    return [
-        _line_chart(
-            figure.heading,
-            [(figure.heading, figure.key)],
-            rounds,
-            rounds,
-            step,
-            _last(rounds, planned),
-        )
-        for figure in shown
+    return [panel for panel in panels if panel.series[0].points]
+
+
+def _category_panels(rounds: Sequence[RoundFigures]) -> list[Panel]:
+    """One per category, aligned accuracy over accuracy."""
+    figures = [figure for figure in FRACTIONS if figure.key in (HEADLINE, "accuracy")]
+    panels = []
+    for name in dict.fromkeys(name for part in rounds for name in part.by_category):
+        parts = [
+            (part.round, part.by_category[name]) for part in rounds if name in part.by_category
+        ]
+        panels.append(Panel(name, tuple(_series(figure, parts) for figure in figures)))
+    return panels
+
+
+def _series(figure: Figure, parts: Sequence[tuple[int, CategoryFigures]]) -> Series:
+    points = [
+        Point(number, value, bounds)
+        for number, part in parts
+        if (value := part.value(figure.key)) is not None
+        and (bounds := part.bounds(figure.key)) is not None
     ]
-
-
-def _category_charts(rounds: Sequence[RoundFigures], planned: int | None) -> list[Chart]:
-    """One chart per category, aligned accuracy over accuracy."""
-    keys = [("Aligned accuracy", "aligned_accuracy"), ("Accuracy", "accuracy")]
-    parts = []
-    for name in dict.fromkeys(name for figures in rounds for name in figures.by_category):
-        having = [figures for figures in rounds if name in figures.by_category]
-        parts.append((name, having, [figures.by_category[name] for figures in having]))
-    step = _percent_step(
-        [part.bounds(key) for part in of_round for _, key in keys] for _, _, of_round in parts
-    )
-    return [
-        _line_chart(name, keys, having, of_round, step, _last(rounds, planned))
-        for name, having, of_round in parts
-    ]
-
-
-def _last(rounds: Sequence[RoundFigures], planned: int | None) -> int:
-    return max([planned or 0, 1, *(figures.round for figures in rounds)])
-
-
-def _percent_step(panels: Iterable[Iterable[Interval | None]]) -> int:
-    """The finest tick step, in points, at which five steps hold every panel's intervals."""
-    spans = [
-        (min(low for low, _ in known), max(high for _, high in known))
-        for known in ([bound for bound in panel if bound] for panel in panels)
-        if known
-    ]
-    return next(
-        step
-        for step in (2, 5, 10, 20)
-        if step == 20
-        or all(100 * high <= _percent_floor(low, step) + 5 * step for low, high in spans)
-    )
-
-
-def _percent_floor(low: float, step: int) -> int:
-    """Where an axis of five steps begins, in percent; it never ends above 100."""
-    return max(0, min(int(100 * low // step) * step, 100 - 5 * step))
-
-
-def _line_chart(
-    title: str,
-    keys: Sequence[tuple[str, str]],
-    rounds: Sequence[RoundFigures],
-    parts: Sequence[CategoryFigures],
-    step: int,
-    last: int,
-) -> Chart:
-    """Draws figures over rounds; a round whose value is null has no dot.
-
-    Args:
-        title: The chart's title.
-        keys: Heading and key of each figure, the main one first.
-        rounds: Where the parts stand on the x axis.
-        parts: The figures, one part per round.
-        step: Points between two ticks.
-        last: The last round of the x axis.
-
-    Returns:
-        The chart, in units of the drawing.
-    """
-    known = [bound for part in parts for _, key in keys if (bound := part.bounds(key))]
-    floor = _percent_floor(min((low for low, _ in known), default=0.0), step)
-    to_x = _scale(0, last, LEFT + 12, RIGHT - 12)
-    to_y = _scale(floor / 100, (floor + 5 * step) / 100, BOTTOM, TOP)
-    curves, told = [], []
-    for index, (name, key) in enumerate(keys):
-        dots, lows, highs = [], [], []
-        for figures, part in zip(rounds, parts, strict=True):
-            value, bounds = part.value(key), part.bounds(key)
-            if value is None or bounds is None:
-                continue
-            x = to_x(figures.round)
-            label = f"Round {figures.round}: {_percent(value)} ({_span(bounds)})"
-            dots.append(Dot(x, to_y(value), f"{name}, {label}"))
-            lows.append((x, to_y(bounds[0])))
-            highs.append((x, to_y(bounds[1])))
-            told.append(f"{name}, {label}")
-        style: Literal["main", "side"] = "main" if index == 0 else "side"
-        curves.append(Curve(style, tuple(dots), (*highs, *reversed(lows))))
-    return Chart(
-        title=title,
-        description="; ".join(told),
-        x_ticks=tuple((to_x(number), str(number)) for number in range(last + 1)),
-        y_ticks=tuple(
-            (to_y(tick / 100), f"{tick}%") for tick in range(floor, floor + 5 * step + 1, step)
-        ),
-        curves=tuple(curves),
-    )
-
-
-def _histograms(
-    name: str, rounds: Sequence[tuple[int, Sequence[float]]], widest: float, bins: int = 20
-) -> list[Chart]:
-    """One histogram per round with values; all share both axes, heights are shares."""
-    filled = [(number, values) for number, values in rounds if values]
-    if not filled:
-        return []
-    largest = max(max(values) for _, values in filled)
-    limit = next((edge for edge in (0.25, 0.5, 1.0) if largest <= edge < widest), widest)
-    shares = [_shares(values, limit, bins) for _, values in filled]
-    top = math.ceil(10 * max(max(heights) for heights in shares)) / 10
-    to_x, to_y = _scale(0, limit, LEFT, RIGHT), _scale(0, top, BOTTOM, TOP)
-    edges = [limit * number / bins for number in range(bins + 1)]
-    charts = []
-    for (number, values), heights in zip(filled, shares, strict=True):
-        bars = tuple(
-            (
-                to_x(left) + 0.75,
-                to_y(height),
-                to_x(right) - to_x(left) - 1.5,
-                BOTTOM - to_y(height),
-                f"{left:.2f} to {right:.2f}: {_percent(height)}",
-            )
-            for (left, right), height in zip(pairwise(edges), heights, strict=True)
-            if height
-        )
-        median = statistics.median(values)
-        charts.append(
-            Chart(
-                title=f"Round {number}",
-                description=f"{name}: {len(values)} samples, median {median:.2f}",
-                x_ticks=tuple((to_x(limit * k / 4), f"{limit * k / 4:g}") for k in range(5)),
-                y_ticks=tuple((to_y(top * k / 2), _percent(top * k / 2, 0)) for k in range(3)),
-                bars=bars,
-            )
-        )
-    return charts
-
-
-def _shares(values: Sequence[float], limit: float, bins: int) -> list[float]:
-    counts = [0] * bins
-    for value in values:
-        counts[min(max(int(value / limit * bins), 0), bins - 1)] += 1
-    return [count / len(values) for count in counts]
-
-
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """Maps [low, high] to [start, end], to a tenth of a unit."""
-    return lambda value: round(start + (value - low) / (high - low) * (end - start), 1)
-
-
-# Words and numbers
-
-DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
-
-
-def _percent(value: float | None, digits: int = 1) -> str:
-    return DASH if value is None else f"{100 * value:.{digits}f}%"
-
-
-def _points(value: float) -> str:
-    text = f"{100 * value:+.1f}".replace("-", MINUS)
-    return "0.0" if text[1:] == "0.0" else text
-
-
-def _span(interval: Interval) -> str:
-    low, high = interval
-    return f"{100 * low:.1f}{DASH}{100 * high:.1f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def _memory(megabytes: float | None) -> str:
-    if megabytes is None:
-        return DASH
-    return f"{megabytes / 1024:.1f} GB" if megabytes >= 1024 else f"{megabytes:.0f} MB"
-
-
-def _words(name: str) -> str:
-    """A name of the code as words with a capital: ``wrong_answer`` is ``Wrong answer``."""
-    text = name.replace("_", " ").replace("-", " ").strip()
-    return text[:1].upper() + text[1:]
-
-
-def _signed(value: float | None, digits: int) -> str:
-    return DASH if value is None else f"{value:+.{digits}f}".replace("-", MINUS)
-
-
-def _moment(moment: datetime) -> str:
-    zone = f" {moment.tzname()}" if moment.tzinfo else ""
-    return f"{moment.day} {moment:%B %Y, %H:%M}{zone}"
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def _measured(value: float | None, figure: Figure) -> str:
-    if figure.unit == "tokens":
-        return DASH if value is None else f"{value:.1f}"
-    return _percent(value)
-
-
-_FILTERS: dict[str, Callable[..., str]] = {
-    "measured": _measured,
-    "percent": _percent,
-    "points": _points,
-    "span": _span,
-    "duration": _duration,
-    "memory": _memory,
-    "words": _words,
-    "signed": _signed,
-    "moment": _moment,
-    "data_uri": _data_uri,
-}
+    return Series(figure.heading, tuple(points))

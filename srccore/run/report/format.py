@@ -1,0 +1,101 @@
+"""How the report writes numbers, spans, times and names, and text that is not to be trusted."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable
+from datetime import datetime
+
+from markupsafe import Markup
+
+from srccore.method.evaluation import Figure
+
+__all__ = ["FILTERS", "Interval", "percent", "span", "visible"]
+
+Interval = tuple[float, float]
+DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A fraction in percent, with a dash for a missing value."""
+    return DASH if value is None else f"{100 * value:.{digits}f}%"
+
+
+def points(value: float) -> str:
+    text = f"{100 * value:+.1f}".replace("-", MINUS)
+    return "0.0" if text[1:] == "0.0" else text
+
+
+def span(interval: Interval) -> str:
+    """An interval of fractions in percent, without the sign."""
+    low, high = interval
+    return f"{100 * low:.1f}{DASH}{100 * high:.1f}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def memory(megabytes: float | None) -> str:
+    if megabytes is None:
+        return DASH
+    return f"{megabytes / 1024:.1f} GB" if megabytes >= 1024 else f"{megabytes:.0f} MB"
+
+
+def words(name: str) -> str:
+    """A name of the code as words with a capital: ``wrong_answer`` is ``Wrong answer``."""
+    text = name.replace("_", " ").replace("-", " ").strip()
+    return text[:1].upper() + text[1:]
+
+
+def signed(value: float | None, digits: int) -> str:
+    return DASH if value is None else f"{value:+.{digits}f}".replace("-", MINUS)
+
+
+def moment(moment: datetime) -> str:
+    zone = f" {moment.tzname()}" if moment.tzinfo else ""
+    return f"{moment.day} {moment:%B %Y, %H:%M}{zone}"
+
+
+def data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def measured(value: float | None, figure: Figure) -> str:
+    if figure.unit == "tokens":
+        return DASH if value is None else f"{value:.1f}"
+    return percent(value)
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "measured": measured,
+    "percent": percent,
+    "points": points,
+    "span": span,
+    "duration": duration,
+    "memory": memory,
+    "words": words,
+    "signed": signed,
+    "moment": moment,
+    "data_uri": data_uri,
+}
+
+
+# Controls, and the characters that steer or hide the direction of text (bidi, tags); ordinary
+# joiners stay, for scripts and emoji need them. Lone surrogates could not be written as UTF-8.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def visible(value: object) -> object:
+    """Writes unsafe characters out; Jinja calls it on every value before it escapes."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return _UNSAFE.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", value)
+    return value
