@@ -8,6 +8,7 @@ import yaml
 
 from srccore.config import RunConfig
 from srccore.errors import UserError
+from srccore.files import writable
 from srccore.run.folder import RunFolder
 from srccore.run.loop import load_run
 from srccore.stages.manifest import read_manifest
@@ -69,12 +70,8 @@ def export_policy(run: Path, number: int, out: Path, *, adapter: bool = False) -
         raise UserError(f"{out} exists and is not empty.", "Give another folder.")
     config = load_run(run)
     path = RunFolder(run).policy(number)
-    try:
+    with writable(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"The folder {out} cannot be written ({error.strerror}).", "Give another folder."
-        ) from None
     export = export_adapter if adapter else export_merged
     export(read_policy(path), out, _card(run, config, number, path, adapter=adapter))
 

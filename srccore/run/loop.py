@@ -18,7 +18,7 @@ from typing import Protocol
 
 from srccore.config import RunConfig, identity
 from srccore.errors import UserError
-from srccore.files import MANIFEST, write_json
+from srccore.files import MANIFEST, writable, write_json
 from srccore.method.evaluation import HEADLINE
 from srccore.models.policy import resolve_model_path
 from srccore.run.folder import RunFolder
@@ -108,7 +108,7 @@ def load_run(out: Path) -> RunConfig:
 
 def _open_run(config: RunConfig, folder: RunFolder) -> None:
     out = folder.path
-    try:
+    with writable(out):
         if folder.config.exists():
             wanted, found = identity(config), identity(load_run(out))
             if changed := [name for name in wanted if wanted[name] != found.get(name)]:
@@ -123,11 +123,6 @@ def _open_run(config: RunConfig, folder: RunFolder) -> None:
             )
         out.mkdir(parents=True, exist_ok=True)
         write_json(folder.config, config.model_dump(mode="json"))
-    except OSError as error:
-        raise UserError(
-            f"The folder {out} cannot be written ({error.strerror}).",
-            "Give another --out, or make room and see to its permissions.",
-        ) from None
 
 
 def set_threads(threads: int | None) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from srccore import storage
 from srccore.config import RunConfig, validate_config
 from srccore.errors import UserError
-from srccore.files import write_json
+from srccore.files import writable, write_json
 from srccore.models.policy import POLICY_FILE, parse_policy, write_policy
 from srccore.run.folder import CONFIG, RunFolder
 from srccore.stages.manifest import read_manifest
@@ -77,13 +77,9 @@ def collect_report(uri: str, out: Path) -> None:
             f"{uri} is no report of a pipeline: there is no {CONFIG}.",
             "Give the folder <artifact root>/report/<key>, as the log of its last step names it.",
         )
-    try:
+    with writable(out):
         out.mkdir(parents=True, exist_ok=True)
         is_empty = not any(out.iterdir())
-    except OSError as error:
-        raise UserError(
-            f"The folder {out} cannot be written ({error.strerror}).", "Give another."
-        ) from None
     if not is_empty:
         raise UserError(f"The folder {out} is not empty.", "Give another; nothing was changed.")
     root = storage.join(uri, "../..")

@@ -238,7 +238,7 @@ def test_export_writes_a_checkpoint_that_transformers_loads_by_itself(
         (["run", "--preset", "huge", "--out", "{tmp}/x"], "no preset"),
         (["run", "--out", "{tmp}/x", "--set", "search.widht=3"], "search.width"),
         (["run", "--out", "{finished}", "--set", "search.width=3"], "another configuration"),
-        (["run", "--out", "/proc/nothing/run"], "cannot be written"),
+        (["run", "--out", "/proc/nothing/run"], "Cannot write to /proc/nothing/run"),
         (["run", "--out", "{tmp}/x", "--set", "model.path={tmp}"], "config.json"),
         (["run", "--out", "{tmp}/x", "--set", "data.source={tmp}/none"], "does not exist"),
         (["export", "{finished}", "--round", "7", "-o", "{tmp}/e"], "has not finished round 7"),

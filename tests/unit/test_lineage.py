@@ -157,3 +157,12 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
     last = run_of_one_round(root)
     with pytest.raises(UserError, match="is no report of a pipeline"):
         collect_report(f"{root}/{last}", tmp_path / "run")
+
+
+def test_a_run_folder_that_cannot_be_made_is_explained(tmp_path: Path) -> None:
+    root = tmp_path / "artifacts"
+    report = step(root, "report", "x", last_evaluation=[run_of_one_round(root)])
+    (root / report / "run.json").write_text(CONFIG.model_dump_json())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"Cannot write to .*file/run: Not a directory"):
+        collect_report(f"{root}/{report}", tmp_path / "file" / "run")
