@@ -1,4 +1,4 @@
-"""The layout of a run folder, in one place: what writes and what reads one gets its paths here."""
+"""The layout of a run folder: everything that reads or writes one gets its paths from here."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RunFolder:
         round-<N>/curate-preference/  train-dpo/  evaluate/
         round-<N>/check-before/  check-after/  kept.json     with on_regression: keep_previous
 
-    Every folder shown with a slash is the output of one stage.
+    Every folder above with a slash at its end is the output of one stage.
 
     Args:
         path: The run folder.
@@ -163,7 +163,8 @@ class RunFolder:
     def round_of(self, folder: Path) -> int | None:
         """The round that a stage's output belongs to; None for what comes before the rounds."""
         match = _ROUND.fullmatch(folder.parent.name)
-        return int(match[1]) if match else None
+        # A run folder may itself be called round-3.
+        return int(match[1]) if match and folder.parent.parent == self.path else None
 
     def finished_stages(self) -> list[Path]:
         """The outputs of the finished stages, in no particular order."""

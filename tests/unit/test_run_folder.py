@@ -54,6 +54,7 @@ def test_the_round_of_an_output_is_that_of_its_folder(tmp_path: Path) -> None:
     assert run.round_of(run.candidates(12, 0)) == 12
     assert run.round_of(run.evaluation(0)) == 0
     assert run.round_of(run.rationales("train")) is None
+    assert run.round_of(run.data) is None
 
 
 def test_finished_rounds_are_those_that_were_evaluated(tmp_path: Path) -> None:
