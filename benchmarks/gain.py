@@ -1,15 +1,16 @@
-"""What SRC gains on preset `tiny`, against three controls of the same budget.
+"""Measures the gain of SRC on preset `tiny` against three controls with the same budget.
 
     python benchmarks/gain.py --out runs/gain --seeds 0 1 2
 
-Per seed: the run itself, then the controls, all from that run's stage-1 policy, over the same
-samples and rounds, trained by the same settings:
+For each seed it makes a run, then the controls. They start from the run's stage-1 policy and use
+the same samples, rounds and training settings:
 
-* random: chosen and rejected drawn at random among raw samples (duplicates kept);
+* random: chosen and rejected are drawn at random from raw responses (duplicates included);
 * answer: any candidate with the right answer against any with a wrong one;
-* sft: plain SFT on the responses that R-Scorer chose, no rejected ones.
+* sft: plain SFT on the responses that R-Scorer chose, without rejected ones.
 
-Writes ``gain.json`` and prints the Markdown table of `RESULTS.md`. An interrupted call goes on.
+Writes ``gain.json`` and prints the Markdown table of `RESULTS.md`. Run the same command again to
+resume an interrupted benchmark.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def main() -> None:
 
 
 def control(arm: str, config: RunConfig, folder: Path) -> list[dict]:
-    """Carries one control through the rounds, from the run's stage-1 policy."""
+    """Runs all rounds of one control, starting from the run's stage-1 policy."""
     source, out = RunFolder(folder / "src"), RunFolder(folder / arm)
     heldout, calibration = (source.split(name) for name in ("heldout", "calibration"))
     policy = source.trained_policy(0)
@@ -161,7 +162,7 @@ def preference_trained(
 def supervised(
     config: RunConfig, data: Path, preferences: Path, policy: Path, out: Path, number: int
 ) -> Path:
-    """SFT on the chosen responses, with the optimiser settings and the adapter of DPO."""
+    """SFT on the chosen responses, with the optimiser and adapter settings of DPO."""
     from srccore.config import RationaleTuningConfig
     from srccore.models.policy import read_policy, write_policy
     from srccore.training.rationale import RationaleExample, tune_rationale
@@ -246,7 +247,7 @@ def raw_samples(
     key: str,
     count: int = 6,
 ) -> dict[str, list[Candidate]]:
-    """Whole responses as they are drawn, duplicates and unparsed ones included."""
+    """Complete responses as sampled, including duplicates and those that do not parse."""
     engine = sampling_engine(policy, config.device)
     found: dict[str, list[Candidate]] = {}
     for start in range(0, len(samples), config.search.batch_size):
@@ -273,7 +274,7 @@ def raw_samples(
 
 
 def headroom(config: RunConfig, folder: Path) -> dict:
-    """Aligned accuracy of one greedy response, and pass@6, after stage 1, by category."""
+    """Aligned pass@6 of the stage-1 policy, by category."""
     source = RunFolder(folder / "src")
     step = StageFolder(
         "headroom",
@@ -349,7 +350,7 @@ def table(rows: list[dict]) -> str:
 
 
 def comparison(out: Path, seeds: list[int], arms: list[str], last: int) -> str:
-    """SRC minus each control after the last round: mean of the seeds, bootstrap over samples."""
+    """SRC minus each control after the last round: mean over seeds, bootstrap over samples."""
     lines = ["", "SRC minus a control, aligned accuracy after the last round, pooled:", ""]
     generator = np.random.default_rng(0)
     for arm in arms:
@@ -365,7 +366,7 @@ def comparison(out: Path, seeds: list[int], arms: list[str], last: int) -> str:
 
 
 def aligned(out: Path, seed: int, arm: str, number: int) -> np.ndarray:
-    """Per held-out sample, 1.0 where an arm's answer and rationale are right after a round."""
+    """For each held-out sample, 1.0 if an arm's answer and rationale are right after a round."""
     folder = out / f"seed-{seed}"
     samples = dataset.open_data(RunFolder(folder / "src").split("heldout")).samples
     outcomes = read_outcomes(samples, RunFolder(folder / arm).evaluation(number))

@@ -1,12 +1,12 @@
-"""The figures of method.md from responses to held-out samples. Pure, over texts.
+"""Computes the metrics of docs/method.md ("figures" in code and files) from responses. Pure.
 
-Rationales are checked by program, against the sample's facts. A sample without facts has no
-verdict on its rationale here: the figures that need one leave it out, ``judged`` says how many
-samples they stand on, and they are null where it is 0.
+Rationales are checked by program against the sample's facts, or else by the verdict of a judge. A
+sample with neither is left out of the figures that look at rationales: ``judged`` says how many
+samples those figures are based on, and they are null where it is 0.
 
 Every figure is a ratio of two sums over the samples, so one bootstrap serves them all: resample
-the samples once, then two matrix products. The bootstrap speaks of the choice of samples only,
-not of other training seeds.
+the samples once, then take two matrix products. The intervals cover the choice of samples only,
+not the variation between training seeds.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one response is worth."""
+    """The verdict on one response."""
 
     sample_id: str
     category: Category
     parsed: bool
     answer_right: bool
     rationale_right: bool | None
-    """None where the sample has neither facts nor a judgement, as is ``consistent``."""
+    """None, like ``consistent``, for a sample that has neither facts nor a judgement."""
     consistent: bool | None
-    """The answer derived from the rationale alone equals the answer given."""
+    """Whether the answer derived from the rationale alone equals the answer given."""
     token_count: int
 
     @property
@@ -65,7 +65,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Figure:
-    """What one figure is. To add one, add it to `FIGURES` and a field to `FigureSet`."""
+    """Definition of a figure. A new one needs an entry in `FIGURES` and a field of `FigureSet`."""
 
     key: str
     """Its name in records and files."""
@@ -73,17 +73,17 @@ class Figure:
     short: str
     """The heading of a narrow column."""
     meaning: str
-    """For readers of a report, as a sentence without its full stop."""
+    """For readers of a report: one sentence without a full stop."""
     ratio: Callable[[Outcome], tuple[int, int]]
     """What one sample adds to the numerator and to the denominator."""
     better: Literal["higher", "lower"] | None = "higher"
-    """None where neither is better."""
+    """None if neither direction is better."""
     unit: Literal["fraction", "tokens"] = "fraction"
-    """A fraction is shown in percent."""
+    """Fractions are shown in percent."""
 
 
 HEADLINE = "aligned_accuracy"
-"""The figure that a report puts first."""
+"""The figure that reports show first."""
 FIGURES = (
     Figure(
         key="accuracy",
@@ -113,7 +113,7 @@ FIGURES = (
         key="spurious_correctness",
         heading="Spurious correctness",
         short="spurious",
-        meaning="Right answers whose rationale is wrong; lower is better",
+        meaning="Right answers with a wrong rationale; lower is better",
         ratio=lambda outcome: (
             outcome.answer_right and outcome.rationale_right is False,
             outcome.answer_right and outcome.is_judged,
@@ -138,47 +138,47 @@ FIGURES = (
         key="mean_tokens",
         heading="Mean length",
         short="tokens",
-        meaning="Tokens of a response",
+        meaning="Tokens per response",
         ratio=lambda outcome: (outcome.token_count, 1),
         better=None,
         unit="tokens",
     ),
 )
-"""The figures that have intervals, in the order of ``figures.json``."""
+"""All figures, in the order of ``figures.json``. Each has a bootstrap interval."""
 FIGURE_NAMES = tuple(figure.key for figure in FIGURES)
 SHOWN = tuple(sorted(FIGURES, key=lambda figure: figure.key != HEADLINE))
-"""`FIGURES` in the order of a report: the headline first."""
+"""`FIGURES` in the order of reports: the headline first."""
 
 
 class Change(BaseModel):
-    """A figure after minus before, on the same samples."""
+    """The change of a figure between two policies on the same samples: after minus before."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     difference: float
     interval: Interval
-    """Paired bootstrap, 95 %."""
+    """95% interval of the paired bootstrap."""
 
 
 class FigureSet(BaseModel):
-    """The figures over some samples, as fractions in 0..1; null where they are not defined."""
+    """The figures over some samples: fractions in [0, 1], or null where they are undefined."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     n: int
     judged: int
-    """Samples with facts or a judgement: the four figures that look at rationales stand on them."""
+    """Samples with facts or a judgement: the basis of the four figures that look at rationales."""
     accuracy: float
     rationale_accuracy: float | None
     aligned_accuracy: float | None
-    """The headline: answer and rationale are right."""
+    """The headline: both answer and rationale are right."""
     spurious_correctness: float | None
-    """Share of the right answers whose rationale is wrong; null where no answer is right."""
+    """Share of right answers with a wrong rationale; null where no answer is right."""
     consistency: float | None
     format_rate: float
     mean_tokens: float
     interval: dict[str, Interval]
-    """95 % bootstrap percentile interval by figure; a null figure has none."""
+    """95% bootstrap percentile interval by figure; a null figure has none."""
 
 
 class Figures(FigureSet):
@@ -187,7 +187,7 @@ class Figures(FigureSet):
     round: int
     """0 is the policy before the first round."""
     change: dict[str, Change] | None
-    """Against the policy before, by figure that both have; null where there is none before."""
+    """By figure defined for both, against the previous policy; null if there is no previous one."""
     by_category: dict[Category, FigureSet]
 
 
@@ -196,30 +196,30 @@ def judge_responses(
     responses: Mapping[str, Response],
     judgements: Mapping[str, Judgement] | None = None,
 ) -> list[Outcome]:
-    """Judges one response to each sample: by its facts, or else by what a judge said.
+    """Judges one response per sample: by the sample's facts, or else by a judge's verdict.
 
     Args:
         samples: The held-out samples.
-        responses: A response by sample id, for these samples and no others.
-        judgements: A judgement by sample id, for samples without facts; may lack some.
+        responses: One response per sample, by sample id.
+        judgements: Judgements by sample id, for samples without facts; some may be missing.
 
     Returns:
         One outcome per sample, in the order of the samples. A response that does not parse is
         wrong in every respect.
 
     Raises:
-        UserError: The responses are to other samples.
+        UserError: The responses belong to other samples.
     """
     ids = {sample.id for sample in samples}
     if odd := sorted(ids ^ responses.keys()):
-        lacking = "no response" if odd[0] in ids else "a response, but is not in the split"
+        problem = "no response" if odd[0] in ids else "a response but is not in the split"
         raise UserError(
-            f"The responses are not to the evaluated samples: {odd[0]} has {lacking} "
-            f"({len(odd)} such in all).",
-            "Evaluate all shards of the responses with the data set they were made on.",
+            f"The responses do not match the evaluated samples: {odd[0]} has {problem} "
+            f"({len(odd)} mismatches in total).",
+            "Pass all shards of the responses and the data set they were generated from.",
         )
-    told = judgements or {}
-    return [_judge(sample, responses[sample.id], told.get(sample.id)) for sample in samples]
+    verdicts = judgements or {}
+    return [_judge(sample, responses[sample.id], verdicts.get(sample.id)) for sample in samples]
 
 
 def figures(
@@ -230,20 +230,21 @@ def figures(
     resamples: int,
     seed: int,
 ) -> Figures:
-    """Sums outcomes up, with intervals, by category and against the policy before.
+    """Computes the figures with intervals, by category and against the previous policy.
 
     Args:
         outcomes: At least one.
-        round: The round that made the policy; 0 before the first.
-        previous: The outcomes of the policy before on the same samples, if there is one.
-        resamples: Bootstrap resamples.
-        seed: Of the bootstrap; same seed, same intervals, whatever the order of the outcomes.
+        round: The round that trained the policy; 0 for the policy before the first round.
+        previous: The outcomes of the previous policy on the same samples, if there is one.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap. The same seed gives the same intervals, in whatever order the
+            outcomes come.
 
     Returns:
         The figures.
 
     Raises:
-        UserError: There are no outcomes, or the earlier ones are of other samples.
+        UserError: There are no outcomes, or the previous ones cover different samples.
     """
     if not outcomes:
         raise UserError("There are no responses to evaluate.", "Use a held-out split with samples.")
@@ -272,19 +273,19 @@ def paired_change(
     Args:
         before: The outcomes of one policy.
         after: The outcomes of the other, in any order.
-        resamples: Bootstrap resamples.
-        seed: Of the bootstrap.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
 
     Returns:
-        The change by figure, for the figures that both policies have.
+        The change by figure, for the figures that are defined for both policies.
 
     Raises:
-        UserError: The two were evaluated on other samples.
+        UserError: The two were evaluated on different samples.
     """
     if {each.sample_id for each in before} != {each.sample_id for each in after}:
         raise UserError(
-            "The two evaluations are of other samples, so they cannot be compared pair by pair.",
-            "Evaluate both policies on one held-out split.",
+            "The two evaluations cover different samples, so they cannot be compared in pairs.",
+            "Evaluate both policies on the same held-out split.",
         )
     weights = _resample(len(after), resamples, seed)
     everything = np.ones((1, len(after)))
@@ -344,7 +345,7 @@ def _figure_set(outcomes: Sequence[Outcome], resamples: int, seed: int) -> Figur
 
 
 def _resample(n: int, resamples: int, seed: int) -> Matrix:
-    """Draws how often each sample stands in each resample; shape (resamples, n)."""
+    """Draws how often each sample occurs in each resample; shape (resamples, n)."""
     drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
     drawn += n * np.arange(resamples)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=resamples * n)
@@ -352,14 +353,14 @@ def _resample(n: int, resamples: int, seed: int) -> Matrix:
 
 
 def _ratios(weights: Matrix, outcomes: Sequence[Outcome]) -> Matrix:
-    """Computes the figures under weights on the samples.
+    """Computes the figures with weighted samples.
 
     Args:
-        weights: Shape (resamples, n), over the samples in the order of their ids.
+        weights: Shape (resamples, n); the columns are the samples in the order of their ids.
         outcomes: In any order.
 
     Returns:
-        Shape (resamples, figures), in the order of `FIGURE_NAMES`; NaN where nothing counts.
+        Shape (resamples, figures), in the order of `FIGURES`; NaN where the denominator is 0.
     """
     rows = [
         [figure.ratio(outcome) for figure in FIGURES]
@@ -367,7 +368,7 @@ def _ratios(weights: Matrix, outcomes: Sequence[Outcome]) -> Matrix:
     ]
     table = np.array(rows, dtype=np.float64)  # (n, figures, 2)
     over, under = weights @ table[:, :, 0], weights @ table[:, :, 1]
-    # Sums of whole numbers are exact, so equal outcomes give equal ratios to the last bit.
+    # Sums of integers are exact, so equal outcomes give equal ratios to the last bit.
     return np.divide(over, under, out=np.full_like(over, np.nan), where=under > 0)
 
 

@@ -1,4 +1,4 @@
-"""What a run shows: live progress on a terminal, plain lines elsewhere, a table of figures."""
+"""Console output of a run: live progress on a terminal, plain lines elsewhere, and a table."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from srccore.stages.machine import Progress as Report
 __all__ = ["ConsoleObserver", "figures_table", "quiet_libraries"]
 
 LINE_EVERY = 10.0
-"""Seconds between two plain lines of one stage."""
+"""Seconds between two progress lines of a stage."""
 
 
 class ConsoleObserver:
-    """Shows a run on a console.
+    """Shows the progress of a run on a console.
 
     Args:
-        console: Where to write.
+        console: Where to write; standard output by default.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -41,7 +41,7 @@ class ConsoleObserver:
 
     @contextmanager
     def stage(self, name: str, round_number: int | None) -> Iterator[Report]:
-        """Shows a stage's progress while it runs, then one line with its time."""
+        """Shows a stage's progress while it runs, then a line with the time it took."""
         title = name if round_number is None else f"round {round_number}: {name}"
         began = time.monotonic()
         is_working = False
@@ -88,21 +88,21 @@ class ConsoleObserver:
         yield report
 
     def figures(self, figures: list[Figures]) -> None:
-        """Prints the table, where there was work since it was printed last."""
+        """Prints the table of figures, unless all stages were skipped."""
         if self.worked:
             self.console.print(figures_table(figures))
 
     def note(self, text: str) -> None:
-        """Prints a line."""
+        """Prints a message."""
         self.console.print(text, markup=False)
 
 
 def figures_table(figures: list[Figures]) -> Table:
-    """The figures by round, in per cent, with half the width of their 95 % intervals."""
+    """The figures by round in percent, each with half the width of its 95% interval."""
     table = Table(
         box=SIMPLE,
         padding=(0, 1, 0, 0),
-        title=f"Held-out figures, per cent, 95 % interval (n = {figures[0]['n']})",
+        title=f"Held-out metrics in percent, with 95% intervals (n = {figures[0]['n']})",
     )
     table.add_column("after", no_wrap=True)
     for figure in evaluation.SHOWN:
@@ -124,10 +124,10 @@ def _cell(row: Figures, figure: evaluation.Figure) -> str:
 
 
 def quiet_libraries() -> None:
-    """Lets the libraries speak of errors only, and to nobody else; a run has its own progress."""
+    """Makes the libraries print errors only and send no telemetry; a run has its own progress."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # TRL reports every training; a cluster's egress policy would hold it up.
+    # TRL reports every training run, which hangs where a cluster's egress policy drops traffic.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -1,4 +1,4 @@
-"""Exports a round's policy in Hugging Face layout, with a model card that says what it is."""
+"""Exports a round's policy in Hugging Face layout, with a model card."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ tags: [self-rationale-calibration, dpo, llava]
 
 # {name}, round {round}
 
-{what} of `{base}`, calibrated by {rounds} of Self-Rationale Calibration (arXiv 2509.13919) with
-srccore {version}. It writes a rationale before its answer; the last line is `Answer: ...`.
+{what} of `{base}`, calibrated with {rounds} of Self-Rationale Calibration (arXiv 2509.13919) by
+srccore {version}. The model writes a rationale before its answer; the last line is `Answer: ...`.
 
-## Figures on the held-out split
+## Metrics on the held-out split
 
 {figures}
 
@@ -45,29 +45,29 @@ srccore {version}. It writes a rationale before its answer; the last line is `An
 {config}```
 """
 EMBEDDED_DATA = (
-    "The embedded little world of srccore (emoji art, gapminder, handwritten digits; see its "
-    "NOTICE). The base model's flaws were built in: the gain shows that the machinery works, not "
-    "what a real model gains."
+    "The data set embedded in srccore (emoji art, gapminder, handwritten digits; see its NOTICE). "
+    "The base model's flaws are built in: the gain shows that the machinery works, not what a real "
+    "model would gain."
 )
 
 
 def export_policy(run: Path, number: int, out: Path, *, adapter: bool = False) -> None:
-    """Writes the policy that a round ended with.
+    """Exports the policy that a round ended with.
 
     Args:
         run: The run folder.
         number: The round; 0 is stage 1.
-        out: The folder to write; must not exist or be empty.
+        out: The folder to write; must be missing or empty.
         adapter: Write one LoRA adapter instead of a merged checkpoint.
 
     Raises:
-        UserError: The run has not finished the round, or the folder holds something.
+        UserError: The run has not finished the round, or ``out`` is not empty.
     """
     from srccore.models.policy import read_policy
     from srccore.training.checkpoints import export_adapter, export_merged
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty.", "Give another folder.")
+        raise UserError(f"{out} exists and is not empty.", "Choose another --out.")
     config = load_run(run)
     path = RunFolder(run).policy(number)
     with writable(out):
@@ -79,7 +79,7 @@ def export_policy(run: Path, number: int, out: Path, *, adapter: bool = False) -
 def _card(run: Path, config: RunConfig, number: int, policy: Path, *, adapter: bool) -> str:
     manifest = read_manifest(policy.parent)
     evaluation = read_manifest(RunFolder(run).evaluation(number)).figures
-    rows = ["| figure | value | 95 % interval |", "| --- | --- | --- |"]
+    rows = ["| metric | value | 95% interval |", "| --- | --- | --- |"]
     for name, interval in evaluation["interval"].items():
         if evaluation.get(name) is not None and interval:
             low, high = interval
@@ -94,7 +94,7 @@ def _card(run: Path, config: RunConfig, number: int, policy: Path, *, adapter: b
         base=config.model.path,
         what="A LoRA adapter" if adapter else "A merged checkpoint",
         version=manifest.versions["srccore"],
-        figures="\n".join([*rows, f"\n{evaluation['n']} samples, greedy."]),
+        figures="\n".join([*rows, f"\n{evaluation['n']} samples, greedy decoding."]),
         data=EMBEDDED_DATA if is_embedded else f"`{config.data.source}`",
         hashes="\n".join(f"* {name}: `{value}`" for name, value in manifest.inputs.items()),
         config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),

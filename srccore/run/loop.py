@@ -1,8 +1,8 @@
 """The whole algorithm on one machine: rounds of search, score, curate, align, evaluate.
 
 `run` is the algorithm; `_Wiring` says which folder feeds which stage. `pipelines/` wires the same
-stages on a cluster. Every stage skips itself where its work is done, so the same call goes on
-after an interruption, and more rounds can be asked of a finished run.
+stages on a cluster. Every stage skips work that is already done, so the same call resumes an
+interrupted run and adds rounds to a finished one.
 """
 
 from __future__ import annotations
@@ -35,41 +35,41 @@ __all__ = ["Observer", "load_run", "run", "set_threads"]
 
 
 class Observer(Protocol):
-    """Is told what the loop does."""
+    """Receives progress events from the loop."""
 
     def stage(self, name: str, round_number: int | None) -> AbstractContextManager[Progress]:
-        """Opens a stage; what it yields is told of progress."""
+        """Opens a stage and yields the function that its progress is reported to."""
         ...
 
     def figures(self, figures: list[Figures]) -> None:
-        """Is shown the figures of all rounds so far."""
+        """Receives the figures of all rounds so far, after each round."""
         ...
 
     def note(self, text: str) -> None:
-        """Is told something that the user should know."""
+        """Receives a message for the user."""
         ...
 
 
 def run(config: RunConfig, out: Path, observer: Observer) -> list[Figures]:
-    """Carries a run from its data to its last round.
+    """Runs all stages and rounds, or resumes an interrupted run.
 
     Args:
-        config: The run.
-        out: The run folder.
-        observer: Is told of progress.
+        config: The run's configuration.
+        out: The run folder; created if missing.
+        observer: Receives progress events.
 
     Returns:
         The figures after stage 1 (round 0) and after every round.
 
     Raises:
-        UserError: The folder is another run's, or an input is bad.
+        UserError: The folder belongs to a different run, or an input is invalid.
     """
     for model in (config.model, config.rating_model):
         resolve_model_path(model.path)
     folder = RunFolder(out)
     if not (folder.data / MANIFEST).exists():
         check_run(config)
-    # Whoever asks for fewer rounds than are done loses none.
+    # Asking for fewer rounds than are finished must not drop any.
     config = config.model_copy(update={"rounds": max([config.rounds, *folder.finished_rounds()])})
     _open_run(config, folder)
     set_threads(config.threads)
@@ -85,7 +85,7 @@ def run(config: RunConfig, out: Path, observer: Observer) -> list[Figures]:
         rated = [wiring.score(found[shard], scorer, number, shard) for shard in shards]
         preferences = wiring.curate(found, rated, number)
         aligned = wiring.align(preferences, policy, number)
-        policy = wiring.keep_or_go_back(policy, aligned, number)
+        policy = wiring.keep_or_revert(policy, aligned, number)
         wiring.evaluate(policy, number)
     return wiring.figures
 
@@ -94,15 +94,15 @@ def load_run(out: Path) -> RunConfig:
     """Reads the configuration of a run folder.
 
     Raises:
-        UserError: It is none.
+        UserError: It is not a run folder.
     """
     path = RunFolder(out).config
     try:
         return RunConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         raise UserError(
-            f"{out} is no run folder: its run.json is missing or not readable.",
-            "Give the folder that srccore run --out made.",
+            f"{out} is not a run folder: its {path.name} is missing or unreadable.",
+            "Pass a folder that srccore run --out created.",
         ) from None
 
 
@@ -113,20 +113,21 @@ def _open_run(config: RunConfig, folder: RunFolder) -> None:
             wanted, found = identity(config), identity(load_run(out))
             if changed := [name for name in wanted if wanted[name] != found.get(name)]:
                 raise UserError(
-                    f"The folder {out} holds a run of another configuration: "
+                    f"{out} already holds a run with a different configuration: "
                     f"{', '.join(changed)} differ.",
-                    "Give another --out, or the same configuration; nothing was changed.",
+                    "Choose another --out or pass the same configuration; nothing was changed.",
                 )
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(
-                f"{out} exists and is no run folder.", "Give another --out; nothing was changed."
+                f"{out} exists but is not a run folder.",
+                "Choose another --out; nothing was changed.",
             )
         out.mkdir(parents=True, exist_ok=True)
         write_json(folder.config, config.model_dump(mode="json"))
 
 
 def set_threads(threads: int | None) -> None:
-    """Binds torch, whether it was imported before or is imported by the first stage that works."""
+    """Limits the threads of torch, whether it is imported already or by a later stage."""
     if threads is None:
         return
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -155,7 +156,7 @@ class _Wiring:
             prepare_data(self.config.data, self.out.data, machine)
 
     def augment_rationales(self) -> None:
-        """Of the train split for stage 1 to learn, of both for R-Scorer to judge against."""
+        """Stage 1 learns those of the train split; R-Scorer compares with those of both splits."""
         for split in ("train", "calibration"):
             with self._stage("augment-rationales", None) as machine:
                 augment_rationales(
@@ -179,7 +180,7 @@ class _Wiring:
         return self.out.trained_policy(0)
 
     def train_scorer(self, policy: Path) -> Path:
-        """Trained once, before round 1, on responses of the stage-1 policy."""
+        """Trains R-Scorer once, before round 1, on responses of the stage-1 policy."""
         annotation = self.config.annotation
         train, rationales = self.out.split("train"), self.out.rationales("train")
         with self._stage("sample-responses", None) as machine:
@@ -271,8 +272,11 @@ class _Wiring:
             )
         return self.out.trained_policy(number)
 
-    def keep_or_go_back(self, before: Path, aligned: Path, number: int) -> Path:
-        """Under ``keep_previous``, goes back where calibration figures fall (reconstruction)."""
+    def keep_or_revert(self, before: Path, aligned: Path, number: int) -> Path:
+        """Under ``keep_previous``, rejects a policy that is worse on the calibration split.
+
+        Not described in the paper (reconstruction).
+        """
         if self.config.on_regression == "continue":
             return aligned
         split = self.out.split("calibration")
@@ -286,7 +290,7 @@ class _Wiring:
         if not is_kept:
             self.observer.note(
                 f"Round {number} lowered {figure.replace('_', ' ')} on the calibration split by "
-                f"{-change['difference']:.1%}: the policy before it is kept."
+                f"{-100 * change['difference']:.1f} points: keeping the previous policy."
             )
         return aligned if is_kept else before
 

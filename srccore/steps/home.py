@@ -1,8 +1,8 @@
-"""Lays a pipeline's outputs out as the run folder that `srccore run` makes.
+"""Arranges the outputs of a pipeline as a run folder, like the one that `srccore run` writes.
 
-A pipeline writes ``<artifact root>/<stage>/<key>``; which folder belongs to which round follows
-from the steps, back from the last evaluation. With a run folder, `srccore report` and `srccore
-export` work as they do after a local run.
+A pipeline writes ``<artifact root>/<stage>/<key>``. Which output belongs to which round is found by
+following the inputs of the steps back from the last evaluation. On the run folder, `srccore report`
+and `srccore export` work as they do after a local run.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from srccore.steps.step import STEP, Lineage
 __all__ = ["collect_report", "collect_run"]
 
 _LARGE = re.compile(r"\.safetensors$|^train\.parquet$")
-"""What no report reads: weights, and the split of stage 1."""
+"""Files that reports do not read: weights, and the split for stage 1."""
 
 
 def collect_run(
     artifact_root: str, evaluation: str, config: RunConfig, out: Path, *, whole: bool = False
 ) -> None:
-    """Makes a run folder of what a pipeline wrote.
+    """Creates a run folder from the outputs of a pipeline.
 
     Args:
         artifact_root: The pipeline's artifact root.
-        evaluation: The URI of the folder of its last `evaluate`.
+        evaluation: The URI of the output of its last `evaluate`.
         config: The run's configuration.
-        out: The folder to make.
-        whole: Whether weights and the train split come too, which `srccore report` needs not.
+        out: The folder to create.
+        whole: Include the weights and the train split, which `srccore report` does not need.
 
     Raises:
-        UserError: A folder is missing, or is no output of a pipeline.
+        UserError: An output is missing, or was not written by a pipeline.
     """
     root = artifact_root.rstrip("/")
     run = RunFolder(out)
@@ -52,7 +52,7 @@ def collect_run(
     for uri, folder in places.items():
         if whole and (folder / POLICY_FILE).exists():
             _move_policy(uri, folder / POLICY_FILE, places)
-    # The way back leads from evaluation to evaluation, so every round on it has one.
+    # The search goes back from evaluation to evaluation, so every round found has one.
     found = {run.round_of(folder) for folder in places.values()}
     rounds = sorted(number for number in found if number is not None)
     evaluations = [run.evaluation(number) for number in rounds]
@@ -62,26 +62,27 @@ def collect_run(
 
 
 def collect_report(uri: str, out: Path) -> None:
-    """Makes a whole run folder of the run that a report is of.
+    """Creates a complete run folder of the run that a report covers.
 
     Args:
         uri: The folder that the pipeline's last step wrote, ``<artifact root>/report/<key>``.
-        out: The folder to make.
+        out: The folder to create.
 
     Raises:
-        UserError: It is no such folder, or something of the run is missing.
+        UserError: It is not such a folder, or part of the run is missing.
     """
     uri = uri.rstrip("/")
     if not storage.exists(storage.join(uri, CONFIG)):
         raise UserError(
-            f"{uri} is no report of a pipeline: there is no {CONFIG}.",
-            "Give the folder <artifact root>/report/<key>, as the log of its last step names it.",
+            f"{uri} is not the report of a pipeline: it has no {CONFIG}.",
+            "Pass the folder <artifact root>/report/<key> shown in the log of the pipeline's "
+            "last step.",
         )
     with writable(out):
         out.mkdir(parents=True, exist_ok=True)
         is_empty = not any(out.iterdir())
     if not is_empty:
-        raise UserError(f"The folder {out} is not empty.", "Give another; nothing was changed.")
+        raise UserError(f"{out} is not empty.", "Choose another --out; nothing was changed.")
     root = storage.join(uri, "../..")
     config = validate_config(
         json.loads(storage.read_text(storage.join(uri, CONFIG))), f"configuration ({uri})"
@@ -91,7 +92,7 @@ def collect_report(uri: str, out: Path) -> None:
 
 
 def _places(run: RunFolder, root: str, evaluation: str) -> Iterator[tuple[str, Path]]:
-    """Folder URIs, each with its place in a run folder."""
+    """The URIs of the outputs, each with its place in the run folder."""
     current: str | None = evaluation
     while current is not None:
         found = _Step(root, current)
@@ -116,7 +117,7 @@ def _alignment(run: RunFolder, root: str, policy: str, number: int) -> Iterator[
     ratings = curation.inputs("ratings")
     for shard, uri in enumerate(ratings):
         yield uri, run.ratings(number, shard)
-    for uri in ratings[:1]:  # one R-Scorer and one folder of rationales serve all shards
+    for uri in ratings[:1]:  # all shards share one R-Scorer and one set of rationales
         rating = _Step(root, uri)
         yield from _scorer(run, root, rating.inputs("scorer")[0])
         yield from _rationales(run, root, rating, "calibration")
@@ -137,14 +138,14 @@ def _tuning(run: RunFolder, root: str, policy: str) -> Iterator[tuple[str, Path]
 
 
 def _rationales(run: RunFolder, root: str, step: _Step, split: str) -> Iterator[tuple[str, Path]]:
-    """Those that a step made; a data set that carries its own is in the run already."""
+    """Rationales that a step wrote; those that come with the data are in the data already."""
     uri = step.input("rationales")
     if uri and _Step(root, uri).lineage:
         yield uri, run.rationales(split)
 
 
 class _Step:
-    """What a folder says of the step that made it; one that no step made has no inputs."""
+    """The step that wrote a folder; a folder that no step wrote has no inputs."""
 
     def __init__(self, root: str, uri: str) -> None:
         self.root = root
@@ -168,8 +169,8 @@ class _Step:
     def round(self) -> int:
         if self.lineage is None or self.lineage.round is None:
             raise UserError(
-                f"{self.uri} is no evaluation of a pipeline.",
-                "Give the folder that its last evaluate wrote.",
+                f"{self.uri} is not an evaluation of a pipeline.",
+                "Pass the folder that the pipeline's last evaluate step wrote.",
             )
         return self.lineage.round
 
@@ -185,7 +186,7 @@ def _bring(uri: str, folder: Path, whole: bool) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard links where the file system can: nothing here is ever written again."""
+    """Creates a hard link where the file system can: neither file is written to again."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,4 +1,4 @@
-"""A finished run of a shrunken `tiny`, made once for all tests that look at one."""
+"""A finished run of a shrunken `tiny`, shared by all tests that read one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from srccore.run.loop import run
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run's folder. Tests copy it before they change it."""
+    """The run folder. Tests that change it must copy it first."""
     out = tmp_path_factory.mktemp("loop") / "run"
     run(shrunken(), out, Recorder())
     return out

@@ -1,4 +1,4 @@
-"""Preset `tiny`, small enough for a test, and an observer that remembers."""
+"""Preset `tiny`, shrunk to the size of a test, and an observer that records events."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def shrunken(*more: str) -> RunConfig:
 
 
 class Recorder:
-    """An observer that keeps what it is told.
+    """An observer that records events.
 
     Args:
-        interrupt_at: The stage whose first progress is answered by Ctrl-C.
+        interrupt_at: The stage that is interrupted, as by Ctrl-C, when it first reports progress.
     """
 
     def __init__(self, interrupt_at: str | None = None) -> None:
@@ -42,7 +42,7 @@ class Recorder:
 
     @contextmanager
     def stage(self, name: str, round_number: int | None) -> Iterator[Progress]:
-        """Remembers stages that work."""
+        """Records the stages that do any work."""
 
         def report(_done: int, _total: int) -> None:
             if not self.worked or self.worked[-1] != name:
@@ -53,8 +53,8 @@ class Recorder:
         yield report
 
     def figures(self, figures: list[Figures]) -> None:
-        """Needs none."""
+        """Ignores figures."""
 
     def note(self, text: str) -> None:
-        """Remembers notes."""
+        """Records messages."""
         self.notes.append(text)

@@ -1,4 +1,4 @@
-"""A training that was interrupted ends as if it had not been."""
+"""A resumed training ends with the same weights as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from srccore.files import MANIFEST
 
 pytestmark = pytest.mark.long
 
-# Dropout draws random numbers in every step; 6 samples in batches of 4 make 2 steps of an epoch.
+# Dropout draws random numbers in every step; 6 samples in batches of 4 are 2 steps per epoch.
 TRAININGS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "dpo": (small_trainings.dpo, {}),
     "rationale": (small_trainings.rationale, {"lora": LoraSettings(rank=2, alpha=4, dropout=0.5)}),
@@ -29,7 +29,7 @@ TRAININGS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 
 
 class Cut:
-    """Ends a training after a step, and remembers which ones there were."""
+    """Interrupts a training after a step, and records the steps."""
 
     def __init__(self, after: int | None = None) -> None:
         self.after = after
@@ -42,7 +42,7 @@ class Cut:
 
 
 def made(outcome: Any, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Figures but for the time, and weights."""
+    """The figures without the time, and the weights."""
     figures = dataclasses.asdict(outcome)
     figures.get("training", figures).pop("seconds")
     (file,) = folder.glob("*/*.safetensors")
@@ -88,7 +88,7 @@ def test_a_checkpoint_holds_no_more_than_is_needed(tmp_path: Path) -> None:
     checkpoint = interrupted(tmp_path, checkpoint_steps=2)
     names = {"weights.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", MANIFEST}
     assert {path.name for path in checkpoint.iterdir()} == names
-    # Of the adapter alone: the base model's weights stay where they are.
+    # Only those of the adapter: the base model's weights are not copied.
     weights = load_file(checkpoint / "weights.safetensors")
     assert all("lora_" in name for name in weights)
     assert json.loads((checkpoint / MANIFEST).read_text()) == {"step": 4}
@@ -101,7 +101,7 @@ def test_none_is_written_where_none_is_wanted(tmp_path: Path) -> None:
 
 
 class Harm:
-    """What a pickle could do."""
+    """Code that a pickle could run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

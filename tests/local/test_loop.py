@@ -147,7 +147,7 @@ def test_the_engine_decodes_greedily_as_generate_does(finished: Path) -> None:
         [Draw(node, greedy=True) for node in engine.open(prompts)], max_tokens=60, whole=True
     )
     assert [drawn.text for drawn in whole] == wanted
-    # Sentence by sentence, each from the cache of the one before: the same texts and scores.
+    # Sentence by sentence, each from the cache of the previous one: the same texts and scores.
     texts, scores = [""] * len(prompts), [0.0] * len(prompts)
     live = dict(enumerate(engine.open(prompts)))
     while live:
@@ -197,10 +197,10 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # What a script starts in the background ignores Ctrl-C, and so would this child of it.
+        # Background processes of a script ignore SIGINT, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no thread
     )
-    # Half-way into a stage, and not in an import: there a library may take the signal itself.
+    # In the middle of a stage, not during imports, where a library may handle the signal itself.
     journal = run_folder / "sample-responses" / "journal.jsonl"
     deadline = time.monotonic() + 120
     while not journal.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -233,27 +233,27 @@ def test_export_writes_a_checkpoint_that_transformers_loads_by_itself(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["run", "--preset", "huge", "--out", "{tmp}/x"], "no preset"),
         (["run", "--out", "{tmp}/x", "--set", "search.widht=3"], "search.width"),
-        (["run", "--out", "{finished}", "--set", "search.width=3"], "another configuration"),
+        (["run", "--out", "{finished}", "--set", "search.width=3"], "different configuration"),
         (["run", "--out", "/proc/nothing/run"], "Cannot write to /proc/nothing/run"),
         (["run", "--out", "{tmp}/x", "--set", "model.path={tmp}"], "config.json"),
         (["run", "--out", "{tmp}/x", "--set", "data.source={tmp}/none"], "does not exist"),
         (["export", "{finished}", "--round", "7", "-o", "{tmp}/e"], "has not finished round 7"),
-        (["export", "{tmp}", "--round", "1", "-o", "{tmp}/e"], "no run folder"),
-        (["report", "{tmp}"], "no run folder"),
+        (["export", "{tmp}", "--round", "1", "-o", "{tmp}/e"], "is not a run folder"),
+        (["report", "{tmp}"], "is not a run folder"),
         (["data", "validate", "{tmp}/none"], "none"),
     ],
 )
 def test_wrong_input_is_one_paragraph_and_exit_code_two(
-    finished: Path, tmp_path: Path, arguments: list[str], told: str
+    finished: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
     result = _srccore(*(a.format(tmp=tmp_path, finished=finished) for a in arguments))
     assert result.returncode == 2, result.stderr
-    assert told in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before

@@ -74,8 +74,8 @@ def test_without_facts_a_judgement_decides(
 ) -> None:
     sample = Sample(id="s", category=Category.CHART, question="Sum?", answer="7")
     response = Response(sample_id="s", text="So.\nAnswer: 7", token_count=5, finished=True)
-    told = Judgement(sample_id="s", rationale_right=right, derived_answer=derived)
-    (found,) = judge_responses([sample], {"s": response}, {"s": told})
+    verdict = Judgement(sample_id="s", rationale_right=right, derived_answer=derived)
+    (found,) = judge_responses([sample], {"s": response}, {"s": verdict})
     assert (found.rationale_right, found.consistent) == (rationale, consistent)
     assert sum_up([found]).judged == 1
 
@@ -83,8 +83,8 @@ def test_without_facts_a_judgement_decides(
 def test_facts_are_checked_by_program_whatever_a_judge_says() -> None:
     sample = Sample(id="s", category=Category.MATH, question="Sum?", answer="7", facts=FACTS)
     response = Response(sample_id="s", text=f"{FLAWED}\nAnswer: 7", token_count=5, finished=True)
-    told = Judgement(sample_id="s", rationale_right=True, derived_answer="7")
-    (found,) = judge_responses([sample], {"s": response}, {"s": told})
+    verdict = Judgement(sample_id="s", rationale_right=True, derived_answer="7")
+    (found,) = judge_responses([sample], {"s": response}, {"s": verdict})
     assert (found.rationale_right, found.consistent) == (False, False)
 
 
@@ -107,7 +107,7 @@ def test_responses_to_other_samples_are_refused() -> None:
     response = Response(sample_id="t", text="x", token_count=1, finished=True)
     with pytest.raises(UserError, match="s has no response"):
         judge_responses([sample], {})
-    with pytest.raises(UserError, match="t has a response, but is not in the split"):
+    with pytest.raises(UserError, match="t has a response but is not in the split"):
         judge_responses([], {"t": response})
 
 
@@ -184,7 +184,7 @@ def test_a_figure_that_one_side_lacks_has_no_change() -> None:
 
 
 def test_evaluations_of_other_samples_are_not_compared() -> None:
-    with pytest.raises(UserError, match="other samples"):
+    with pytest.raises(UserError, match="different samples"):
         paired_change(FIVE, FIVE[1:], resamples=100, seed=0)
     with pytest.raises(UserError, match="no responses"):
         sum_up([])

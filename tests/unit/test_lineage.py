@@ -1,4 +1,4 @@
-"""From a pipeline's last evaluation back to a run folder, over folders made by hand."""
+"""From a pipeline's last evaluation back to a run folder, with handmade outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIG = load_config("tiny")
 
 
 def step(root: Path, stage: str, key: str, number: int | None = None, **inputs: list[str]) -> str:
-    """Writes a folder as a step leaves it; returns its path below the root."""
+    """Writes a folder the way a step does; returns its path relative to the root."""
     folder = root / stage / key
     folder.mkdir(parents=True)
     lineage = {"record": "step", "version": 1, "stage": stage, "round": number, "inputs": inputs}
@@ -155,7 +155,7 @@ def test_a_moved_root_is_collected_from_its_report(tmp_path: Path) -> None:
 def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
     root = tmp_path / "artifacts"
     last = run_of_one_round(root)
-    with pytest.raises(UserError, match="is no report of a pipeline"):
+    with pytest.raises(UserError, match="is not the report of a pipeline"):
         collect_report(f"{root}/{last}", tmp_path / "run")
 
 

@@ -37,7 +37,7 @@ HOSTILE = [
 
 
 class Page(HTMLParser):
-    """Notes tags, attributes and text, and fails on tags that do not nest."""
+    """Records tags, attributes and text, and fails on tags that are not nested properly."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ def test_a_page_loads_nothing() -> None:
 def test_a_run_in_progress_says_so() -> None:
     text = Page(render(minimal())).text
     assert "In progress" in text
-    assert "No policy has been evaluated. The run is still going on." in text
+    assert "No policy has been evaluated. The run is still in progress." in text
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -267,7 +267,7 @@ def test_a_null_figure_is_a_dash_and_no_dot() -> None:
     page = Page(render(data))
     found = charts.line_charts(report._figure_panels(data.rounds), last=1)
     by_title = {chart.title: chart for chart in found}
-    assert "–" in page.text  # noqa: RUF001 - the dash that stands for no value
+    assert "–" in page.text  # noqa: RUF001 - the dash for a missing value
     assert len(by_title["Spurious correctness"].curves[0].dots) == 1
     assert len(by_title["Accuracy"].curves[0].dots) == 2
 
@@ -283,7 +283,7 @@ def test_sentences_that_the_other_text_lacks_are_marked() -> None:
     text = render(full())
     assert '<span class="unseen">Only in chosen: </span>It is highest.</mark>' in text
     assert "✓ answer right" in text
-    assert "✗ answer not right" in text
+    assert "✗ answer wrong" in text
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_first_to_last_has_an_interval_only_where_one_was_computed() -> None:
     assert change is not None
     assert change.difference == pytest.approx(0.2)
     assert change.interval is None
-    assert "no interval of this difference was computed" in Page(render(three)).text
+    assert "no interval was computed for this difference" in Page(render(three)).text
     given_one = full(overall_change={"aligned_accuracy": {"difference": 0.2, "interval": [0, 1]}})
     assert report._overall(given_one, given_one.rounds, "aligned_accuracy") == Change(
         difference=0.2, interval=(0, 1)

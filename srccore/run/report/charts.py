@@ -1,4 +1,4 @@
-"""Geometry of the report's charts: where lines, bands and bars run. The template draws them."""
+"""The geometry of the report's charts: positions of lines, bands and bars, for the template."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLOT = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom"
 
 @dataclass(frozen=True)
 class Point:
-    """A measured fraction after a round."""
+    """A fraction measured after a round, with its interval."""
 
     round: int
     value: float
@@ -30,7 +30,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """One fraction over rounds; a round without a value has no point."""
+    """One line of a chart: a fraction over rounds. A round without a value has no point."""
 
     name: str
     points: tuple[Point, ...]
@@ -38,7 +38,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """What one line chart shows: series, the main one first."""
+    """The content of one line chart, the main series first."""
 
     title: str
     series: tuple[Series, ...]
@@ -46,7 +46,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Dot:
-    """A measured value of a curve, in the chart's units."""
+    """A measured value of a curve, in units of the drawing."""
 
     x: float
     y: float
@@ -55,7 +55,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart with its interval band (the points of a polygon)."""
+    """One line of a chart with its interval band, the vertices of a polygon."""
 
     style: Literal["main", "side"]
     dots: tuple[Dot, ...]
@@ -120,7 +120,7 @@ def _line_chart(panel: Panel, step: int, last: int) -> Chart:
 
 
 def _percent_step(panels: Iterable[Sequence[Interval]]) -> int:
-    """The finest tick step, in points, at which five steps hold every panel's intervals."""
+    """The finest tick step, in points, at which five steps span the intervals of each panel."""
     spans = [
         (min(low for low, _ in bounds), max(high for _, high in bounds))
         for bounds in panels
@@ -135,23 +135,23 @@ def _percent_step(panels: Iterable[Sequence[Interval]]) -> int:
 
 
 def _percent_floor(low: float, step: int) -> int:
-    """Where an axis of five steps begins, in percent; it never ends above 100."""
+    """Where an axis of five steps starts, in percent; it never ends above 100."""
     return max(0, min(int(100 * low // step) * step, 100 - 5 * step))
 
 
 def histograms(
     name: str, rounds: Sequence[tuple[int, Sequence[float]]], widest: float, bins: int = 20
 ) -> list[Chart]:
-    """Draws one histogram per round that has values; all share both axes.
+    """Draws one histogram per round that has values; all share the same axes.
 
     Args:
-        name: What is counted.
-        rounds: Round and values.
+        name: What the values are.
+        rounds: Pairs of a round and its values.
         widest: The largest possible value.
-        bins: Bars across the x axis.
+        bins: Number of bars along the x axis.
 
     Returns:
-        The charts; the height of a bar is its share of the round's values.
+        The charts; the height of a bar is a share of the round's values.
     """
     filled = [(number, values) for number, values in rounds if values]
     if not filled:

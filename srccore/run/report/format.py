@@ -1,4 +1,4 @@
-"""How the report writes numbers, spans, times and names, and text that is not to be trusted."""
+"""How the report writes numbers, intervals, times and names, and untrusted text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A fraction in percent, with a dash for a missing value."""
+    """A fraction in percent, or a dash for a missing value."""
     return DASH if value is None else f"{100 * value:.{digits}f}%"
 
 
@@ -28,7 +28,7 @@ def points(value: float) -> str:
 
 
 def span(interval: Interval) -> str:
-    """An interval of fractions in percent, without the sign."""
+    """An interval of fractions in percent, without percent signs."""
     low, high = interval
     return f"{100 * low:.1f}{DASH}{100 * high:.1f}"
 
@@ -48,7 +48,7 @@ def memory(megabytes: float | None) -> str:
 
 
 def words(name: str) -> str:
-    """A name of the code as words with a capital: ``wrong_answer`` is ``Wrong answer``."""
+    """An identifier in words: ``wrong_answer`` becomes ``Wrong answer``."""
     text = name.replace("_", " ").replace("-", " ").strip()
     return text[:1].upper() + text[1:]
 
@@ -86,8 +86,8 @@ FILTERS: dict[str, Callable[..., str]] = {
 }
 
 
-# Controls, and the characters that steer or hide the direction of text (bidi, tags); ordinary
-# joiners stay, for scripts and emoji need them. Lone surrogates could not be written as UTF-8.
+# Control characters, and those that change or hide the direction of text (bidi controls, tags).
+# Ordinary joiners stay: scripts and emoji need them. Lone surrogates cannot be encoded as UTF-8.
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -95,7 +95,7 @@ _UNSAFE = re.compile(
 
 
 def visible(value: object) -> object:
-    """Writes unsafe characters out; Jinja calls it on every value before it escapes."""
+    """Replaces unsafe characters by their code points; Jinja calls it on every value."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return _UNSAFE.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", value)
     return value

@@ -1,4 +1,4 @@
-"""Collects what a run folder holds for its report, also while the run is going on."""
+"""Collects the data of a report from a run folder, finished or still in progress."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from srccore.stages.table import STAGES
 __all__ = ["collect", "overall_change", "write_report"]
 
 CARDS = 6
-"""Sample cards of a round: the largest margins of each category in turn."""
+"""Sample cards per round: those with the largest margins, shared out over the categories."""
 THUMBNAIL = 240
-"""Pixels of the longer side of a card's image, twice what the page shows."""
+"""Pixels of the longer side of a card's image: twice its size on the page."""
 TINY_NOTE = (
-    "The flaws in the embedded model's rationales were built in, to imitate those of real models. "
-    "The size of the gain here shows that the machinery works, not what a real model gains."
+    "The flaws in the embedded model's rationales are built in, to imitate those of real models. "
+    "The size of the gain shows that the machinery works, not what a real model would gain."
 )
 
 
@@ -44,7 +44,7 @@ def write_report(run: Path) -> Path:
         The page's path.
 
     Raises:
-        UserError: It is no run folder.
+        UserError: It is not a run folder.
     """
     path = RunFolder(run).report
     path.write_text(page.render(collect(run)), encoding="utf-8")
@@ -58,7 +58,7 @@ def collect(run: Path) -> page.ReportData:
         run: The run folder.
 
     Returns:
-        The report's data; what the run has not got to stays empty.
+        The report's data; what the run has not reached yet is empty.
     """
     config = load_run(run)
     folder = RunFolder(run)
@@ -104,7 +104,7 @@ def collect(run: Path) -> page.ReportData:
 
 
 def _manifests(run: RunFolder) -> Iterator[tuple[Path, Manifest]]:
-    """Finished stages, round by round in the order in which a run comes to them."""
+    """Finished stages with their manifests, in the order in which a run executes them."""
     found = {output: read_manifest(output) for output in run.finished_stages()}
     order = list(STAGES)
 
@@ -123,12 +123,12 @@ def _figures(run: RunFolder) -> list[dict[str, object]]:
 
 
 def overall_change(run: Path, config: RunConfig, last: int) -> dict[str, evaluation.Change]:
-    """Compares the policy of a round with the one after stage 1, by paired bootstrap.
+    """Compares the policy of a round with the one after stage 1 by the paired bootstrap.
 
     Args:
         run: The run folder.
         config: The run's configuration.
-        last: The round, 1 at least.
+        last: The round, at least 1.
 
     Returns:
         The change by figure.
@@ -147,7 +147,7 @@ def _curation(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.
 
 
 def _scoring(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.RoundScoring]:
-    """One row a round: the mean over its shards, by their ratings."""
+    """One row per round: the mean over its shards, weighted by their number of ratings."""
     by_round: dict[int, list[Manifest]] = {}
     for output, manifest in manifests.items():
         number = run.round_of(output)
@@ -207,7 +207,7 @@ def _cards(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.Sam
 
 
 def _thumbnail(image: Image.Image) -> bytes:
-    """As PNG, small, whatever the data set holds: the page carries its images in itself."""
+    """A small PNG, whatever the format in the data set: the page embeds its images."""
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
@@ -227,4 +227,4 @@ def _notes(run: RunFolder, config: RunConfig) -> Iterator[str]:
         yield TINY_NOTE
     for number in range(1, config.rounds + 1):
         if not run.is_kept(number):
-            yield f"Round {number}: the policy before it was kept (on_regression)."
+            yield f"Round {number}: the previous policy was kept (on_regression: keep_previous)."

@@ -1,11 +1,12 @@
-"""The report of a run: one self-contained HTML page, also while the run is going on.
+"""The report of a run, finished or still in progress: one self-contained HTML page.
 
-`render` is pure: it takes what the stages measured and gives the page. Python decides the numbers
-(where a curve runs, which sentences differ); the template `report.html.j2` decides the
-looks. The page loads nothing: no script, no font, no address; images are ``data:`` URIs.
+`render` is pure: it turns what the stages measured into the page. Python decides what is shown
+(which metrics are drawn, which sentences differ), `charts` and `format` how it is drawn and
+written, and the template `report.html.j2` how it looks. The page loads no external resources: no
+scripts, no fonts, no URLs; images are ``data:`` URIs.
 
-All text of models and data sets is hostile. Jinja escapes every value, and characters that could
-turn the direction of the text around them are written out by their code point.
+All text from models and data sets is untrusted. Jinja escapes every value, and characters that
+could change the direction of the text around them are replaced by their code points.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ Probabilities = tuple[float, float, float, float, float]
 
 
 class Part(BaseModel):
-    """Base of what the report shows: frozen; fields that the report does not show are ignored."""
+    """Base class: frozen, and fields that the report does not show are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class Change(Part):
-    """A figure against another policy's, as a fraction (0.1 is 10 points)."""
+    """The difference of a figure between two policies, as a fraction (0.1 is 10 points)."""
 
     difference: float
     interval: Interval | None = None
@@ -55,10 +56,10 @@ class Change(Part):
 
 
 class CategoryFigures(Part):
-    """The figures of method.md on some samples, fractions in [0, 1]."""
+    """The figures of `srccore.method.evaluation` over some samples."""
 
     values: dict[str, float | None]
-    """By figure; None where it is not defined on these samples."""
+    """By figure; None where it is undefined on these samples."""
     n: int = Field(ge=0)
     interval: dict[str, Interval | None] = {}
     """Bootstrap 95% interval by figure."""
@@ -66,7 +67,7 @@ class CategoryFigures(Part):
     @model_validator(mode="before")
     @classmethod
     def _gather_values(cls, given: Any) -> Any:
-        """Takes the form of ``figures.json``, where the figures are fields."""
+        """Accepts the format of ``figures.json``, where each figure is a field."""
         if not isinstance(given, dict) or "values" in given:
             return given
         return {**given, "values": {name: given.get(name) for name in FIGURE_NAMES}}
@@ -76,7 +77,7 @@ class CategoryFigures(Part):
         return self.values.get(figure)
 
     def bounds(self, figure: str) -> Interval | None:
-        """The figure's interval; the value twice where none was computed."""
+        """The interval of a figure; the value twice if none was computed."""
         value = self.value(figure)
         if value is None:
             return None
@@ -88,23 +89,23 @@ def _plain(value: Any) -> Any:
 
 
 class RoundFigures(CategoryFigures):
-    """One policy's figures, in the form of ``figures.json``."""
+    """The figures of one policy, in the format of ``figures.json``."""
 
     round: int = Field(ge=0)
     """0 is the policy after stage 1."""
     change: dict[str, Change | None] | None = None
-    """By figure, against the policy of the round before."""
+    """By figure, against the policy of the previous round."""
     by_category: dict[str, CategoryFigures] = {}
 
 
 class RatingRow(Part):
-    """R-Scorer's verdict on an ordered pair, as the sample card shows it."""
+    """R-Scorer's rating of an ordered pair, as the sample card shows it."""
 
     first: str
-    """What was shown first: ``chosen``, for instance."""
+    """Which response was shown first, such as ``chosen``."""
     second: str
     probabilities: Probabilities
-    """Over the rating tokens 1..5; 5 says that the first is much better."""
+    """Over the rating tokens 1 to 5; 5 means that the first is much better."""
 
     @property
     def expected(self) -> float:
@@ -113,7 +114,7 @@ class RatingRow(Part):
 
 
 class SampleCard(Part):
-    """One preference, with what led to it."""
+    """One preference with its sample and ratings."""
 
     sample_id: str
     category: str
@@ -126,30 +127,30 @@ class SampleCard(Part):
     margin: float
     confidence: float
     ratings: tuple[RatingRow, ...] = ()
-    """The pair in both orders."""
+    """R-Scorer's ratings of the pair, in both orders."""
 
 
 class RoundCuration(Part):
-    """What one round's curation made of its samples."""
+    """The outcome of one round's curation."""
 
     round: int
     samples: int = Field(ge=0)
     preferences: int = Field(ge=0)
     reasons: dict[str, int] = {}
-    """Why samples gave no preference, and how many."""
+    """Number of samples without a preference, by reason."""
     margins: tuple[float, ...] = ()
     confidences: tuple[float, ...] = ()
     length_difference: float | None = None
-    """Mean tokens of chosen minus rejected."""
+    """Mean length of chosen minus rejected responses, in tokens."""
 
 
 class ScorerHealth(Part):
-    """R-Scorer on its validation pairs."""
+    """How R-Scorer does on its validation pairs."""
 
     teacher_agreement: float | None = None
-    """Share of pairs with the teacher's side: first, equal or second."""
+    """Share of pairs where it picks the teacher's side: first, equal or second."""
     teacher_agreement_both_right: float | None = None
-    """The same where both answers are right, so that only the rationale tells."""
+    """The same over pairs whose answers are both right, so that only the rationales differ."""
     swap_consistency: float | None = None
     length_slope: float | None = None
     """Expected rating per word of length difference."""
@@ -158,7 +159,7 @@ class ScorerHealth(Part):
 
 
 class RoundScoring(Part):
-    """R-Scorer on one round's candidates, where no teacher is asked."""
+    """How R-Scorer does on one round's candidates, which have no teacher's ratings."""
 
     round: int
     swap_consistency: float | None = None
@@ -166,7 +167,7 @@ class RoundScoring(Part):
 
 
 class StageTime(Part):
-    """What one stage took."""
+    """Time and memory of one stage."""
 
     name: str
     round: int | None = None
@@ -175,7 +176,7 @@ class StageTime(Part):
 
 
 class ReportData(Part):
-    """All that the report shows. What a run has not got to yet stays empty."""
+    """Everything that the report shows. What the run has not reached yet is empty."""
 
     title: str
     created: datetime
@@ -183,32 +184,32 @@ class ReportData(Part):
     rounds_planned: int | None = None
     rounds: tuple[Annotated[RoundFigures, BeforeValidator(_plain)], ...] = ()
     overall_change: dict[str, Change | None] | None = None
-    """By figure, the last policy against round 0; without it the page shows no interval."""
+    """By figure, the last policy against round 0; without it, the page shows no interval."""
     curation: tuple[RoundCuration, ...] = ()
     scorer: ScorerHealth | None = None
     scoring: tuple[RoundScoring, ...] = ()
     samples: tuple[SampleCard, ...] = ()
     stages: tuple[StageTime, ...] = ()
     versions: dict[str, str] = {}
-    """Package to version."""
+    """Version by package."""
     hashes: dict[str, str] = {}
-    """Name of an input to its sha256."""
+    """SHA-256 by stage output."""
     config_yaml: str | None = None
     notes: tuple[str, ...] = ()
 
 
 FRACTIONS = tuple(figure for figure in SHOWN if figure.unit == "fraction")
-"""The figures that are drawn and compared in points."""
+"""The figures that are drawn, and whose changes are in percentage points."""
 
 
 def render(data: ReportData) -> str:
     """Renders the report.
 
     Args:
-        data: What is known of the run so far.
+        data: What is known about the run so far.
 
     Returns:
-        A whole HTML page that loads nothing from anywhere.
+        A complete HTML page that loads no external resources.
     """
     environment = Environment(
         loader=PackageLoader("srccore.run.report", ""),
@@ -246,7 +247,7 @@ def render(data: ReportData) -> str:
 
 
 def _overall(data: ReportData, rounds: Sequence[RoundFigures], key: str) -> Change | None:
-    """The last policy against the first one; an interval only where one was computed."""
+    """The last policy against the first one, with an interval only if one was computed."""
     if len(rounds) < 2:
         return None
     if data.overall_change and (change := data.overall_change.get(key)):
@@ -260,7 +261,7 @@ def _overall(data: ReportData, rounds: Sequence[RoundFigures], key: str) -> Chan
 
 
 def _verdict(change: Change | None, figure: Figure) -> str:
-    """``better`` or ``worse`` where the interval excludes zero, else ``open``."""
+    """``better`` or ``worse`` if the interval excludes zero, otherwise ``open``."""
     if change is None or change.interval is None or figure.better is None:
         return "open"
     low, high = change.interval
@@ -270,7 +271,7 @@ def _verdict(change: Change | None, figure: Figure) -> str:
 
 
 def _compare(text: str, other: str) -> list[tuple[str, bool]]:
-    """Splits a text into sentences and tells which of them the other text lacks."""
+    """Splits a text into sentences, each with whether the other text lacks it."""
     own, others = sentences.split(text), sentences.split(other)
     differs = [True] * len(own)
     for block in difflib.SequenceMatcher(None, own, others, autojunk=False).get_matching_blocks():
@@ -279,7 +280,7 @@ def _compare(text: str, other: str) -> list[tuple[str, bool]]:
 
 
 def _figure_panels(rounds: Sequence[RoundFigures]) -> list[Panel]:
-    """One per figure that has a value."""
+    """One panel per figure that has a value."""
     panels = [
         Panel(figure.heading, (_series(figure, [(part.round, part) for part in rounds]),))
         for figure in FRACTIONS
@@ -288,7 +289,7 @@ def _figure_panels(rounds: Sequence[RoundFigures]) -> list[Panel]:
 
 
 def _category_panels(rounds: Sequence[RoundFigures]) -> list[Panel]:
-    """One per category, aligned accuracy over accuracy."""
+    """One panel per category: aligned accuracy and accuracy."""
     figures = [figure for figure in FRACTIONS if figure.key in (HEADLINE, "accuracy")]
     panels = []
     for name in dict.fromkeys(name for part in rounds for name in part.by_category):
