@@ -26,7 +26,7 @@ import numpy as np
 from rich.console import Console
 
 from srccore.config import RunConfig, load_config
-from srccore.data import dataset
+from srccore.data import dataset, sampling
 from srccore.data.records import (
     Candidate,
     CandidateSet,
@@ -198,7 +198,7 @@ def random_preferences(config: RunConfig, data: Path, policy: Path, out: Path, n
     if step.figures is not None:
         return
     opened = dataset.open_data(data)
-    samples = dataset.draw(
+    samples = sampling.draw(
         opened.samples, config.search.samples, seed=config.seed, start=number - 1
     )
     raw = raw_samples(config, policy, opened, samples, f"{config.seed}/{number}")

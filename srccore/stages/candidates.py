@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from srccore.config import AnnotationConfig, ScoringConfig, SearchConfig
-from srccore.data import dataset
+from srccore.data import dataset, sampling
 from srccore.data.records import CandidateSet, Rating, read_records, write_records
 from srccore.method import scoring, search
 from srccore.method.engine import Prompt
@@ -74,8 +74,8 @@ def _search(
         return folder.figures
     opened = dataset.open_data(data)
     start = max(0, round_number - 1)
-    drawn = dataset.draw(opened.samples, config.samples, seed=seed, start=start)
-    samples = dataset.shard(drawn, *shard)
+    drawn = sampling.draw(opened.samples, config.samples, seed=seed, start=start)
+    samples = sampling.shard(drawn, *shard)
     journal = Journal(out, CandidateSet)
     known = {record.sample_id for record in journal.records()}
     # Prompts of like length share a batch; the id makes the order the same everywhere.

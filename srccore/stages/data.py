@@ -8,7 +8,7 @@ from pathlib import Path
 
 from srccore import storage
 from srccore.config import DataConfig
-from srccore.data import dataset
+from srccore.data import dataset, sampling
 from srccore.data.records import Sample
 from srccore.stages import inputs as identify
 from srccore.stages.folder import StageFolder
@@ -64,11 +64,11 @@ def _source_rows(
     data = dataset.open_data(storage.fetch(config.source))
     total = sum(counts.values())
     shares = {split: count / total for split, count in counts.items()}
-    parts = dataset.split(data.samples, shares, config.seed)
+    parts = sampling.split(data.samples, shares, config.seed)
 
     def rows(split: str) -> Iterator[tuple[Sample, bytes]]:
         part = parts[split]
-        wanted = dataset.draw(part, min(counts[split], len(part)), seed=config.seed)
+        wanted = sampling.draw(part, min(counts[split], len(part)), seed=config.seed)
         for sample in wanted:
             yield sample, data.encoded(sample.id)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from srccore.config import AugmentationConfig, ModelConfig, RationaleTuningConfig
-from srccore.data import dataset
+from srccore.data import dataset, sampling
 from srccore.data.records import Rationale, Sample, read_records, write_records
 from srccore.errors import UserError
 from srccore.method import response
@@ -122,7 +122,7 @@ def tune_rationale(
             f"No sample of {data} has a rationale.",
             "See the problems of augment-rationales, or run it if it was left out.",
         )
-    drawn = dataset.draw(usable, min(config.samples, len(usable)), seed=seed)
+    drawn = sampling.draw(usable, min(config.samples, len(usable)), seed=seed)
     examples = [
         RationaleExample(
             question=sample.question,

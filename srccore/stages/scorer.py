@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from srccore.config import AnnotationConfig, ScorerConfig, TextModelConfig
-from srccore.data import dataset
+from srccore.data import sampling
 from srccore.data.records import Candidate, CandidateSet, LabelledPair, read_records, write_records
 from srccore.errors import UserError
 from srccore.hashing import stable_hash
@@ -156,7 +156,7 @@ def train_scorer(
     samples = judged_samples(data, rationales, [pair.sample_id for pair in pairs])
     held = annotation.validation_share
     shares = {"train": 1 - held, "validation": held}
-    parts = dataset.split(
+    parts = sampling.split(
         [samples[sample_id] for sample_id in sorted({pair.sample_id for pair in pairs})],
         shares,
         seed,
