@@ -98,6 +98,7 @@ def run_command(
     """Run all stages and rounds, or resume an interrupted run."""
     from srccore.config import load_config
     from srccore.run.console import ConsoleObserver, quiet_libraries
+    from srccore.run.folder import RunFolder
     from srccore.run.loop import run
     from srccore.run.report.gather import write_report
 
@@ -109,12 +110,12 @@ def run_command(
     except KeyboardInterrupt:
         observer.note(f"\nInterrupted. Run the same command to resume {out}.")
         raise typer.Exit(130) from None
-    page = out / "report.html"
-    if observer.worked or not page.exists():
+    folder = RunFolder(out)
+    if observer.worked or not folder.report.exists():
         write_report(out)
     else:
         observer.note("Nothing to do: the run has finished.")
-    observer.note(f"Figures: {out / 'figures.json'}\nReport:  {page}")
+    observer.note(f"Metrics: {folder.figures}\nReport:  {folder.report}")
 
 
 app.command("report", epilog="Example: srccore report runs/tiny")(stage.report)
