@@ -190,7 +190,7 @@ def validate(path: Path, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Validat
         The counts and the problems.
 
     Raises:
-        UserError: The path is no data set, or a Parquet file cannot be read.
+        UserError: The path is not a data set, has no rows, or a Parquet file cannot be read.
     """
     rows = 0
     by_category: Counter[Category] = Counter()
@@ -204,6 +204,8 @@ def validate(path: Path, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Validat
             RowProblem(row.number, sample_id if isinstance(sample_id, str) else None, reason)
             for reason in reasons
         ]
+    if not rows:
+        raise UserError(f"The data set {path} has no rows.", "Check the path, or add samples.")
     return ValidationReport(rows, dict(by_category), tuple(problems))
 
 

@@ -384,6 +384,21 @@ def test_a_folder_that_is_no_data_set_is_refused(
             read(tmp_path / "missing.parquet")
 
 
+def test_a_data_set_without_rows_is_a_problem(tmp_path: Path) -> None:
+    write_data(tmp_path / "empty.parquet", [])
+    (tmp_path / "samples.jsonl").write_text("\n")
+    for path in (tmp_path / "empty.parquet", tmp_path / "samples.jsonl"):
+        with pytest.raises(UserError, match=rf"{path} has no rows"):
+            validate(path)
+        command = [sys.executable, "-m", "srccore", "data", "validate", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert (
+            done.stderr
+            == f"Error: The data set {path} has no rows. Check the path, or add samples.\n"
+        )
+
+
 def test_importing_the_module_loads_neither_pyarrow_nor_pillow() -> None:
     code = "import sys, srccore.data.dataset; print({'pyarrow', 'PIL', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
