@@ -197,9 +197,8 @@ def resolve_model_path(path: str) -> str:
             raise UserError(
                 f"There is no embedded model {path!r}.", f"Write {' or '.join(EMBEDDED)}."
             )
-        from srccore.embedded.model import MODELS
-
-        folder = MODELS / EMBEDDED[path]
+        models = resources.files("srccore") / "embedded" / "models"
+        folder = Path(str(models)) / EMBEDDED[path]
     elif storage.is_remote(path):
         folder = storage.fetch(path)
     else:
