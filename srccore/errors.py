@@ -1,4 +1,4 @@
-"""The one error kind that a user is meant to read."""
+"""The one kind of error that is written for users."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ __all__ = ["UserError"]
 
 
 class UserError(Exception):
-    """Something the user can mend: says what is wrong, where, and how to mend it.
+    """Something the user can fix: says what is wrong, where, and how to fix it.
 
-    The command line prints it as one paragraph and exits with 2. Every other exception is a
-    defect or a fault of the platform: it keeps its traceback and exits with 1.
+    The command line prints it as one paragraph and exits with 2. Every other exception is a bug
+    or a fault of the platform: it keeps its traceback and exits with 1.
 
     Args:
         what: What is wrong and where, as a sentence.
-        mend: How to mend it, as a sentence.
+        fix: How to fix it, as a sentence.
     """
 
-    def __init__(self, what: str, mend: str) -> None:
-        super().__init__(f"{what} {mend}")
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(f"{what} {fix}")
         self.what = what
-        self.mend = mend
+        self.fix = fix

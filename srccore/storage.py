@@ -59,7 +59,7 @@ ABANDONED = 24 * 3600.0
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
 _CHECK_ADDRESS = "Check the address, and that the stage that writes it has finished."
-_OTHER_CACHE = "Make room, see to its permissions, or name another cache by SRCCORE_CACHE."
+_OTHER_CACHE = "Free some space, fix its permissions, or set SRCCORE_CACHE to another folder."
 _UPLOADS = (
     "PutObject",
     "CreateMultipartUpload",
@@ -68,11 +68,11 @@ _UPLOADS = (
     "AbortMultipartUpload",
 )
 _PERMISSIONS = {
-    "ListObjectsV2": ("listed", "s3:ListBucket"),
+    "ListObjectsV2": ("list", "s3:ListBucket"),
     "HeadObject": ("read", "s3:GetObject"),
     "GetObject": ("read", "s3:GetObject"),
-    **dict.fromkeys(_UPLOADS, ("written", "s3:PutObject")),
-    "DeleteObject": ("deleted", "s3:DeleteObject"),
+    **dict.fromkeys(_UPLOADS, ("write", "s3:PutObject")),
+    "DeleteObject": ("delete", "s3:DeleteObject"),
 }
 """What each request does to an address, and the permission for it."""
 _DISK_FAULTS = frozenset(
@@ -129,9 +129,9 @@ def is_remote(uri: str) -> bool:
         return False
     if not uri.startswith("s3://"):
         raise UserError(
-            f"{_shown(uri)} is no address that srccore can read or write.",
-            "Write a local path or s3://BUCKET/KEY. Google Cloud Storage and MinIO are reached as "
-            "s3:// too, with AWS_ENDPOINT_URL=https://storage.googleapis.com or MinIO's address.",
+            f"{_shown(uri)} is not an address that srccore can read or write.",
+            "Use a local path or s3://BUCKET/KEY. Google Cloud Storage and MinIO also work with "
+            "s3://: set AWS_ENDPOINT_URL to https://storage.googleapis.com or MinIO's address.",
         )
     return True
 
@@ -152,7 +152,7 @@ def join(uri: str, name: str) -> str:
     if name.startswith("/") or _SCHEME.match(name):
         raise UserError(
             f"{_shown(name)} is not relative to {_shown(uri)}.",
-            "Give a relative reference, such as ../tune-rationale/adapter.",
+            "Pass a relative reference, such as ../tune-rationale/adapter.",
         )
     if not is_remote(uri):
         return os.path.normpath(_local(uri) / name)
@@ -162,7 +162,7 @@ def join(uri: str, name: str) -> str:
         if segment == ".." and not segments:
             raise UserError(
                 f"{name} leads from {address} out of its bucket.",
-                "Keep what refers to each other in one bucket.",
+                "Keep files that refer to each other in the same bucket.",
             )
         if segment == "..":
             segments.pop()
@@ -197,7 +197,7 @@ def _local(uri: str) -> Path:
         return Path(uri)
     path = unquote(uri.removeprefix("file://"))
     if not path.startswith("/"):
-        raise UserError(f"{uri} names another machine.", "Write file:///PATH, or the path alone.")
+        raise UserError(f"{uri} names another machine.", "Use file:///PATH or just the path.")
     return Path(path)
 
 
@@ -206,8 +206,8 @@ def _parse(uri: str) -> _Address:
     address = _Address(bucket, key.rstrip("/"))
     if not _BUCKET.fullmatch(bucket) or (address.key and not _is_safe(address.key)):
         raise UserError(
-            f"{_shown(uri)} is no address in a bucket.",
-            "Write s3://BUCKET/KEY, without empty parts and without '.' or '..'.",
+            f"{_shown(uri)} is not a valid address in a bucket.",
+            "Use s3://BUCKET/KEY; no part of the key may be empty, '.' or '..'.",
         )
     return address
 
@@ -289,7 +289,7 @@ def read_text(uri: str) -> str:
     try:
         return _read(uri).decode()
     except UnicodeDecodeError:
-        raise UserError(f"{uri} is no UTF-8 text.", "Check the address.") from None
+        raise UserError(f"{uri} is not UTF-8 text.", "Check the address.") from None
 
 
 def _read(uri: str) -> bytes:
@@ -330,9 +330,9 @@ def _stored(address: _Address) -> tuple[str, list[StoredFile]]:
     for file in files:
         if not _is_safe(file.path) or file.path in folders:
             raise UserError(
-                f"The object {file.path!r} at {address} cannot be a file below a folder.",
-                "Rename or delete it: a key's parts are not empty, not '.' or '..', and no "
-                "object has the name of a folder.",
+                f"The object {file.path!r} at {address} cannot be a file in a local folder.",
+                "Rename or delete it: no part of a key may be empty, '.' or '..', and no object "
+                "may have the name of a folder.",
             )
     return prefix, sorted(files, key=lambda file: file.path)
 
@@ -518,7 +518,7 @@ def publish(folder: Path, uri: str) -> None:
     )
     if not folder.is_dir() or not files:
         raise UserError(
-            f"There is nothing to publish in {folder}.", "Give the folder of a finished stage."
+            f"There is nothing to publish in {folder}.", "Pass the folder of a finished stage."
         )
     batches = list(_manifest_last(files, folder))
     if is_remote(uri):
@@ -531,7 +531,7 @@ def publish(folder: Path, uri: str) -> None:
         return
     target = _local(uri)
     if folder.resolve() != target.resolve():
-        with _disk_explained(target, "Make room and see to its permissions."):
+        with _disk_explained(target, "Free some space or fix its permissions."):
             for file in (file for batch in batches for file in batch):
                 _copy(file, target / file.relative_to(folder))
 
@@ -569,7 +569,7 @@ def remove(uri: str) -> None:
     if is_remote(uri):
         address = _parse(uri)
         if not address.key:
-            raise UserError(f"{uri} is a whole bucket.", "Name what shall be deleted in it.")
+            raise UserError(f"{uri} is a whole bucket.", "Name what to delete in it.")
         with _store_explained(address):
             keys = [address.prefix + file.path for file in _objects(address)]
             if not keys and _single(address):
@@ -579,7 +579,7 @@ def remove(uri: str) -> None:
                 _client().delete_object(Bucket=address.bucket, Key=key)
         return
     path = _local(uri)
-    with _disk_explained(path, "See to its permissions."):
+    with _disk_explained(path, "Fix its permissions."):
         for file in sorted(_files_at(path), key=lambda file: file.name != MANIFEST):
             file.unlink(missing_ok=True)
         if path.is_dir():
@@ -616,7 +616,7 @@ def _connect(_settings: tuple[tuple[str, str], ...]) -> S3Client:
         if not str(error).startswith("Invalid endpoint"):
             raise
         raise UserError(
-            "AWS_ENDPOINT_URL is no URL.", "Write http://HOST:PORT or https://HOST."
+            "AWS_ENDPOINT_URL is not a URL.", "Set it to http://HOST:PORT or https://HOST."
         ) from None
     if _is_amazon(client.meta.endpoint_url):
         return client
@@ -647,29 +647,29 @@ def _transfers() -> TransferManager:
 
 
 @contextlib.contextmanager
-def _disk_explained(path: Path, mend: str) -> Iterator[None]:
+def _disk_explained(path: Path, fix: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         # The errors of a connection are OSErrors too, with other numbers or none.
         if error.errno not in _DISK_FAULTS:
             raise
-        raise UserError(f"{path} cannot be written ({error.strerror}).", mend) from None
+        raise UserError(f"Cannot write to {path}: {error.strerror}.", fix) from None
 
 
 @dataclass(frozen=True)
 class _Fault:
-    """What a user can mend.
+    """A fault that a user can fix.
 
     Args:
         signs: The store's error codes, or the names of botocore's exceptions.
         what: What is wrong; the names in braces are those of `_explain`.
-        mend: How to mend it.
+        fix: How to fix it.
     """
 
     signs: tuple[str, ...]
     what: str
-    mend: str
+    fix: str
 
 
 _FAULTS = (
@@ -685,12 +685,12 @@ _FAULTS = (
     ),
     _Fault(
         ("AccessDenied", "AllAccessDisabled", "Forbidden", "403"),
-        "{address} may not be {done} with these credentials ({sign}).",
-        "Have {permission} granted to them, or give others.",
+        "These credentials are not allowed to {action} {address} ({sign}).",
+        "Grant them {permission}, or use other credentials.",
     ),
     _Fault(
         ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidSecurity"),
-        "The store at {endpoint} does not accept the key for {address} ({sign}).",
+        "The store at {endpoint} rejected the access key for {address} ({sign}).",
         "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
     ),
     _Fault(
@@ -699,7 +699,7 @@ _FAULTS = (
             *("UnauthorizedSSOTokenError", "SSOTokenLoadError", "TokenRetrievalError"),
         ),
         "The session token for {address} has expired or is not valid.",
-        "Sign in again (aws sso login), or give new credentials with their AWS_SESSION_TOKEN.",
+        "Sign in again (aws sso login), or set new credentials with their AWS_SESSION_TOKEN.",
     ),
     _Fault(
         ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
@@ -714,31 +714,31 @@ _FAULTS = (
     ),
     _Fault(
         ("AssumeRole",),
-        "The IAM role for {address} may not be taken.",
+        "The IAM role for {address} cannot be assumed.",
         "Check that the role exists and trusts this service account or profile.",
     ),
     _Fault(
         ("PermanentRedirect", "AuthorizationHeaderMalformed", "301"),
-        "The bucket {bucket} is not in the region that was asked ({address}).",
+        "The bucket {bucket} is not in the configured region ({address}).",
         "Set AWS_REGION to {region}.",
     ),
     _Fault(
         ("EndpointConnectionError", "ConnectTimeoutError"),
-        "The store at {endpoint} does not answer ({address}).",
-        "Check AWS_ENDPOINT_URL and AWS_REGION, and that this machine may connect to it.",
+        "The store at {endpoint} does not respond ({address}).",
+        "Check AWS_ENDPOINT_URL and AWS_REGION, and that this machine can connect to it.",
     ),
     _Fault(
         ("SSLError",),
-        "There is no trusted connection to {endpoint} for {address}.",
-        "Check that it speaks TLS. Where its certificate is of an authority of your own, let "
-        "AWS_CA_BUNDLE name the file with that authority's.",
+        "Cannot open a trusted TLS connection to {endpoint} for {address}.",
+        "Check that it accepts TLS connections. If your own certificate authority issued its "
+        "certificate, set AWS_CA_BUNDLE to the file with that authority's certificate.",
     ),
 )
 
 
 @contextlib.contextmanager
 def _store_explained(address: _Address) -> Iterator[None]:
-    """Makes what a user can mend a `UserError`; anything else passes as it is."""
+    """Turns what a user can fix into a `UserError`; anything else passes unchanged."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
@@ -762,7 +762,7 @@ def _explain(error: BotoCoreError | ClientError, address: _Address) -> UserError
         # Also AssumeRoleWithWebIdentity, by which a service account gets its role.
         is_role = operation.startswith("AssumeRole")
         signs = ["AssumeRole" if is_role else str(detail.get("Code"))]
-    done, permission = _PERMISSIONS.get(operation, ("used", "the permission"))
+    action, permission = _PERMISSIONS.get(operation, ("use", "the permission"))
     for fault in _FAULTS:
         if found := [sign for sign in signs if sign in fault.signs]:
             names = {
@@ -770,12 +770,12 @@ def _explain(error: BotoCoreError | ClientError, address: _Address) -> UserError
                 "bucket": address.bucket,
                 "sign": found[0],
                 "endpoint": _host(endpoint),
-                "done": done,
+                "action": action,
                 "permission": permission,
                 "profile": detail.get("profile"),
                 "region": detail.get("Region", "the region of the bucket"),
             }
-            return UserError(fault.what.format(**names), fault.mend.format(**names))
+            return UserError(fault.what.format(**names), fault.fix.format(**names))
     return None
 
 

@@ -112,7 +112,7 @@ class DataSet:
         except KeyError:
             raise UserError(
                 f"The data set {self.path} has no sample {sample_id!r}.",
-                "Give the data set that the records were made from.",
+                "Pass the data set that the records were made from.",
             ) from None
 
     def image(self, sample_id: str) -> Image:
@@ -291,7 +291,7 @@ class _Images:
             return io.BytesIO(encoded)
         if value is None:
             raise _ImageError("image is missing")
-        raise _ImageError("image holds no bytes (a path alone is not opened; embed the images)")
+        raise _ImageError("image has no bytes, only a path, which is not opened; embed the images")
 
     @contextmanager
     def opened(self, place: _Place) -> Iterator[Image]:
@@ -315,7 +315,8 @@ class _Images:
         except PIL.Image.DecompressionBombError:
             raise _ImageError(f"image is too large: more than {self._max_pixels} pixels") from None
         except PIL.UnidentifiedImageError:
-            raise _ImageError(f"image is none of {', '.join(_FORMATS)}, or corrupt") from None
+            names = ", ".join(_FORMATS)
+            raise _ImageError(f"image is corrupt or in none of the formats {names}") from None
         except Exception as error:  # Pillow's readers raise all kinds on broken bytes.
             raise _ImageError(f"image is corrupt ({error})") from error
 
@@ -335,7 +336,7 @@ def _checked_rows(
         if isinstance(sample_id, str) and sample_id:
             first = first_rows.setdefault(sample_id, row.number)
             if first != row.number:
-                reasons.append(f"id {sample_id!r} is that of row {first} already")
+                reasons.append(f"id {sample_id!r} is already used by row {first}")
         if row.place is not None:
             try:
                 with images.opened(row.place) as image:
@@ -382,14 +383,14 @@ def _files(path: Path) -> list[Path]:
         found = [lines] * lines.is_file() + tables
         if tables and found != tables:
             raise UserError(
-                f"{path} holds both samples.jsonl and .parquet files.", "Give the one you mean."
+                f"{path} contains both samples.jsonl and .parquet files.", "Pass the one you mean."
             )
     else:
         found = [path] * (path.is_file() and path.suffix in (".jsonl", ".parquet"))
     if not found:
         raise UserError(
             f"{path} is not a data set.",
-            "Give a .parquet or .jsonl file, or a folder with .parquet files or samples.jsonl.",
+            "Pass a .parquet or .jsonl file, or a folder with .parquet files or samples.jsonl.",
         )
     return found
 
@@ -426,12 +427,12 @@ def _inside(root: Path, name: object) -> Path:
     try:
         path = (root / name).resolve()
         if Path(name).is_absolute() or not path.is_relative_to(root):
-            raise _ImageError(f"image path {name!r} leaves the data set's folder")
+            raise _ImageError(f"image path {name!r} is outside the data set's folder")
         if not path.is_file():
             raise _ImageError(f"image file {name!r} is missing")
     # A zero byte, a circle of links, a name too long, a folder without permission.
     except (OSError, ValueError, RuntimeError) as error:
-        raise _ImageError(f"image path {name!r} cannot be followed ({error})") from None
+        raise _ImageError(f"image path {name!r} cannot be resolved ({error})") from None
     return path
 
 
@@ -514,4 +515,4 @@ def _schema() -> Any:
 
 
 def _advice(path: Path) -> str:
-    return f"Mend the row; `srccore data validate {path}` lists every bad row."
+    return f"Fix the row; `srccore data validate {path}` lists every bad row."

@@ -148,7 +148,7 @@ class CandidateSet(Record):
     def _distinct(self) -> CandidateSet:
         ids = [candidate.id for candidate in self.candidates]
         if len(set(ids)) != len(ids):
-            raise ValueError(f"sample {self.sample_id} has two candidates of one id")
+            raise ValueError(f"sample {self.sample_id} has two candidates with the same id")
         return self
 
 
@@ -168,7 +168,7 @@ class Rating(Record):
     def _is_distribution(self) -> Rating:
         # Written so that NaN fails too.
         if not (min(self.probabilities) >= 0 and abs(sum(self.probabilities) - 1) <= 1e-3):
-            raise ValueError(f"{self.probabilities} is no distribution over the rating tokens")
+            raise ValueError(f"{self.probabilities} is not a distribution over the rating tokens")
         return self
 
 
@@ -249,7 +249,7 @@ def read_records(path: Path, kind: type[R]) -> Iterator[R]:
                 raise UserError(
                     f"Line {number} of {path} is not a valid {kind.record} record: "
                     f"{where}: {first['msg']}.",
-                    "Mend the line, or run the stage that writes the file again.",
+                    "Fix the line, or run the stage that writes the file again.",
                 ) from None
 
 
@@ -259,13 +259,13 @@ def _check_header(path: Path, line: str, kind: type[Record]) -> None:
         found = (header["record"], header["version"])
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"{path} is not a record file: its first line names no record and version.",
-            f'A file of {kind.record} opens with {{"record": "{kind.record}", '
+            f"{path} is not a record file: its first line does not name a record and a version.",
+            f'A file of {kind.record} starts with {{"record": "{kind.record}", '
             f'"version": {kind.version}}}.',
         ) from None
     if found != (kind.record, kind.version):
         raise UserError(
-            f"{path} holds {found[0]} version {found[1]}, not {kind.record} "
+            f"{path} contains {found[0]} version {found[1]}, not {kind.record} "
             f"version {kind.version}.",
-            "Give the file that the message asks for, written by this version of srccore.",
+            f"Pass a file of {kind.record} written by this version of srccore.",
         )

@@ -44,8 +44,8 @@ def draw(samples: Iterable[Sample], count: int, *, seed: int, start: int = 0) ->
     """
     if count < 1 or start < 0:
         raise UserError(
-            f"Draw {start} of {count} samples is not possible.",
-            "Draw one or more samples, and count the draws from 0.",
+            f"Cannot take draw number {start} of {count} samples.",
+            "Draw at least one sample, and number the draws from 0.",
         )
 
     def order(sample: Sample) -> str:
@@ -53,7 +53,7 @@ def draw(samples: Iterable[Sample], count: int, *, seed: int, start: int = 0) ->
 
     ordered = sorted(samples, key=order)
     if not ordered:
-        raise UserError("There are no samples to draw from.", "Give a data set that has some.")
+        raise UserError("There are no samples to draw from.", "Pass a data set with samples.")
     drawn: list[Sample] = []
     pools = {name: [s for s in ordered if s.category is name] for name in Category}
     sizes = {name: len(pool) for name, pool in pools.items()}
@@ -83,8 +83,8 @@ def split(
     total = sum(shares.values())
     if any(share < 0 for share in shares.values()) or not (math.isfinite(total) and total > 0):
         raise UserError(
-            f"The shares {dict(shares)} cannot be split by.",
-            "Give each split a share of 0 or more, and one at least more than 0.",
+            f"Cannot split samples by the shares {dict(shares)}.",
+            "Give each split a share of 0 or more, and at least one a share above 0.",
         )
     names = list(shares)
     bounds = [bound / total for bound in itertools.accumulate(shares.values())][:-1]
@@ -114,7 +114,7 @@ def shard(samples: Iterable[Sample], index: int, count: int) -> list[Sample]:
     if not 0 <= index < count:
         raise UserError(
             f"There is no shard {index} of {count}.",
-            "Shards count from 0; their number must be 1 or more.",
+            "Shards are numbered from 0, and there must be at least one.",
         )
     return [sample for sample in samples if stable_hash(f"shard/{sample.id}") % count == index]
 

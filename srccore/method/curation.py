@@ -150,8 +150,9 @@ def _sample_of(samples: Mapping[str, Sample], candidate_set: CandidateSet) -> Sa
     sample = samples.get(candidate_set.sample_id)
     if sample is None:
         raise UserError(
-            f"The candidates name sample {candidate_set.sample_id}, which the data set lacks.",
-            "Give the data set that the search ran on.",
+            f"The candidates refer to sample {candidate_set.sample_id}, which is not in the data "
+            "set.",
+            "Pass the data set that the search ran on.",
         )
     return sample
 
@@ -162,8 +163,8 @@ def _best_against_worst(candidate_set: CandidateSet, ratings: Sequence[Rating]) 
     if folded.keys() != set(permutations(by_id, 2)):
         raise UserError(
             f"The ratings of sample {candidate_set.sample_id} do not cover all pairs of its "
-            f"{len(by_id)} candidates, or name others.",
-            "Give the candidates and the ratings of one round and all its shards.",
+            f"{len(by_id)} candidates, or refer to others.",
+            "Pass the candidates and the ratings of one round, from all its shards.",
         )
     value = values(list(by_id), folded)
     # One ranking for both ends: even where all values are equal, the two differ.

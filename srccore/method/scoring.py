@@ -263,14 +263,14 @@ def fold_ratings(ratings: Iterable[Rating]) -> dict[tuple[str, str], FoldedPair]
             raise UserError(
                 f"Sample {rating.sample_id} has two ratings of {rating.first} against "
                 f"{rating.second}.",
-                "Give every file of ratings once, of one round.",
+                "Pass each file of ratings once, all from one round.",
             )
         by_pair[rating.first, rating.second] = rating
     for (first, second), rating in by_pair.items():
         if (second, first) not in by_pair:
             raise UserError(
                 f"Sample {rating.sample_id} has no rating of {second} against {first}, "
-                "only of the other order.",
+                "only in the other order.",
                 "Score the sample's candidates again: both orders of a pair are needed.",
             )
     return {

@@ -139,7 +139,7 @@ def read_policy(path: Path) -> Policy:
     except OSError as error:
         raise UserError(
             f"The policy {path} cannot be read ({error.strerror}).",
-            "Give a folder that a training stage wrote.",
+            "Pass a folder that a training stage wrote.",
         ) from None
     policy = parse_policy(text, str(path))
     folder = path.parent.resolve()
@@ -170,7 +170,7 @@ def parse_policy(text: str, source: str) -> Policy:
         name = ".".join(str(part) for part in first["loc"]) or "the file"
         raise UserError(
             f"{source} is not a policy of version {VERSION}: {name}: {first['msg']}.",
-            "Give a policy.json written by this version of srccore.",
+            "Pass a policy.json written by this version of srccore.",
         ) from None
 
 
@@ -195,7 +195,7 @@ def resolve_model_path(path: str) -> str:
     if path.startswith("embedded:"):
         if path not in EMBEDDED:
             raise UserError(
-                f"There is no embedded model {path!r}.", f"Write {' or '.join(EMBEDDED)}."
+                f"There is no embedded model {path!r}.", f"Use {' or '.join(EMBEDDED)}."
             )
         models = resources.files("srccore") / "embedded" / "models"
         folder = Path(str(models)) / EMBEDDED[path]
@@ -208,13 +208,13 @@ def resolve_model_path(path: str) -> str:
             return path
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"The folder {folder} holds no config.json, so it is no model checkpoint.",
-            "Give a folder in Hugging Face layout, or a hub id.",
+            f"The folder {folder} has no config.json, so it is not a model checkpoint.",
+            "Pass a folder in Hugging Face layout, or a hub id.",
         )
     if not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"The checkpoint {folder} holds no *.safetensors weights.",
-            "Convert it with save_pretrained; pickled weights are not read.",
+            f"The checkpoint {folder} has no *.safetensors weights.",
+            "Convert it with save_pretrained; pickled weights are not loaded.",
         )
     return str(folder)
 
@@ -251,7 +251,7 @@ def _explained(base: ModelConfig) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"The checkpoint {base.path} cannot be loaded: {' '.join(str(error).split())[:300]}",
-            "Check the path: a name that is no folder is looked up on the model hub.",
+            "Check the path: a name that is not a folder is looked up on the model hub.",
         ) from None
 
 
@@ -309,7 +309,7 @@ def read_adapter(path: str | Path) -> Adapter:
     except OSError as error:
         raise UserError(
             f"The adapter {folder} cannot be read ({error}).",
-            "Give a folder with adapter_config.json and adapter_model.safetensors.",
+            "Pass a folder with adapter_config.json and adapter_model.safetensors.",
         ) from None
     for name, allowed in _PLAIN_LORA.items():
         if config.get(name, allowed[0]) not in allowed:
@@ -323,7 +323,7 @@ def read_adapter(path: str | Path) -> Adapter:
         module, _, half = key.removeprefix("base_model.model.").rpartition(".lora_")
         if half not in ("A.weight", "B.weight") or tensor.dim() != 2:
             raise UserError(
-                f"The adapter {folder} holds {key}, which is no LoRA matrix of a linear layer.",
+                f"The adapter {folder} has {key}, which is not a LoRA matrix of a linear layer.",
                 "Train a plain LoRA adapter on the language model's linear layers.",
             )
         halves.setdefault(module, {})[half[0]] = tensor
@@ -359,7 +359,7 @@ def fold_adapters(model: Any, adapters: Sequence[str | Path]) -> None:
                 if weight is None or weight.shape != (b.shape[0], a.shape[1]):
                     raise UserError(
                         f"The adapter {path} does not fit the base model at {name}.",
-                        "Fold an adapter into the base model that it was trained on.",
+                        "Use the base model that the adapter was trained on.",
                     )
                 deltas.append((adapter.scale, a, b))
             weight = modules[name].weight
@@ -428,8 +428,8 @@ def response_text(processor: Any, response: str) -> str:
     if not whole.startswith(prompt) or ids[-1] not in special or not special[ids[-1]].special:
         raise UserError(
             "The checkpoint's chat template writes no end-of-turn token after a response, "
-            "or writes the prompt otherwise there, so the policy would not learn to stop.",
-            "Name a template of srccore/presets/templates as model.chat_template.",
+            "or a different prompt before it, so the policy would not learn to stop.",
+            "Set model.chat_template to a template of srccore/presets/templates.",
         )
     before, wanted = _encode(tokenizer, prompt), _encode(tokenizer, prompt + text)
     for candidate in (text, text.removeprefix(" ")):
@@ -437,7 +437,7 @@ def response_text(processor: Any, response: str) -> str:
             return candidate
     raise UserError(
         "The chat template's prompt does not end on a token boundary.",
-        "Name a template of srccore/presets/templates as model.chat_template.",
+        "Set model.chat_template to a template of srccore/presets/templates.",
     )
 
 
@@ -455,5 +455,5 @@ def _template(name: str) -> str:
     folder = resources.files("srccore") / "presets" / "templates"
     names = sorted(entry.name.removesuffix(".jinja") for entry in folder.iterdir())
     if name not in names:
-        raise UserError(f"There is no chat template {name!r}.", f"Write {' or '.join(names)}.")
+        raise UserError(f"There is no chat template {name!r}.", f"Use {' or '.join(names)}.")
     return (folder / f"{name}.jinja").read_text(encoding="utf-8")

@@ -275,8 +275,8 @@ class EndpointTeacher:
             )
         if not config.url.startswith(("http://", "https://")):
             raise UserError(
-                f"endpoint.url is {config.url!r}, which is no address of a server.",
-                "Write it with http:// or https://, for example http://localhost:8000/v1.",
+                f"endpoint.url must be the address of a server, got {config.url!r}.",
+                "Start it with http:// or https://, for example http://localhost:8000/v1.",
             )
         self._config = config
         self._url = config.url
@@ -286,8 +286,8 @@ class EndpointTeacher:
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(
                 f"The key in the environment variable {config.api_key_env} has characters that "
-                "no HTTP header can carry.",
-                "Set the variable to the key alone.",
+                "are not allowed in an HTTP header.",
+                "Set the variable to the key and nothing else.",
             )
 
     def rationales(self, requests: Sequence[RationaleRequest]) -> Iterator[RationaleResult]:
@@ -475,13 +475,13 @@ class _Session:
         if status in (401, 403):
             return UserError(
                 f"The endpoint {self._url} refused the key (HTTP {status}).",
-                f"Put a key that may use {self._model} into the environment variable "
-                f"{self._config.api_key_env}.",
+                f"Set the environment variable {self._config.api_key_env} to a key that may use "
+                f"{self._model}.",
             )
         if status == 404:
             return UserError(
                 f"The endpoint {self._url} has no model {self._model!r}, or no chat completions "
-                "under this address (HTTP 404).",
+                "at this address (HTTP 404).",
                 f"Set endpoint.model to a name that {self._url.rstrip('/')}/models lists, and "
                 "endpoint.url to the address that ends in /v1 on most servers.",
             )
@@ -509,8 +509,8 @@ class _Session:
         return UserError(
             f"The endpoint {self._url} failed {self._faults} times in a row: {problem}"
             f"{f' ({quoted})' if quoted else ''}.",
-            "Mend the server or the settings under endpoint, then run the stage again: "
-            "it keeps what was answered.",
+            "Fix the server or the settings under endpoint, then run the stage again: "
+            "it keeps the answers that it has.",
         )
 
 

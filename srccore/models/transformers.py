@@ -343,7 +343,7 @@ def single_token(tokenizer: Any, text: str) -> int:
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
         raise UserError(
-            f"The rating model's tokenizer writes {text!r} as {len(ids)} tokens.",
+            f"The rating model's tokenizer encodes {text!r} as {len(ids)} tokens.",
             "Choose a rating model whose digits are single tokens, such as Qwen2.5.",
         )
     return int(ids[0])

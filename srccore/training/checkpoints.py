@@ -39,7 +39,7 @@ def public_name(name: str) -> str:
     for prefix, public in _PUBLIC_PREFIXES.items():
         if name.startswith(prefix):
             return public + name.removeprefix(prefix)
-    raise ValueError(f"{name} is no weight of a LLaVA model")
+    raise ValueError(f"{name} is not a weight of a LLaVA model")
 
 
 def save_in_public_names(model: Any, out: Path) -> None:

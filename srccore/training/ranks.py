@@ -86,7 +86,7 @@ class Processes:
         others = [rank for rank, each in enumerate(every) if not torch.equal(each, own)]
         if others:
             raise RuntimeError(
-                f"Process {self.rank} trains on other {what} than the processes {others}."
+                f"Process {self.rank} trains on different {what} from processes {others}."
             )
 
 
@@ -154,9 +154,10 @@ def local_share(config: OptimizerSettings, count: int) -> tuple[int, int]:
     by_samples = count // by_passes
     if config.batch_size % by_samples:
         raise UserError(
-            f"A batch of batch_size {config.batch_size} times gradient_accumulation_steps "
-            f"{passes} samples cannot be shared evenly by {count} processes.",
-            "Train with a number of processes (pods times processes of a pod) that divides one "
+            f"A batch of {config.batch_size} (batch_size) times {passes} "
+            f"(gradient_accumulation_steps) samples cannot be split evenly among {count} "
+            "processes.",
+            "Train with a number of processes (pods times processes per pod) that divides one "
             "of the two.",
         )
     return config.batch_size // by_samples, passes // by_passes

@@ -64,8 +64,8 @@ class Checkpoints:
         found = self.folder / f"step-{step}"
         if not found.is_dir():
             raise UserError(
-                f"This process does not see the checkpoint {found}.",
-                "Give an artifact root that all pods see: s3://BUCKET/PATH.",
+                f"This process cannot see the checkpoint {found}.",
+                "Use an artifact root that all pods can see: s3://BUCKET/PATH.",
             )
         return found
 
@@ -134,7 +134,7 @@ def discard(uri: str) -> None:
     try:
         storage.remove(uri)
     except Exception as error:  # of the store's client, too
-        print(f"{uri} stays: {error}", file=sys.stderr)
+        print(f"Could not delete {uri}: {error}", file=sys.stderr)
 
 
 def _steps(paths: Iterable[str], name: str = "") -> set[int]:
@@ -179,7 +179,7 @@ def resumable(trainer: type[Any]) -> type[Any]:
             weights = load_file(Path(resume_from_checkpoint) / WEIGHTS)
             trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
             if weights.keys() != trained:
-                raise ValueError(f"{resume_from_checkpoint} holds other weights than are trained")
+                raise ValueError(f"{resume_from_checkpoint} does not have the weights in training")
             self.model.load_state_dict(weights, strict=False)
 
     return Resumable

@@ -167,8 +167,9 @@ def _rows(
             labels.append([-100] * len(prompt) + [rating])
     if not ids:
         raise UserError(
-            f"None of {len(examples)} rating prompts fits into the model's {limit} tokens.",
-            "Give at least one pair, or a rating model with a longer context.",
+            f"None of {len(examples)} rating prompts fits into the model's context of {limit} "
+            "tokens.",
+            "Pass at least one pair that fits, or use a rating model with a longer context.",
         )
     return {"input_ids": ids, "labels": labels}
 

@@ -340,8 +340,9 @@ def _within_context(model: Any, processor: Any, rows: Sequence[Row]) -> list[Row
             kept.append(row)
     if not kept:
         raise UserError(
-            f"None of {len(rows)} training samples fits into the model's {limit} tokens.",
-            "Give at least one sample, or a model with a longer context.",
+            f"None of {len(rows)} training samples fits into the model's context of {limit} "
+            "tokens.",
+            "Pass at least one sample that fits, or use a model with a longer context.",
         )
     return kept
 
@@ -414,7 +415,7 @@ def train(
     newest = checkpoints.newest() if processes.is_first else None
     step = processes.from_first(newest or 0)
     if step and processes.is_first:
-        print(f"Training goes on from step {step}.", file=sys.stderr)
+        print(f"Training resumes from step {step}.", file=sys.stderr)
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoints.bring(step)) if step else None)
     seconds = time.monotonic() - began

@@ -136,7 +136,7 @@ def test_two_pods_of_which_one_is_lost_train_what_one_trains(
     assert second.ends() == -signal.SIGKILL
     second = job.start(1)
     assert (first.ends(), second.ends()) == (0, 0)
-    assert "Training goes on from step " in first.log
+    assert "Training resumes from step " in first.log
     # Only the first process prints anything.
     assert f"Finished train-dpo: {uri}" in first.log
     assert second.log == ""

@@ -115,7 +115,7 @@ def small_config(samples: int, passes: int) -> DpoConfig:
 
 
 def test_a_batch_that_cannot_be_shared_is_told_with_both_numbers() -> None:
-    with pytest.raises(UserError, match=r"batch_size 8 .*steps 2 .* by 3 processes"):
+    with pytest.raises(UserError, match=r"8 \(batch_size\) times 2 \(.*steps\) .* 3 processes"):
         local_share(small_config(8, 2), 3)
 
 

@@ -185,7 +185,7 @@ def test_ratings_that_do_not_fit_the_candidates_are_refused() -> None:
     with pytest.raises(UserError, match="sample s do not cover"):
         stranger = both_orders("s", "a", "z", LEVELS[5])
         curate({"s": sample()}, sets, good + stranger, CurationConfig())
-    with pytest.raises(UserError, match="name sample s, which the data set lacks"):
+    with pytest.raises(UserError, match="refer to sample s, which is not in the data set"):
         curate({}, sets, good, CurationConfig())
 
 

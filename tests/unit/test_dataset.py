@@ -253,17 +253,17 @@ def test_every_bad_row_of_json_lines_is_told_with_its_number_and_reason(tmp_path
     report = validate(folder, max_image_pixels=10_000)
     expected = [
         (2, "image file 'none.png' is missing"),
-        (3, "image is none of PNG, JPEG, WEBP, GIF, BMP, or corrupt"),
+        (3, "image is corrupt or in none of the formats PNG, JPEG, WEBP, GIF, BMP"),
         (4, "image is corrupt (image file is truncated"),
         (5, "image is too large: 101 x 100 pixels, more than 10000"),
         (6, "question is empty"),
         (6, "answer is empty"),
-        (7, "id 's1' is that of row 1 already"),
+        (7, "id 's1' is already used by row 1"),
         (8, "category 'poetry' is unknown (known: perception, chart, math)"),
-        (9, "image path '../outside/secret.png' leaves the data set's folder"),
-        (10, f"image path '{folder_image}' leaves the data set's folder"),
-        (11, "image path 'link.png' leaves the data set's folder"),
-        (12, "image path 'door/secret.png' leaves the data set's folder"),
+        (9, "image path '../outside/secret.png' is outside the data set's folder"),
+        (10, f"image path '{folder_image}' is outside the data set's folder"),
+        (11, "image path 'link.png' is outside the data set's folder"),
+        (12, "image path 'door/secret.png' is outside the data set's folder"),
         (13, "image is missing"),
         (13, "question is missing"),
         (14, "answer: Input should be a valid string"),
@@ -271,8 +271,8 @@ def test_every_bad_row_of_json_lines_is_told_with_its_number_and_reason(tmp_path
         (15, "the line is not JSON ("),
         (16, "the line is not a JSON object"),
         (17, "there is no column 'rational' (known: image, id, category, question,"),
-        (18, "image path 'circle.png' cannot be followed ("),
-        (19, "image path 'a\\x00b' cannot be followed ("),
+        (18, "image path 'circle.png' cannot be resolved ("),
+        (19, "image path 'a\\x00b' cannot be resolved ("),
         (20, "image file '.' is missing"),
         (21, "image is not a path"),
         (22, "category is missing"),
@@ -310,8 +310,8 @@ def test_every_bad_row_of_parquet_is_told_with_its_number_across_files(tmp_path:
     pq.write_table(pa.Table.from_pylist([line(9, image=..., answer=3)]), tmp_path / "c.parquet")
     found = reasons(tmp_path, max_image_pixels=10_000)
     assert found[:2] == [
-        (2, "image holds no bytes (a path alone is not opened; embed the images)"),
-        (3, "image is none of PNG, JPEG, WEBP, GIF, BMP, or corrupt"),
+        (2, "image has no bytes, only a path, which is not opened; embed the images"),
+        (3, "image is corrupt or in none of the formats PNG, JPEG, WEBP, GIF, BMP"),
     ]
     assert found[2][0] == 4 and found[2][1].startswith("image is corrupt (")
     assert found[3:] == [
@@ -319,7 +319,7 @@ def test_every_bad_row_of_parquet_is_told_with_its_number_across_files(tmp_path:
         (6, "answer is missing"),
         (6, "category 'poetry' is unknown (known: perception, chart, math)"),
         (6, "image is too large: 101 x 100 pixels, more than 10000"),
-        (7, "id 's1' is that of row 1 already"),
+        (7, "id 's1' is already used by row 1"),
         (8, "question is empty"),
         (9, "image is missing"),
         (9, "answer: Input should be a valid string"),
@@ -340,7 +340,7 @@ def test_opening_names_the_first_bad_row_and_the_command_that_lists_all(tmp_path
     with pytest.raises(UserError) as caught:
         open_data(folder)
     assert caught.value.what == f"Row 2 of {folder}: image file 'none.png' is missing."
-    assert f"srccore data validate {folder}" in caught.value.mend
+    assert f"srccore data validate {folder}" in caught.value.fix
 
 
 def test_a_cut_off_image_opens_and_is_refused_when_it_is_decoded(tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
     [
         ([], "is not a data set"),
         (["samples.txt"], "is not a data set"),
-        (["samples.jsonl", "a.parquet"], "holds both"),
+        (["samples.jsonl", "a.parquet"], "contains both"),
         (["a.parquet"], "cannot be read"),
     ],
 )

@@ -65,8 +65,8 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         (None, "cannot be read"),
         ("", "not a record file"),
         ("[]\n", "not a record file"),
-        ('{"record": "ratings", "version": 1}\n', "holds ratings version 1"),
-        ('{"record": "responses", "version": 2}\n', "holds responses version 2"),
+        ('{"record": "ratings", "version": 1}\n', "contains ratings version 1"),
+        ('{"record": "responses", "version": 2}\n', "contains responses version 2"),
         ('{"record": "responses", "version": 1}\n{}\n', "Line 2 .* sample_id"),
         ('{"record": "responses", "version": 1}\nnot json\n', "Line 2 .* the line"),
     ],
@@ -85,13 +85,13 @@ def test_a_rating_is_a_distribution() -> None:
     assert rating(0.2, 0.2, 0.2, 0.2, 0.2).mass == 1
     nan = float("nan")
     for bad in ((0, 0, 0, 0, 0), (0.5, 0.5, 0.5, 0, 0), (-1, 2, 0, 0, 0), (nan, 0, 0, 0, 1)):
-        with pytest.raises(ValidationError, match="no distribution"):
+        with pytest.raises(ValidationError, match="not a distribution"):
             rating(*bad)
 
 
 def test_two_candidates_of_one_id_are_refused() -> None:
     candidate = Candidate(id="a", text="x", log_probability=-1, token_count=1)
-    with pytest.raises(ValidationError, match="two candidates of one id"):
+    with pytest.raises(ValidationError, match="two candidates with the same id"):
         CandidateSet(sample_id="s", candidates=(candidate, candidate))
 
 

@@ -64,7 +64,7 @@ def test_the_same_step_is_made_again(tmp_path: Path) -> None:
 
 
 def test_one_on_another_machine_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"does not see the checkpoint .*s3://"):
+    with pytest.raises(UserError, match=r"cannot see the checkpoint .*s3://"):
         Checkpoints(tmp_path).bring(2)
 
 

@@ -127,7 +127,7 @@ def test_splits_have_about_their_shares() -> None:
     "shares", [{}, {"a": 0.0}, {"a": 1.0, "b": -0.5}, {"a": float("nan")}, {"a": float("inf")}]
 )
 def test_shares_that_are_none_are_refused(shares: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="cannot be split by"):
+    with pytest.raises(UserError, match="Cannot split samples by"):
         split(pool((1, 1, 1)), shares, seed=0)
 
 

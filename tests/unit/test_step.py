@@ -325,7 +325,7 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "another scheme",
         lambda _: prepare("gs://bucket/root"),
-        "is no address that srccore can read or write",
+        "is not an address that srccore can read or write",
     ),
     (
         "an import of nothing",
@@ -349,7 +349,7 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
             settings={"config": {"learning_rate": 1e-5, "batch_size": 8}},
             job={"image": "train-dpo", "pods": 3},
         ),
-        "cannot be shared evenly by 3 processes",
+        "cannot be split evenly among 3 processes",
     ),
     (
         "a launcher that there is not",

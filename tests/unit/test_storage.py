@@ -132,7 +132,7 @@ def test_another_scheme_is_refused_with_what_to_write_and_no_secret(uri: str) ->
     "uri", ["s3://", "s3:///key", "s3://b/../etc", "s3://bucket/a//b", "s3://k:hidden@bucket/a"]
 )
 def test_an_address_that_is_none_is_refused(uri: str, no_aws: None) -> None:
-    with pytest.raises(UserError, match="is no address in a bucket") as caught:
+    with pytest.raises(UserError, match="is not a valid address in a bucket") as caught:
         storage.fetch(uri)
     assert "hidden" not in str(caught.value)
 
@@ -248,7 +248,7 @@ def test_a_folder_of_nothing_is_not_published(tmp_path: Path, uri: str) -> None:
 
 def test_an_unwritable_place_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="file/out cannot be written"):
+    with pytest.raises(UserError, match=r"Cannot write to .*file/out: "):
         storage.publish(write(tmp_path / "tune", FILES), str(tmp_path / "file/out"))
 
 
@@ -294,7 +294,7 @@ def test_a_small_file_is_read_without_a_trace(s3: S3Server, tmp_path: Path) -> N
     s3.put("weights", b"\xff\xfe")
     assert storage.read_text(f"{s3.uri}/policy.json") == '{"name": "ä"}'
     assert not (tmp_path / "cache").exists()
-    with pytest.raises(UserError, match="is no UTF-8 text"):
+    with pytest.raises(UserError, match="is not UTF-8 text"):
         storage.read_text(f"{s3.uri}/weights")
     for missing in (f"{s3.uri}/none", s3.uri):
         with pytest.raises(UserError, match="Nothing is stored"):
@@ -423,7 +423,7 @@ def test_a_download_that_breaks_off_leaves_no_half_file(s3: S3Server, tmp_path: 
     s3.put("model/weights", bytes(2**20))
     with (
         files_no_larger_than(2**19),
-        pytest.raises(UserError, match=r"cannot be written \(File too large\).*SRCCORE_CACHE"),
+        pytest.raises(UserError, match=r"Cannot write to .*: File too large\..*SRCCORE_CACHE"),
     ):
         storage.fetch(f"{s3.uri}/model")
     assert not (storage.local_path(f"{s3.uri}/model") / "weights").exists()
@@ -437,7 +437,7 @@ def test_a_cache_that_cannot_be_written_is_told(
     s3.put("model/weights")
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("SRCCORE_CACHE", str(tmp_path / "file/cache"))
-    with pytest.raises(UserError, match=r"file/cache cannot be written.*SRCCORE_CACHE"):
+    with pytest.raises(UserError, match=r"Cannot write to .*file/cache: .*SRCCORE_CACHE"):
         storage.fetch(f"{s3.uri}/model")
 
 
@@ -497,7 +497,7 @@ def test_a_key_that_is_no_file_below_the_folder_is_refused(
     s3.put("model/fine")
     s3.put(f"model/{key}")
     for ask in (storage.fetch, storage.listing, storage.fingerprint):
-        with pytest.raises(UserError, match=r"The object .* cannot be a file below a folder"):
+        with pytest.raises(UserError, match=r"The object .* cannot be a file in a local folder"):
             ask(f"{s3.uri}/model")
     assert not (tmp_path / "cache").exists()
 
@@ -581,7 +581,7 @@ def test_a_wrong_key_is_told_and_not_shown(
 ) -> None:
     monkeypatch.setenv(variable, "not-to-be-seen")
     for ask in [*ASKS, lambda uri: storage.publish(folder, uri)]:
-        message = refused(ask, f"{s3.uri}/key", f"does not accept the key.*{code}.*Check AWS_")
+        message = refused(ask, f"{s3.uri}/key", f"rejected the access key.*{code}.*Check AWS_")
         assert "not-to-be-seen" not in message and s3.secret not in message
 
 
@@ -589,19 +589,19 @@ def test_a_wrong_key_is_told_and_not_shown(
 @pytest.mark.parametrize(
     ("rights", "ask", "match"),
     [
-        ([], storage.exists, "may not be listed .*s3:ListBucket"),
-        ([], storage.read_text, "may not be read .*s3:GetObject"),
-        (["s3:GetObject"], storage.fetch, "may not be listed .*s3:ListBucket"),
-        (["s3:ListBucket"], storage.fetch, "may not be read .*s3:GetObject"),
+        ([], storage.exists, "not allowed to list .*s3:ListBucket"),
+        ([], storage.read_text, "not allowed to read .*s3:GetObject"),
+        (["s3:GetObject"], storage.fetch, "not allowed to list .*s3:ListBucket"),
+        (["s3:ListBucket"], storage.fetch, "not allowed to read .*s3:GetObject"),
         (
             ["s3:ListBucket", "s3:GetObject"],
             lambda uri: storage.publish(storage.fetch(uri), uri),
-            "may not be written .*s3:PutObject",
+            "not allowed to write .*s3:PutObject",
         ),
         (
             ["s3:ListBucket", "s3:GetObject", "s3:PutObject"],
             storage.remove,
-            "may not be deleted .*s3:DeleteObject",
+            "not allowed to delete .*s3:DeleteObject",
         ),
     ],
 )
@@ -685,10 +685,10 @@ def keys(no_aws: None, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (400, "ExpiredToken", "session token .* has expired .*AWS_SESSION_TOKEN"),
         (400, "InvalidToken", "session token .* is not valid"),
-        (301, "PermanentRedirect", "not in the region .*AWS_REGION to eu-central-1"),
-        (400, "AuthorizationHeaderMalformed", "not in the region .*AWS_REGION to eu-central-1"),
-        (403, "AccessDenied", "may not be listed"),
-        (403, "AllAccessDisabled", "may not be listed"),
+        (301, "PermanentRedirect", "not in the .* region .*AWS_REGION to eu-central-1"),
+        (400, "AuthorizationHeaderMalformed", "not in the .* region .*AWS_REGION to eu-central-1"),
+        (403, "AccessDenied", "not allowed to list"),
+        (403, "AllAccessDisabled", "not allowed to list"),
     ],
 )
 def test_a_refusal_is_explained(
@@ -721,7 +721,7 @@ def test_a_role_that_may_not_be_taken_is_told(
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/src")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
     scripted.status, scripted.body = 403, STS_ANSWER.format(code="AccessDenied")
-    message = refused(storage.listing, "s3://bucket/key", "role .* may not be taken")
+    message = refused(storage.listing, "s3://bucket/key", "role .* cannot be assumed")
     assert "hidden" not in message
 
 
@@ -741,13 +741,13 @@ def test_an_endpoint_that_does_not_answer_is_named(
     port = free_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:hidden@127.0.0.1:{port}")
     for ask in [*ASKS, lambda uri: storage.publish(folder, uri)]:
-        message = refused(ask, "s3://bucket/key", f"http://127.0.0.1:{port} does not answer")
+        message = refused(ask, "s3://bucket/key", f"http://127.0.0.1:{port} does not respond")
         assert "hidden" not in message
 
 
 def test_an_endpoint_that_is_no_url_is_told(keys: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "user:hidden@minio:9000")
-    with pytest.raises(UserError, match="AWS_ENDPOINT_URL is no URL") as caught:
+    with pytest.raises(UserError, match="AWS_ENDPOINT_URL is not a URL") as caught:
         storage.exists("s3://bucket/key")
     assert "hidden" not in str(caught.value)
 
@@ -760,7 +760,9 @@ def test_a_connection_without_trust_is_told(
         monkeypatch.setenv("AWS_CA_BUNDLE", bundle)
     # It speaks no TLS.
     monkeypatch.setenv("AWS_ENDPOINT_URL", scripted.url.replace("http:", "https:"))
-    refused(storage.exists, "s3://bucket/key", "no trusted connection .*AWS_CA_BUNDLE")
+    refused(
+        storage.exists, "s3://bucket/key", "Cannot open a trusted TLS connection .*AWS_CA_BUNDLE"
+    )
 
 
 # The client

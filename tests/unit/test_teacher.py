@@ -151,7 +151,7 @@ def test_facts_teacher_cannot_rate_without_facts() -> None:
     [
         ({}, "needs endpoint.url and endpoint.model"),
         ({"url": "http://localhost/v1"}, "needs endpoint.url and endpoint.model"),
-        ({"url": "localhost:8000", "model": "m"}, "no address of a server"),
+        ({"url": "localhost:8000", "model": "m"}, "must be the address of a server"),
     ],
 )
 def test_an_unusable_endpoint_is_refused_at_once(settings: dict[str, str], message: str) -> None:
