@@ -1,12 +1,12 @@
 """Where stages keep their folders: local paths, and ``s3://bucket/key`` behind the same functions.
 
-`fetch` makes a folder of a bucket a local one, in a cache; `publish` uploads a stage's folder, its
-manifest last, so that a folder with a manifest is whole. Any store that speaks S3 will do;
+`fetch` copies a folder of a bucket into a local cache; `publish` uploads a stage's folder, its
+manifest last, so that a folder with a manifest is complete. Any store with an S3 API works;
 credentials, region and endpoint come from where boto3 looks for them (``AWS_*`` variables,
 profiles, the role of a pod).
 
 Assumes that a folder is not written while it is fetched, and that the cache belongs to this
-package alone: a cached folder is made equal to the bucket's, and what else lies in it goes.
+package alone: a cached folder is made equal to the bucket's, and other files in it are deleted.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ __all__ = [
 ]
 
 THREADS = 16
-"""Requests at once; large files go in parts, so that one file alone uses them too."""
+"""Concurrent requests; large files are sent in parts, so a single file can use them all."""
 ABANDONED = 24 * 3600.0
-"""Seconds after which a download that nobody finished counts as left behind."""
+"""Seconds after which an unfinished download is considered abandoned."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
 _CHECK_ADDRESS = "Check the address, and that the stage that writes it has finished."
@@ -86,12 +86,12 @@ _DISK_FAULTS = frozenset(
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of a folder, as a listing tells of it.
+    """A file of a folder, as it appears in a listing.
 
     Args:
-        path: Relative to the folder; of a single file, its name.
+        path: Relative to the folder; for a single file, its name.
         size: In bytes.
-        etag: The store's mark of the content; empty for a local file.
+        etag: The store's identifier of the content; empty for a local file.
     """
 
     path: str
@@ -101,7 +101,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class _Address:
-    """A place in a bucket; the empty key is all of it."""
+    """A place in a bucket; an empty key means the whole bucket."""
 
     bucket: str
     key: str
@@ -111,7 +111,7 @@ class _Address:
 
     @property
     def prefix(self) -> str:
-        """What the keys of a folder's files begin with."""
+        """What the keys of a folder's files start with."""
         return f"{self.key}/" if self.key else ""
 
 
@@ -119,7 +119,7 @@ class _Address:
 
 
 def is_remote(uri: str) -> bool:
-    """Whether an address lies in a bucket; plain paths and ``file://`` are local.
+    """Whether an address is in a bucket; plain paths and ``file://`` are local.
 
     Raises:
         UserError: The address has another scheme.
@@ -144,7 +144,7 @@ def join(uri: str, name: str) -> str:
         name: ``adapter``, ``../other/adapter``.
 
     Returns:
-        The address that is meant, without ``..``.
+        The resolved address, without ``..``.
 
     Raises:
         UserError: The reference is absolute, or leads out of the bucket.
@@ -172,7 +172,7 @@ def join(uri: str, name: str) -> str:
 
 
 def resolve(uri: str, name: str) -> str:
-    """Resolves a reference that is relative to a folder, or absolute: then it stands as it is.
+    """Resolves a reference that is relative to a folder; an absolute one is returned unchanged.
 
     Raises:
         UserError: The reference leads out of the bucket.
@@ -181,9 +181,9 @@ def resolve(uri: str, name: str) -> str:
 
 
 def local_path(uri: str) -> Path:
-    """Where `fetch` puts an address: a local one stays where it is.
+    """Returns where `fetch` puts an address; local files stay where they are.
 
-    What lies in a bucket goes to ``s3/BUCKET/KEY`` in the cache: ``$SRCCORE_CACHE``, else
+    Files from a bucket go to ``s3/BUCKET/KEY`` in the cache: ``$SRCCORE_CACHE``, else
     ``$XDG_CACHE_HOME/srccore`` or ``~/.cache/srccore``.
     """
     if not is_remote(uri):
@@ -213,12 +213,12 @@ def _parse(uri: str) -> _Address:
 
 
 def _is_safe(path: str) -> bool:
-    """Whether a relative path of a store means the same below a local folder."""
+    """Whether a relative path of a store means the same in a local folder."""
     return "\0" not in path and all(part not in ("", ".", "..") for part in path.split("/"))
 
 
 def _shown(uri: str) -> str:
-    """An address without what may be a secret: user, password, the query of a signed link."""
+    """Strips possible secrets from an address: user, password, the query of a signed link."""
     return re.sub(r"//[^/]*@", "//", uri).partition("?")[0]
 
 
@@ -236,10 +236,10 @@ def _bucket_folder(address: _Address) -> Path:
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file of exactly that name, or a folder that holds anything.
+    """Whether there is a file of exactly that name, or a folder with anything in it.
 
     Raises:
-        UserError: The store cannot be asked.
+        UserError: The store cannot be queried.
     """
     if not is_remote(uri):
         path = _local(uri)
@@ -250,7 +250,7 @@ def exists(uri: str) -> bool:
 
 
 def listing(uri: str) -> list[StoredFile]:
-    """The files at an address, sorted by path: those of a folder, or the one file.
+    """Lists the files at an address, sorted by path: those of a folder, or the one file.
 
     Raises:
         UserError: There is nothing, or an object's key cannot be a file's name.
@@ -271,7 +271,7 @@ def listing(uri: str) -> list[StoredFile]:
 
 
 def fingerprint(uri: str) -> str:
-    """A SHA-256 of the listing: what a checkpoint in a bucket counts by, without reading it.
+    """Returns a SHA-256 of the listing: identifies a checkpoint in a bucket without reading it.
 
     Raises:
         UserError: There is nothing.
@@ -281,10 +281,10 @@ def fingerprint(uri: str) -> str:
 
 
 def read_text(uri: str) -> str:
-    """Reads a small file, past the cache.
+    """Reads a small file, bypassing the cache.
 
     Raises:
-        UserError: There is no such file, or it is no text.
+        UserError: There is no such file, or it is not UTF-8 text.
     """
     try:
         return _read(uri).decode()
@@ -310,15 +310,15 @@ def _nothing(uri: str) -> UserError:
 
 
 def _files_at(path: Path) -> list[Path]:
-    """The file itself, or all files below the folder; none where there is neither."""
+    """Lists the file itself, or all files below the folder; none if neither exists."""
     return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
 
 
 def _stored(address: _Address) -> tuple[str, list[StoredFile]]:
-    """What lies at an address: the prefix that all keys share, and the files below it.
+    """Returns what is stored at an address: the common prefix of all keys, and the files below it.
 
     Raises:
-        UserError: There is nothing, or the keys are no paths of files.
+        UserError: There is nothing, or the keys are not valid paths of files.
     """
     prefix, files = address.prefix, list(_objects(address))
     if not files:
@@ -338,7 +338,7 @@ def _stored(address: _Address) -> tuple[str, list[StoredFile]]:
 
 
 def _objects(address: _Address) -> Iterator[StoredFile]:
-    """The files of a folder, page by page; the marks that some tools make for folders are none."""
+    """Yields the files of a folder, page by page, without the markers of some tools for folders."""
     prefix = address.prefix
     pages = _client().get_paginator("list_objects_v2")
     for page in pages.paginate(Bucket=address.bucket, Prefix=prefix):
@@ -349,7 +349,10 @@ def _objects(address: _Address) -> Iterator[StoredFile]:
 
 
 def _single(address: _Address) -> StoredFile | None:
-    """The object of exactly that key. Comes after `_objects`: its answer says less of a fault."""
+    """Returns the object with exactly that key.
+
+    Call it after `_objects`: the response to a HEAD request says less about a fault.
+    """
     from botocore.exceptions import ClientError
 
     if not address.key:
@@ -368,17 +371,18 @@ def _single(address: _Address) -> StoredFile | None:
 
 
 def fetch(uri: str) -> Path:
-    """Brings a file, or a folder with all below it, to this machine.
+    """Brings a file, or a folder with everything below it, to this machine.
 
-    What the cache has of the same size and ETag is not downloaded again; what is no longer in the
-    bucket goes, since a stale shard must not be read. Files appear under their names when they are
-    whole, the manifest last. Of several processes that fetch the same at once, one downloads it.
+    Files that the cache has with the same size and ETag are not downloaded again; files that are
+    no longer in the bucket are deleted, since a stale shard must not be read. Files appear under
+    their names once they are complete, the manifest last. If several processes fetch the same
+    address at once, one of them downloads it.
 
     Returns:
         `local_path` of the address.
 
     Raises:
-        UserError: There is nothing, the store refuses, or the cache cannot be written.
+        UserError: There is nothing, the store denies access, or the cache cannot be written.
     """
     path = local_path(uri)
     if is_remote(uri):
@@ -391,7 +395,7 @@ def fetch(uri: str) -> Path:
 
 
 def _mirror(address: _Address, path: Path) -> None:
-    """Makes what is cached at a path equal to what is stored."""
+    """Makes the cached files at a path equal to the stored ones."""
     prefix, files = _stored(address)
     wanted = {_bucket_folder(address) / prefix / file.path: file for file in files}
     for stale in set(_files_at(path)) - wanted.keys():
@@ -408,25 +412,25 @@ def _mirror(address: _Address, path: Path) -> None:
                 ]
                 for n, (each, download) in enumerate(begun):
                     download.result()
-                    # Another process may have placed it meanwhile, and read it by now.
+                    # Another process may have placed it in the meantime, and be reading it.
                     if not _is_cached(each, wanted[each]):
                         _place(staging / str(n), each, wanted[each].etag, staging)
 
 
 @contextlib.contextmanager
 def _one_by_one(address: _Address) -> Iterator[None]:
-    """Lets the processes that share a cache download an address one after the other."""
+    """Makes the processes that share a cache download an address one after the other."""
     path = _cache() / "locks" / hashlib.sha256(str(address).encode()).hexdigest()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        # Some network file systems have no locks; then each downloads for itself.
+        # Some network file systems have no locks; there, each process downloads for itself.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _manifest_last(paths: Iterable[Path], folder: Path) -> Iterator[list[Path]]:
-    """Data, then the folder's manifest: where that is, all is."""
+    """Yields the data, then the folder's manifest: its presence means that all files are there."""
     manifest = folder / MANIFEST
     yield [path for path in paths if path != manifest]
     yield [path for path in paths if path == manifest]
@@ -438,7 +442,7 @@ def _download(
     from s3transfer.subscribers import BaseSubscriber
 
     class Listed(BaseSubscriber):
-        """Spares a request for what the listing told, so that parts are of the object listed."""
+        """Passes on size and ETag, which saves a request and pins the parts to that object."""
 
         def on_queued(self, future: TransferFuture, **kwargs: Any) -> None:
             future.meta.provide_transfer_size(file.size)
@@ -448,7 +452,10 @@ def _download(
 
 
 def _place(downloaded: Path, path: Path, etag: str, staging: Path) -> None:
-    """Puts a whole file under its name. Its record comes first and is void until it does."""
+    """Puts a complete file under its name.
+
+    Its record is written first, and does not match any file until this one is in place.
+    """
     _record(path, downloaded, etag, staging)
     if path.is_dir():
         shutil.rmtree(path)
@@ -467,7 +474,7 @@ def _is_cached(path: Path, file: StoredFile) -> bool:
 
 
 def _record(path: Path, content: Path, etag: str, staging: Path) -> None:
-    """Notes which object a cached file is. Time and size tell whether it still is that file."""
+    """Records which object a cached file is; its time and size show whether it still is."""
     written, record = staging / "record", _record_path(path)
     written.write_text(_state(etag, content.stat()), encoding="ascii")
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -485,11 +492,11 @@ def _state(etag: str, state: os.stat_result) -> str:
 
 @contextlib.contextmanager
 def _staging() -> Iterator[Path]:
-    """A folder for unfinished downloads: beside the cached ones, where no fetch clears away."""
+    """Yields a folder for unfinished downloads, outside the folders that fetches clean up."""
     folder = _cache() / "tmp"
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.iterdir():
-        # A killed process cannot tidy up, and checkpoints are large.
+        # A killed process cannot clean up, and checkpoints are large.
         with contextlib.suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > ABANDONED:
                 shutil.rmtree(left, ignore_errors=True)
@@ -503,15 +510,15 @@ def _staging() -> Iterator[Path]:
 def publish(folder: Path, uri: str) -> None:
     """Uploads a stage's folder, or copies it to a local one: data first, the manifest last.
 
-    Journals and ``*.tmp`` stay behind. A later `fetch` of an address whose `local_path` the folder
-    is downloads nothing. What the address held under other names stays there.
+    Journals and ``*.tmp`` are left out. If the folder is the `local_path` of the address, a later
+    `fetch` downloads nothing. Files with other names that are already at the address stay there.
 
     Args:
         folder: The folder of a stage.
-        uri: The folder that shall hold the same.
+        uri: The folder to publish to.
 
     Raises:
-        UserError: The folder holds nothing, or the address cannot be written.
+        UserError: The folder is empty, or the address cannot be written.
     """
     files = sorted(
         file for file in _files_at(folder) if file.name != JOURNAL and file.suffix != ".tmp"
@@ -549,7 +556,7 @@ def _upload(folder: Path, files: Iterable[Path], address: _Address) -> None:
 
 
 def _record_all(address: _Address) -> None:
-    """Notes that the cached folder is what was uploaded from it."""
+    """Records that the cached folder equals what was uploaded from it."""
     prefix, files = _stored(address)
     with _staging() as staging:
         for file in files:
@@ -559,12 +566,12 @@ def _record_all(address: _Address) -> None:
 
 
 def remove(uri: str) -> None:
-    """Deletes a file, or a folder with all below it; of what is not there, nothing.
+    """Deletes a file, or a folder with everything below it; does nothing if it does not exist.
 
-    Manifests go first: what is half deleted must not count as whole.
+    Manifests are deleted first: a half-deleted folder must not count as complete.
 
     Raises:
-        UserError: The address is a whole bucket, or may not be deleted.
+        UserError: The address is a whole bucket, or deleting it is not allowed.
     """
     if is_remote(uri):
         address = _parse(uri)
@@ -574,7 +581,7 @@ def remove(uri: str) -> None:
             keys = [address.prefix + file.path for file in _objects(address)]
             if not keys and _single(address):
                 keys = [address.key]
-            # One by one: not every store takes them together, and folders of ours are small.
+            # One by one: not every store can delete in batches, and our folders are small.
             for key in sorted(keys, key=lambda key: PurePosixPath(key).name != MANIFEST):
                 _client().delete_object(Bucket=address.bucket, Key=key)
         return
@@ -596,7 +603,7 @@ def _copy(source: Path, path: Path) -> None:
 
 
 def _client() -> S3Client:
-    """One client for a process, and another where the environment has changed."""
+    """Returns the client of this process, or a new one if the environment has changed."""
     settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     return _connect(tuple(sorted(settings.items())))
 
@@ -620,7 +627,7 @@ def _connect(_settings: tuple[tuple[str, str], ...]) -> S3Client:
         ) from None
     if _is_amazon(client.meta.endpoint_url):
         return client
-    # Other stores have no host for each bucket, and older ones refuse the newer checksums.
+    # Other stores have no host per bucket, and older ones reject the newer checksums.
     lenient = Config(
         s3={"addressing_style": "path"},
         request_checksum_calculation="when_required",
@@ -636,7 +643,7 @@ def _is_amazon(endpoint: str) -> bool:
 
 
 def _transfers() -> TransferManager:
-    """Threads that upload and download, large files in parts, each part with its retries."""
+    """Makes a pool of threads for transfers: large files in parts, each part with its retries."""
     from s3transfer.manager import TransferConfig, TransferManager
 
     config = TransferConfig(max_request_concurrency=THREADS)
@@ -651,7 +658,7 @@ def _disk_explained(path: Path, fix: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # The errors of a connection are OSErrors too, with other numbers or none.
+        # Connection errors are OSErrors, too, with other numbers or none.
         if error.errno not in _DISK_FAULTS:
             raise
         raise UserError(f"Cannot write to {path}: {error.strerror}.", fix) from None
@@ -759,7 +766,7 @@ def _explain(error: BotoCoreError | ClientError, address: _Address) -> UserError
     if isinstance(error, ClientError):
         detail, operation = dict(error.response["Error"]), error.operation_name
         endpoint = _client().meta.endpoint_url
-        # Also AssumeRoleWithWebIdentity, by which a service account gets its role.
+        # Also AssumeRoleWithWebIdentity, with which a service account gets its role.
         is_role = operation.startswith("AssumeRole")
         signs = ["AssumeRole" if is_role else str(detail.get("Code"))]
     action, permission = _PERMISSIONS.get(operation, ("use", "the permission"))
@@ -780,6 +787,6 @@ def _explain(error: BotoCoreError | ClientError, address: _Address) -> UserError
 
 
 def _host(url: str) -> str:
-    """A URL without its path, which for a request is long, and without a password."""
+    """Strips a URL of its path, which is long for a request, and of any password."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"

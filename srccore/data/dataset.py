@@ -1,15 +1,15 @@
 """Data sets: samples with their images, read, checked and written.
 
-Two formats, one set of columns (``id, category, image, question, answer``, and where there are
-any ``rationale`` and ``facts``):
+Two formats with the same columns (``id, category, image, question, answer``, and optionally
+``rationale`` and ``facts``):
 
 * Parquet in Hugging Face layout: a ``.parquet`` file, or a folder of them, read in the order of
   their names. ``image`` is ``struct<bytes, path>`` or plain binary; the path is never opened.
 * JSON Lines: a folder with ``samples.jsonl``, or a ``.jsonl`` file. ``image`` is a path relative
-  to the file's folder and must stay in it.
+  to the file's folder and must not leave it.
 
-Rows count from 1: a JSON Lines file's lines, or the rows of all Parquet files together. Images
-stay encoded, on disk, until one is asked for: a data set may be larger than memory.
+Rows are numbered from 1: the lines of a JSON Lines file, or the rows of all Parquet files
+together. Images stay encoded on disk until they are used: a data set may be larger than memory.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ __all__ = [
 
 _REQUIRED = ("id", "category", "question", "answer")
 _KNOWN = ("image", *Sample.model_fields)
-# Pillow's other readers are rarely used and less safe (EPS starts Ghostscript).
+# Pillow's other readers are rarely used and less safe (EPS runs Ghostscript).
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _GROUP_ROWS = 256
 _CACHE_BYTES = 256 * 2**20
 MAX_IMAGE_PIXELS = 40_000_000
-"""Larger images are refused: decoding one could fill the memory."""
+"""Larger images are rejected: decoding one could exhaust the memory."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class RowProblem:
     """One thing that is wrong with one row."""
 
     row: int
-    """Counts from 1."""
+    """Numbered from 1."""
     id: str | None
-    """The sample's id, where the row has one."""
+    """The sample's id, if the row has one."""
     reason: str
 
 
@@ -71,9 +71,9 @@ class ValidationReport:
     """What `validate` found."""
 
     rows: int
-    """All rows, bad ones too."""
+    """All rows, including bad ones."""
     by_category: Mapping[Category, int]
-    """Rows of each category, bad ones too; rows of unknown category count nowhere."""
+    """Rows of each category, including bad ones; rows of an unknown category are not counted."""
     problems: tuple[RowProblem, ...]
     """Every problem in the order of the rows; a row may have several."""
 
@@ -81,8 +81,8 @@ class ValidationReport:
 class DataSet:
     """Samples and their images; made by `open_data`.
 
-    Images are decoded when asked for and not kept. Of a Parquet file's encoded images up to about
-    256 MiB of recently used row groups are kept.
+    Images are decoded on each access and not kept. For Parquet files, up to about 256 MiB of
+    recently used row groups of encoded images are cached.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class DataSet:
         return len(self.samples)
 
     def sample(self, sample_id: str) -> Sample:
-        """The sample of that id.
+        """Returns the sample with that id.
 
         Raises:
             UserError: The data set has no such sample.
@@ -116,10 +116,10 @@ class DataSet:
             ) from None
 
     def image(self, sample_id: str) -> Image:
-        """The sample's image: RGB, turned upright where its EXIF data say so.
+        """Returns the sample's image: RGB, rotated upright according to its EXIF data.
 
         Raises:
-            UserError: There is no such sample, or its image does not decode.
+            UserError: There is no such sample, or its image cannot be decoded.
         """
         from PIL import ImageOps
 
@@ -133,7 +133,7 @@ class DataSet:
             ) from None
 
     def encoded(self, sample_id: str) -> bytes:
-        """The sample's image as it is stored, for `write_data`.
+        """Returns the sample's image as it is stored, for `write_data`.
 
         Raises:
             UserError: There is no such sample.
@@ -143,9 +143,9 @@ class DataSet:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of all files of the data set, image files too; where they lie does not matter.
+        """Hash of all files of the data set, including image files; independent of their location.
 
-        Reads every byte once, when first asked for.
+        Reads every byte once, on first use.
         """
         images = (place for place in self._places.values() if isinstance(place, Path))
         total = hashlib.sha256()
@@ -156,17 +156,17 @@ class DataSet:
 
 
 def open_data(path: Path, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> DataSet:
-    """Opens a data set and checks every row; of the images only what their headers say.
+    """Opens a data set and checks every row; of the images it checks only the headers.
 
     Args:
         path: A Parquet file, a folder of them, a JSON Lines file or a folder with one.
-        max_image_pixels: Width times height above which an image is refused.
+        max_image_pixels: Width times height above which an image is rejected.
 
     Returns:
-        The data set, its samples in the order of the rows.
+        The data set, with its samples in the order of the rows.
 
     Raises:
-        UserError: The path is no data set, or a row is bad; the first bad row is told.
+        UserError: The path is not a data set, or a row is bad; the first bad row is reported.
     """
     images = _Images(max_image_pixels)
     samples: list[Sample] = []
@@ -180,7 +180,7 @@ def open_data(path: Path, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> DataSe
 
 
 def validate(path: Path, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> ValidationReport:
-    """Checks a data set as `open_data` does, decodes every image, and lists every problem.
+    """Checks a data set like `open_data`, but also decodes every image and lists every problem.
 
     Args:
         path: As for `open_data`.
@@ -212,14 +212,14 @@ def validate(path: Path, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Validat
 def write_data(path: Path, rows: Iterable[tuple[Sample, bytes]]) -> int:
     """Writes a Parquet file in Hugging Face layout, whole or not at all.
 
-    ``datasets.load_dataset("parquet", data_files=...)`` sees its images as an Image feature.
+    ``datasets.load_dataset("parquet", data_files=...)`` reads its images as an Image feature.
 
     Args:
         path: The file to write, ending in ``.parquet``; its folder must exist.
         rows: Samples, each with its encoded image (PNG, JPEG, ...). Read once, 256 at a time.
 
     Returns:
-        How many rows were written.
+        The number of rows written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -227,7 +227,7 @@ def write_data(path: Path, rows: Iterable[tuple[Sample, bytes]]) -> int:
     schema = _schema()
     count = 0
     remaining = iter(rows)
-    # Dictionaries would only make a detour for texts and images that hardly repeat.
+    # Dictionary encoding gains nothing for texts and images that hardly repeat.
     with (
         atomically(path) as temporary,
         pq.ParquetWriter(temporary, schema, use_dictionary=["category"]) as writer,
@@ -260,9 +260,9 @@ class _Row:
     values: Mapping[str, Any]
     """The columns without ``image``; null values are left out."""
     place: _Place | None
-    """None where the row names no image that may be opened."""
+    """None if the row names no image that may be opened."""
     reasons: tuple[str, ...] = ()
-    """What is wrong already: then the rest is not worth checking, or the image's path is bad."""
+    """What is already known to be wrong: the row is not readable, or the image's path is bad."""
     readable: bool = True
 
 
@@ -271,14 +271,14 @@ class _ImageError(Exception):
 
 
 class _Images:
-    """Opens images by their places, and refuses large ones before they are decoded."""
+    """Opens images by their places, and rejects large ones before they are decoded."""
 
     def __init__(self, max_pixels: int) -> None:
         self._max_pixels = max_pixels
         self._group = lru_cache(maxsize=1)(_read_images)
 
     def keep(self, largest_group: int) -> None:
-        """Fits the number of row groups that are kept to the bytes of the largest."""
+        """Sets how many row groups are cached, given the size in bytes of the largest."""
         kept = max(1, _CACHE_BYTES // max(1, largest_group))
         self._group = lru_cache(maxsize=kept)(_read_images)
 
@@ -295,7 +295,7 @@ class _Images:
 
     @contextmanager
     def opened(self, place: _Place) -> Iterator[Image]:
-        """The image, not decoded yet; what goes wrong inside the block is an `_ImageError` too."""
+        """Yields the image, not yet decoded; errors inside the block become `_ImageError` too."""
         import PIL.Image
 
         try:
@@ -317,14 +317,14 @@ class _Images:
         except PIL.UnidentifiedImageError:
             names = ", ".join(_FORMATS)
             raise _ImageError(f"image is corrupt or in none of the formats {names}") from None
-        except Exception as error:  # Pillow's readers raise all kinds on broken bytes.
+        except Exception as error:  # Pillow's readers raise all kinds of errors on broken bytes.
             raise _ImageError(f"image is corrupt ({error})") from error
 
 
 def _checked_rows(
     path: Path, images: _Images, *, decode: bool
 ) -> Iterator[tuple[_Row, Sample | None, list[str]]]:
-    """Every row with its sample, or None and the reasons why there is none."""
+    """Yields every row with its sample, or with None and the reasons why it has none."""
     first_rows: dict[str, int] = {}
     for row in _rows(path, images):
         reasons = list(row.reasons)
@@ -363,7 +363,7 @@ def _sample(values: Mapping[str, Any]) -> tuple[Sample | None, list[str]]:
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             where = ".".join(str(part) for part in detail["loc"])
-            # The reasons above are plainer than pydantic's for the same column.
+            # The reasons above are clearer than pydantic's for the same column.
             if detail["loc"][0] not in reasons:
                 reasons[where] = f"{where}: {detail['msg']}"
     return sample, list(reasons.values())
@@ -377,7 +377,7 @@ def _rows(path: Path, images: _Images) -> Iterator[_Row]:
 
 
 def _files(path: Path) -> list[Path]:
-    """The JSON Lines file, or the Parquet files in order."""
+    """Lists the JSON Lines file, or the Parquet files in order."""
     if path.is_dir():
         lines, tables = path / "samples.jsonl", sorted(path.glob("*.parquet"))
         found = [lines] * lines.is_file() + tables
@@ -419,7 +419,7 @@ def _json_row(number: int, line: bytes, root: Path) -> _Row:
 
 
 def _inside(root: Path, name: object) -> Path:
-    """The image file of that name, resolved; nothing outside the root is ever opened."""
+    """Resolves the path of an image file; nothing outside the root is ever opened."""
     if name is None:
         raise _ImageError("image is missing")
     if not isinstance(name, str) or not name:
@@ -430,7 +430,7 @@ def _inside(root: Path, name: object) -> Path:
             raise _ImageError(f"image path {name!r} is outside the data set's folder")
         if not path.is_file():
             raise _ImageError(f"image file {name!r} is missing")
-    # A zero byte, a circle of links, a name too long, a folder without permission.
+    # A null byte, a loop of symbolic links, a name that is too long, a folder without permission.
     except (OSError, ValueError, RuntimeError) as error:
         raise _ImageError(f"image path {name!r} cannot be resolved ({error})") from None
     return path
@@ -459,7 +459,7 @@ def _parquet_rows(files: Sequence[Path], images: _Images) -> Iterator[_Row]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow fills absent fields of a struct with nulls; without them the defaults hold."""
+    """Drops nulls, with which Arrow fills the absent fields of a struct, so defaults apply."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -487,7 +487,7 @@ def _reading_parquet(path: Path) -> Iterator[None]:
 
 
 def _schema() -> Any:
-    """The Arrow schema of `write_data`, with the features that `datasets` looks for."""
+    """Builds the Arrow schema of `write_data`, with the features that `datasets` looks for."""
     import pyarrow as pa
 
     text = {"dtype": "string", "_type": "Value"}

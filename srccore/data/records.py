@@ -1,8 +1,8 @@
-"""The records that travel between stages, and their JSON Lines form.
+"""The records that stages pass on to each other, and their JSON Lines files.
 
-A record file opens with one header line that names the record and its schema version; a reader
-refuses what it does not know. Every record is a frozen pydantic model, so a bad value is told
-with its line. Images never travel in record files: records name samples by id.
+A record file starts with a header line that names the record and its schema version; a reader
+rejects any it does not know. Every record is a frozen pydantic model, so a bad value is reported
+with its line. Images are never stored in record files: records refer to samples by id.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Category(StrEnum):
 
 
 class Record(BaseModel):
-    """Base of all records: frozen, no unknown fields, a name and a version for its file form."""
+    """Base of all records: frozen, no unknown fields, and a name and version for its files."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     record: ClassVar[str] = ""
@@ -64,7 +64,7 @@ class Record(BaseModel):
 class Fact(Record):
     """One thing that is true of a sample, as subject, relation and value.
 
-    ``the red bar`` / ``is`` / ``3``. Read aloud, the three make a sentence.
+    For example ``the red bar`` / ``is`` / ``3``: together the three make a sentence.
     """
 
     subject: Text
@@ -73,19 +73,19 @@ class Fact(Record):
     aliases: tuple[str, ...] = ()
     """Other ways to write the value."""
     visual: bool = True
-    """Seen in the image; false for world knowledge and for derived steps."""
+    """Visible in the image; false for world knowledge and for derived steps."""
     needed: bool = True
-    """The answer follows from it, so a right rationale must state it."""
+    """The answer depends on it, so a correct rationale must state it."""
 
     @property
     def sentence(self) -> str:
-        """The fact as a sentence with a capital and a full stop."""
+        """The fact as a sentence, capitalised and with a full stop."""
         text = f"{self.subject} {self.relation} {self.value}."
         return text[0].upper() + text[1:]
 
 
 class Sample(Record):
-    """One question about one image. ``image`` is read through the data set, not held here."""
+    """One question about one image; the image itself is read through the data set."""
 
     record: ClassVar[str] = "samples"
     id: Text
@@ -97,7 +97,7 @@ class Sample(Record):
 
 
 class Rationale(Record):
-    """A reference rationale of sample ``sample_id``: of the data set, or a teacher's."""
+    """A reference rationale of sample ``sample_id``, from the data set or from a teacher."""
 
     record: ClassVar[str] = "rationales"
     sample_id: Text
@@ -115,20 +115,20 @@ class Response(Record):
 
 
 class Judgement(Record):
-    """What a judge says of a response's rationale, where the sample has no facts to check it."""
+    """A judge's verdict on a response's rationale, for samples without facts to check it."""
 
     record: ClassVar[str] = "judgements"
     sample_id: Text
     rationale_right: bool
     derived_answer: str
-    """What follows from the rationale alone; empty where nothing does."""
+    """The answer that follows from the rationale alone; empty if none does."""
 
 
 class Candidate(Record):
     """A response found by the search."""
 
     id: Text
-    """Hash of sample and text: the same text is the same candidate in every shard."""
+    """Hash of sample and text: the same text has the same id in every shard."""
     text: str
     log_probability: float = Field(le=1e-6)
     """Sum over the response's tokens, natural log, at temperature 1."""
@@ -142,7 +142,7 @@ class CandidateSet(Record):
     sample_id: Text
     candidates: tuple[Candidate, ...]
     unfinished: int = Field(default=0, ge=0)
-    """Beams alive at the end that did not finish, dropped."""
+    """Beams still unfinished at the end, which were dropped."""
 
     @model_validator(mode="after")
     def _distinct(self) -> CandidateSet:
@@ -162,18 +162,18 @@ class Rating(Record):
     probabilities: tuple[float, float, float, float, float]
     """Over the rating tokens 1..5, renormalised."""
     mass: float = Field(ge=0, le=1 + 1e-6)
-    """Share of the full softmax that lies on the five tokens: a health figure."""
+    """Share of the full softmax that falls on the five tokens: a health figure."""
 
     @model_validator(mode="after")
     def _is_distribution(self) -> Rating:
-        # Written so that NaN fails too.
+        # Written so that NaN fails, too.
         if not (min(self.probabilities) >= 0 and abs(sum(self.probabilities) - 1) <= 1e-3):
             raise ValueError(f"{self.probabilities} is not a distribution over the rating tokens")
         return self
 
 
 class LabelledPair(Record):
-    """Two responses to one sample with a teacher's rating of first against second."""
+    """Two responses to one sample, with a teacher's rating of the first against the second."""
 
     record: ClassVar[str] = "labelled_pairs"
     sample_id: Text
@@ -183,7 +183,7 @@ class LabelledPair(Record):
 
 
 class Preference(Record):
-    """One (chosen, rejected) pair of candidates for one sample."""
+    """One pair (chosen, rejected) of candidates for one sample."""
 
     record: ClassVar[str] = "preferences"
     sample_id: Text
@@ -192,7 +192,7 @@ class Preference(Record):
     margin: float
     """``v_chosen - v_rejected``, in [0, 2]."""
     confidence: float = Field(ge=0, le=1)
-    """Mean folded certainty of the pairs that contain either."""
+    """Mean folded certainty of all pairs that contain either of the two."""
 
 
 R = TypeVar("R", bound=Record)
@@ -203,11 +203,11 @@ def write_records(path: Path, kind: type[R], records: Iterable[R]) -> int:
 
     Args:
         path: The file to write; its folder must exist.
-        kind: The record's class, which gives the header.
-        records: The records, in the order they shall have.
+        kind: The record's class, which determines the header.
+        records: The records, in the order to write them.
 
     Returns:
-        How many records were written.
+        The number of records written.
     """
     count = 0
     with atomically(path) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -229,7 +229,8 @@ def read_records(path: Path, kind: type[R]) -> Iterator[R]:
         The records, in the file's order.
 
     Raises:
-        UserError: The file is missing, holds other records or another version, or a line is bad.
+        UserError: The file is missing, contains other records or another version, or has a bad
+            line.
     """
     try:
         file = path.open(encoding="utf-8")

@@ -25,19 +25,19 @@ MIXTURE = {Category.PERCEPTION: 2, Category.CHART: 1, Category.MATH: 1}
 def draw(samples: Iterable[Sample], count: int, *, seed: int, start: int = 0) -> list[Sample]:
     """Draws the paper's mixture: perception, chart and math as 2:1:1.
 
-    Each category is put in the order of a hash of seed and id, and draw number ``start`` takes
-    the next slice of it: draws 0, 1, 2 share no sample while the category lasts, then it begins
-    again. The order of ``samples`` does not matter. Where a category has fewer samples than its
-    share, it gives all it has and the others fill in, by their parts.
+    Each category is sorted by a hash of seed and id, and draw number ``start`` takes the next
+    slice of it: draws 0, 1, 2 share no sample until the category is used up, then it starts over.
+    The order of ``samples`` does not matter. If a category has fewer samples than its share, all
+    of them are drawn and the other categories fill the gap in proportion to their parts.
 
     Args:
-        samples: What to draw from, ids distinct.
-        count: How many; where there are fewer, all are drawn, since none comes twice in a draw.
-        seed: Of the order.
+        samples: What to draw from; ids must be distinct.
+        count: How many to draw. If there are fewer, all are drawn: none appears twice in a draw.
+        seed: Seeds the order.
         start: Number of the draw, from 0: the round.
 
     Returns:
-        The drawn samples, categories interleaved, in the order of the hash.
+        The drawn samples in the order of the hash, with categories interleaved.
 
     Raises:
         UserError: There are no samples, or ``count`` or ``start`` is out of range.
@@ -70,12 +70,12 @@ def split(
 
     Args:
         samples: What to split.
-        shares: Name of each split and its share, relative to their sum. Their order matters.
-        seed: Of the hash.
+        shares: The share of each split by name, relative to their sum. Their order matters.
+        seed: Seeds the hash.
 
     Returns:
-        The splits by name. Disjoint, together complete; each in the order of ``samples``. Their
-        sizes are near the shares, not equal to them.
+        The splits by name: disjoint and together complete, each in the order of ``samples``.
+        Their sizes are close to the shares, not equal to them.
 
     Raises:
         UserError: The shares are not numbers of at least 0 with a sum above 0.
@@ -105,8 +105,8 @@ def shard(samples: Iterable[Sample], index: int, count: int) -> list[Sample]:
         count: How many shards there are.
 
     Returns:
-        The shard's samples in the order of ``samples``; it may be empty. All shards together are
-        complete and disjoint.
+        The shard's samples in the order of ``samples``; it may be empty. The shards are disjoint
+        and together complete.
 
     Raises:
         UserError: There is no shard ``index`` of ``count``.
@@ -120,7 +120,7 @@ def shard(samples: Iterable[Sample], index: int, count: int) -> list[Sample]:
 
 
 def _quotas(sizes: Mapping[Category, int], count: int) -> dict[Category, int]:
-    """How many samples each category gives; the same in every draw, so slices do not overlap."""
+    """Returns the samples per category, the same in every draw so that slices do not overlap."""
     quotas: dict[Category, int] = {}
     left = [name for name in MIXTURE if sizes[name]]
     while left:
