@@ -1,8 +1,8 @@
-"""A policy: a base checkpoint plus LoRA adapters, folded into its weights in order at load.
+"""A policy: a base checkpoint plus LoRA adapters, folded into its weights in order when it loads.
 
 Assumes LLaVA-1.5 and LLaVA-NeXT checkpoints in Hugging Face layout with safetensors weights; code
-from a checkpoint is never run. The words of a prompt and of a response are made here and nowhere
-else, so that training and inference see the same token ids.
+from a checkpoint is never run. The texts of prompts and responses are built only here, so that
+training and inference see the same token ids.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ EMBEDDED = {"embedded:lvlm": "lvlm", "embedded:rating": "rating"}
 VERSION = 1
 POLICY_FILE = "policy.json"
 
-# What an adapter may say and still be folded as scale * B @ A.
+# The settings with which an adapter can be folded as scale * B @ A.
 _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -70,7 +70,7 @@ class Policy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
     base: ModelConfig
     adapters: tuple[str, ...] = ()
-    """PEFT adapter folders, absolute once read, or ``s3://...``."""
+    """PEFT adapter folders: absolute paths after reading, or ``s3://...``."""
 
     def with_adapter(self, adapter: Path) -> Policy:
         """Returns this policy with one more adapter on top."""
@@ -95,7 +95,7 @@ class LoadedPolicy:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A plain LoRA adapter as it lies on disk."""
+    """A plain LoRA adapter as it is stored on disk."""
 
     scale: float
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -104,10 +104,10 @@ class Adapter:
 
 
 def write_policy(path: Path, policy: Policy) -> None:
-    """Writes a policy file; local adapters are named relative to it, so a run can be moved.
+    """Writes a policy file; paths of local adapters are relative to it, so a run can be moved.
 
     Args:
-        path: The file, or the folder that shall hold ``policy.json``.
+        path: The file, or the folder in which to write ``policy.json``.
         policy: The policy.
     """
     if path.is_dir():
@@ -124,7 +124,7 @@ def read_policy(path: Path) -> Policy:
     """Reads a policy file.
 
     Args:
-        path: The file, or the folder that holds ``policy.json``.
+        path: The file, or the folder with ``policy.json``.
 
     Returns:
         The policy, with absolute adapter paths or URIs.
@@ -151,17 +151,17 @@ def read_policy(path: Path) -> Policy:
 
 
 def parse_policy(text: str, source: str) -> Policy:
-    """Reads a policy file's text.
+    """Parses the text of a policy file.
 
     Args:
         text: The JSON.
         source: Where it comes from, for the error.
 
     Returns:
-        The policy; adapters as they are written, relative to the file or not.
+        The policy; adapter paths are unchanged, relative to the file or not.
 
     Raises:
-        UserError: The text is of another version, or no policy.
+        UserError: The text is of another version, or not a policy.
     """
     try:
         return _PolicyFile.model_validate_json(text).policy
@@ -175,7 +175,7 @@ def parse_policy(text: str, source: str) -> Policy:
 
 
 def policy_document(policy: Policy) -> dict[str, Any]:
-    """A policy as its file holds it, adapters as they are."""
+    """Returns the content of a policy file, with adapter paths unchanged."""
     document = _PolicyFile(record="policy", version=VERSION, policy=policy)
     return document.model_dump(mode="json")
 
@@ -187,10 +187,11 @@ def resolve_model_path(path: str) -> str:
         path: ``embedded:lvlm``, ``embedded:rating``, a folder, ``s3://...`` or a hub id.
 
     Returns:
-        A folder (what lies in a bucket is fetched), or the hub id as it is.
+        A folder (a checkpoint in a bucket is fetched first), or the hub id unchanged.
 
     Raises:
-        UserError: The folder is no checkpoint with safetensors weights, or the name is none.
+        UserError: The folder is not a checkpoint with safetensors weights, or there is no such
+            embedded model.
     """
     if path.startswith("embedded:"):
         if path not in EMBEDDED:
@@ -222,7 +223,7 @@ def resolve_model_path(path: str) -> str:
 def load_processor(base: ModelConfig) -> Any:
     """Loads a checkpoint's processor, with the chat template that the configuration names.
 
-    Images go through PIL where torchvision is missing (`AutoProcessor` chooses so by itself).
+    Images are processed with PIL if torchvision is missing (`AutoProcessor` decides this itself).
 
     Args:
         base: The checkpoint.
@@ -334,8 +335,8 @@ def read_adapter(path: str | Path) -> Adapter:
 def fold_adapters(model: Any, adapters: Sequence[str | Path]) -> None:
     """Adds adapters to a model's weights, in place.
 
-    The deltas of all adapters are summed in float32 and cast once (reconstruction): folding into
-    bfloat16 one by one would lose small ones.
+    The deltas of all adapters are summed in float32 and cast once (reconstruction): folding them
+    into bfloat16 weights one by one would lose small deltas.
 
     Args:
         model: The base model.
@@ -374,14 +375,14 @@ def fold_adapters(model: Any, adapters: Sequence[str | Path]) -> None:
 def prompt_text(processor: Any, question: str) -> str:
     """Writes the prompt of a question about one image, ready for the processor.
 
-    Tokenise it with ``add_special_tokens=False``: the template has written the BOS.
+    Tokenise it with ``add_special_tokens=False``: the template has already written the BOS.
 
     Args:
         processor: The policy's processor.
         question: The question.
 
     Returns:
-        The prompt with one ``<image>`` placeholder, up to where the response begins.
+        The prompt with one ``<image>`` placeholder, up to where the response starts.
     """
     asked = _without_image_token(processor, question)
     content = [{"type": "image"}, {"type": "text", "text": asked}]
@@ -394,17 +395,17 @@ def prompt_text(processor: Any, question: str) -> str:
 def response_text(processor: Any, response: str) -> str:
     """Writes a response as it follows the prompt, with the token that ends it.
 
-    Outer white space of the response does not count. The text is made to be tokenised apart from
-    the prompt (``add_special_tokens=False``), as TRL does, to the ids of the whole: a tokenizer
-    that puts a space before every text (Llama's) is not given the template's space as well. So
-    join token ids, never the two texts.
+    Surrounding white space of the response is stripped. The text is meant to be tokenised
+    separately from the prompt (``add_special_tokens=False``), as TRL does, and then gives the same
+    ids as the whole: for a tokenizer that puts a space before every text (Llama's), the
+    template's own space is left out. So join token ids, never the two texts.
 
     Args:
         processor: The policy's processor.
-        response: What the policy said or shall say.
+        response: What the policy said, or should say.
 
     Returns:
-        The text of the response, end-of-turn token included.
+        The text of the response, including the end-of-turn token.
 
     Raises:
         UserError: The chat template writes no end after a response, or changes the prompt.
@@ -420,7 +421,7 @@ def response_text(processor: Any, response: str) -> str:
         tokenize=False,
     )
     rest = whole.removeprefix(prompt)
-    # Some templates write a line break behind the end of a turn; a model stops before it.
+    # Some templates write a line break after the end of a turn; a model stops before it.
     text = rest.rstrip("\n")
     tokenizer = processor.tokenizer
     ids = _encode(tokenizer, text)
@@ -442,7 +443,7 @@ def response_text(processor: Any, response: str) -> str:
 
 
 def _without_image_token(processor: Any, text: str) -> str:
-    """Data sets for LLaVA often carry the placeholder in the question: one image, one token."""
+    """Removes the image placeholder, which many LLaVA data sets repeat in the question."""
     return text.replace(processor.image_token, "").strip()
 
 

@@ -1,12 +1,12 @@
-"""Teachers: where rationales and ratings come from that the data set does not have.
+"""Teachers: the source of rationales and ratings that the data set does not have.
 
-`FactsTeacher` makes both by program, from the facts of a sample. `EndpointTeacher` asks any
-OpenAI-compatible endpoint that takes images (the paper names Qwen2-VL-72B).
+`FactsTeacher` computes both from the facts of a sample. `EndpointTeacher` asks any
+OpenAI-compatible endpoint that accepts images (the paper names Qwen2-VL-72B).
 
-Assumed: results come as they are finished, in any order, so that a stage can append each to a
-durable file; to go on, it passes only the requests that have no result yet. Each pair is asked
-once: mirroring its rating is the stage's work. An `EndpointTeacher` runs its own event loop, and
-only while the next result is waited for, so it cannot be used inside a running one.
+Assumes that a stage takes results as they are finished, in any order, and appends each to a
+durable file; to resume, it passes only the requests that have no result yet. Each pair is asked
+once: mirroring its rating is up to the stage. An `EndpointTeacher` runs its own event loop, and
+only while the caller waits for the next result, so it cannot be used inside a running loop.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ MUCH_BETTER_FROM = 0.75
 """Responses whose qualities differ by this or more are rated 1 or 5 (reconstruction)."""
 
 FAULTS_IN_A_ROW = 10
-"""As many requests that fail alike, one after another, end the run."""
+"""This many consecutive requests that fail in the same way end the run."""
 
 RATIONALE_PROMPT = """\
 Look at the image and answer the question.
@@ -70,7 +70,7 @@ after it:
 Answer: <a word, a number, a short phrase or the letter of an option>
 
 Question: {question}"""
-"""The reference answer is withheld, so that agreeing with it says something (reconstruction)."""
+"""The reference answer is withheld, so that agreement with it is evidence (reconstruction)."""
 
 RATING_PROMPT = """\
 Two responses, "first" and "second", answer the same question about an image that you do not see. \
@@ -105,7 +105,7 @@ JUDGE_REMINDER = (
     '{"rationale_right": true or false, "derived_answer": "..."} alone.'
 )
 
-# A rationale is training text: these would end a turn, or stand for an image, in some template.
+# A rationale is training text: in some template, these would end a turn or mark an image.
 _CONTROL_TOKEN = re.compile(r"<\|[^|\n]*\|>|</?s>|<image>|\[/?INST\]", re.IGNORECASE)
 _ANSWER_MARK = re.compile(r"\banswer\s*:", re.IGNORECASE)
 
@@ -114,7 +114,7 @@ Result = TypeVar("Result")
 
 
 class Problem(StrEnum):
-    """Why a request gave nothing. A fault of the endpoint reads ``HTTP <status>`` instead."""
+    """Why a request gave no result. Faults of the endpoint are ``HTTP <status>`` instead."""
 
     NO_FACTS = "the sample has no facts"
     NO_FORM = "no rationale followed by one answer line"
@@ -130,7 +130,7 @@ class Problem(StrEnum):
 
 @dataclass(frozen=True)
 class RationaleRequest:
-    """Asks for a rationale of one sample. The image is read only when its turn comes."""
+    """Asks for a rationale of one sample. The image is read only when the request is sent."""
 
     sample: Sample
     image: Callable[[], Image]
@@ -147,7 +147,7 @@ class PairRequest:
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """Asks whether the rationale of a response is right. The image is read when its turn comes."""
+    """Asks whether a response's rationale is right. The image is read when the request is sent."""
 
     sample: Sample
     response: ParsedResponse
@@ -155,7 +155,7 @@ class JudgeRequest:
 
 
 class JudgeResult(NamedTuple):
-    """A judgement of a sample's response, or the problem that prevented it: one is None."""
+    """A judgement of a sample's response, or the problem that prevented it; the other is None."""
 
     sample_id: str
     judgement: Judgement | None
@@ -163,7 +163,7 @@ class JudgeResult(NamedTuple):
 
 
 class RationaleResult(NamedTuple):
-    """A rationale, or the problem that prevented it: one of the two is None."""
+    """A rationale, or the problem that prevented it; the other is None."""
 
     sample_id: str
     rationale: str | None
@@ -171,7 +171,7 @@ class RationaleResult(NamedTuple):
 
 
 class RatingResult(NamedTuple):
-    """A rating of ``requests[position]``, or the problem that prevented it: one is None."""
+    """A rating of ``requests[position]``, or the problem that prevented it; the other is None."""
 
     position: int
     rating: int | None
@@ -203,7 +203,7 @@ def make_teacher(name: TeacherName, endpoint: EndpointConfig) -> Teacher:
 
     Args:
         name: ``facts`` or ``endpoint``.
-        endpoint: Used by ``endpoint`` alone.
+        endpoint: Used only by ``endpoint``.
 
     Returns:
         The teacher.
@@ -215,7 +215,7 @@ def make_teacher(name: TeacherName, endpoint: EndpointConfig) -> Teacher:
 
 
 class FactsTeacher:
-    """Teaches from the facts of a sample, by program (reconstruction)."""
+    """Computes rationales and ratings from the facts of a sample (reconstruction)."""
 
     def rationales(self, requests: Sequence[RationaleRequest]) -> Iterator[RationaleResult]:
         """Yields the rationale that states the needed facts of each sample."""
@@ -247,11 +247,12 @@ def _rating_of(difference: float) -> int:
 
 
 class EndpointTeacher:
-    """Asks an OpenAI-compatible endpoint, several requests at a time.
+    """Asks an OpenAI-compatible endpoint, with several requests at a time.
 
-    A request that fails with 429, 5xx, a timeout or a lost connection is repeated as often as the
-    configuration says; then it is its item's problem. A refused key, an unknown model or an
-    endpoint that cannot be reached ends the run, as do `FAULTS_IN_A_ROW` equal faults.
+    A request that fails with 429, 5xx, a timeout or a lost connection is retried as often as the
+    configuration says; after that, the failure becomes the problem of that item. A rejected key,
+    an unknown model or an unreachable endpoint ends the run, as do `FAULTS_IN_A_ROW` consecutive
+    identical faults.
 
     Args:
         config: The endpoint, with `url` and `model`.
@@ -291,10 +292,10 @@ class EndpointTeacher:
             )
 
     def rationales(self, requests: Sequence[RationaleRequest]) -> Iterator[RationaleResult]:
-        """Yields rationales whose own answer equals the reference; others are problems.
+        """Yields rationales whose own answer equals the reference; all others become problems.
 
         Args:
-            requests: The samples with their images; each is asked once.
+            requests: The samples with their images; each is requested once.
 
         Yields:
             One result per request, in the order in which they are finished.
@@ -314,10 +315,10 @@ class EndpointTeacher:
         return self._run(ask, requests)
 
     def ratings(self, requests: Sequence[PairRequest]) -> Iterator[RatingResult]:
-        """Yields the endpoint's ratings; a reply that is not strict JSON is asked for once more.
+        """Yields the endpoint's ratings; after a reply that is not strict JSON it asks once again.
 
         Args:
-            requests: The ordered pairs; the endpoint sees their text and no image.
+            requests: The ordered pairs; the endpoint sees their text but no image.
 
         Yields:
             One result per request, in the order in which they are finished.
@@ -339,7 +340,7 @@ class EndpointTeacher:
         return self._run(ask, list(enumerate(requests)))
 
     def judgements(self, requests: Sequence[JudgeRequest]) -> Iterator[JudgeResult]:
-        """Yields judgements of rationales; a reply that is not strict JSON is asked for once more.
+        """Yields judgements of rationales; after a reply that is not strict JSON it asks again.
 
         Args:
             requests: The responses with their samples and images.
@@ -367,12 +368,12 @@ class EndpointTeacher:
         self, ask: Callable[[_Session, Item], Awaitable[Result]], items: Sequence[Item]
     ) -> Iterator[Result]:
         with asyncio.Runner() as runner:
-            # A caller that fails keeps this generator in its traceback until the interpreter is
-            # half taken down, where a loop with open requests hangs: close it before that.
+            # If the caller fails, its traceback keeps this generator alive until late in the
+            # interpreter's shutdown, where a loop with open requests hangs: close it earlier.
             atexit.register(runner.close)
             try:
                 results = self._results(ask, items)
-                # The default stands for the end: no result is None.
+                # None marks the end: no result is ever None.
                 while (result := runner.run(_next(results))) is not None:
                     yield result
             finally:
@@ -411,7 +412,7 @@ async def _next(results: AsyncGenerator[Result]) -> Result | None:
 
 
 class _ItemError(Exception):
-    """One request gave nothing; the others may."""
+    """One request gave no result; others may still succeed."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(problem)
@@ -419,10 +420,10 @@ class _ItemError(Exception):
 
 
 class _Session:
-    """One run against an endpoint: sends requests and tells item problems from fatal ones.
+    """One run against an endpoint: sends requests and separates item problems from fatal errors.
 
-    No message of the server is passed on with the key in it, and no exception of the client is
-    chained: both may quote what was sent.
+    Messages of the server are passed on only without the key, and exceptions of the client are
+    never chained: both may quote what was sent.
     """
 
     def __init__(
@@ -459,12 +460,12 @@ class _Session:
     async def ask(
         self, message: ChatCompletionMessageParam, form: type[Form], reminder: str
     ) -> Form | None:
-        """Asks for strict JSON of a form, twice at most; None where neither reply has it."""
+        """Asks for strict JSON of a given form, at most twice; None if neither reply has it."""
         messages = [message]
         text = await self.complete(messages)
         reply = _read_json(text, form)
         if reply is None:
-            # The reply is shown again: asked alike, a greedy model would reply alike.
+            # The reply is sent back: a greedy model would answer the same question the same way.
             messages.append({"role": "assistant", "content": text})
             messages.append({"role": "user", "content": reminder})
             reply = _read_json(await self.complete(messages), form)
@@ -515,7 +516,7 @@ class _Session:
 
 
 def _read_completion(completion: ChatCompletion) -> str:
-    # The client does not check what the server sent against its own types.
+    # The client does not check the server's response against its own types.
     try:
         choice = completion.choices[0]
         text: object = choice.message.content
@@ -564,7 +565,7 @@ def _is_control(character: str) -> bool:
 
 
 def _rating_message(request: PairRequest) -> ChatCompletionMessageParam:
-    # As JSON strings the responses cannot step out of their fields, whatever they say.
+    # As JSON strings, the responses cannot break out of their fields, whatever they say.
     material = {
         "question": request.sample.question,
         "reference_answer": request.sample.answer,

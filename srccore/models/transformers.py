@@ -1,9 +1,9 @@
-"""Engines on transformers: any device, the default on a CPU.
+"""Engines based on transformers: for any device, and the default on a CPU.
 
 Sampling encodes each image and each prompt once. A node is a row of a batch's key-value cache;
-extending it copies the row and decodes on, so no prefix is ever read twice. Assumes a decoder
-whose attention honours a 2-d mask with holes (rows of a batch stop at different places) and
-rotary or other positions that are given explicitly: Llama, Mistral and Qwen2 do.
+extending it copies the row and continues decoding, so no prefix is ever encoded twice. Assumes a
+decoder whose attention supports a 2-d mask with gaps (rows of a batch stop at different places)
+and rotary or other positions that are passed explicitly: Llama, Mistral and Qwen2 do.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from srccore.models.policy import prompt_text
 __all__ = ["TransformersRatingEngine", "TransformersSamplingEngine"]
 
 _ENDING = (".", "?", "!", "\n", "Ċ", "<0x0A>")
-"""Only a token with one of these, or the one after it, can show that a sentence has ended."""
+"""A sentence can only end at a token with one of these, or at the token after it."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Prefixes that were read together.
+    """Prefixes that were encoded together.
 
     Shapes: ``keys`` and ``values`` per layer (rows, heads, length, width); ``mask``
     (rows, length), 1 where a row has a token; ``logits`` (rows, vocabulary) of the next token.
@@ -74,7 +74,7 @@ class TransformersSamplingEngine:
 
     @torch.inference_mode()
     def open(self, prompts: Sequence[Prompt]) -> list[_Node]:
-        """Reads images and prompts in one forward pass."""
+        """Encodes images and prompts in one forward pass."""
         inputs = encode_prompts(self._processor, prompts).to(self._model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
         mask = inputs["attention_mask"]
@@ -116,7 +116,7 @@ class TransformersSamplingEngine:
             fed = []
             for writer, token, score in zip(writers, tokens.tolist(), scores.tolist(), strict=True):
                 fed.append(self._write(writer, token, score, whole))
-            # The row that took its last token at the limit is fed it, to be continued later.
+            # A row that drew its last token at the limit is still fed it, to be continued later.
             if not any(fed):
                 break
             alive = torch.tensor(fed, device=mask.device)
@@ -145,7 +145,7 @@ class TransformersSamplingEngine:
         ]
 
     def _write(self, row: _Row, token: int, score: float, whole: bool) -> bool:
-        """Takes a drawn token into a row; tells whether the model must read it."""
+        """Adds a drawn token to a row; returns whether the model must be fed it."""
         if row.stop is not None:
             return False
         if token in self._eos:
@@ -159,7 +159,7 @@ class TransformersSamplingEngine:
                 row.stop = "sentence"
                 last = row.tokens.pop()
                 if len(self._text(row)) >= end:
-                    # The token only showed that the sentence had ended: it is drawn again.
+                    # The token only showed that the sentence had ended: it will be drawn again.
                     return False
                 row.tokens.append(last)
         row.may_end = self._may_end[token]
@@ -167,7 +167,7 @@ class TransformersSamplingEngine:
         return True
 
     def _text(self, row: _Row) -> str:
-        # Some tokenizers drop a leading space: only the whole response decodes rightly.
+        # Some tokenizers drop a leading space: only the whole response decodes correctly.
         return self._decode([*row.prefix, *row.tokens])[row.prefix_length :]
 
     def _decode(self, tokens: Sequence[int]) -> str:
@@ -195,7 +195,7 @@ class _Row:
 
 
 class _Chooser:
-    """Chooses tokens by inverse sampling: a row's numbers come from its own seed alone."""
+    """Chooses tokens by inverse transform sampling; a row's numbers depend only on its own seed."""
 
     def __init__(self, draws: list[Draw], max_tokens: int, banned: list[int]) -> None:
         self.banned = banned
@@ -223,7 +223,7 @@ class _Chooser:
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers is read without types
-    """A cache layer that grows by blocks: appending a token does not copy all that came before."""
+    """A cache layer that grows in blocks: appending a token does not copy all previous ones."""
 
     BLOCK = 32
 
@@ -269,7 +269,7 @@ def _contents(cache: Cache) -> list[tuple[Tensor, Tensor]]:
 
 
 def encode_prompts(processor: Any, prompts: Sequence[Prompt]) -> Any:
-    """Renders prompts with the chat template and encodes them, padded on the left."""
+    """Renders prompts with the chat template and encodes them, with padding on the left."""
     texts = [prompt_text(processor, prompt.question) for prompt in prompts]
     return processor(
         images=[prompt.image for prompt in prompts],
@@ -287,7 +287,7 @@ class TransformersRatingEngine:
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer, with a chat template.
-        batch_size: Prompts of one forward pass.
+        batch_size: Prompts per forward pass.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
@@ -299,7 +299,7 @@ class TransformersRatingEngine:
     def load(
         cls, folder: Path, device: str, batch_size: int, *, dtype: str = "auto"
     ) -> TransformersRatingEngine:
-        """Loads the model of a folder that `train-scorer` wrote; by default in its own dtype."""
+        """Loads the model from a folder that `train-scorer` wrote, by default in its own dtype."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model = AutoModelForCausalLM.from_pretrained(
@@ -311,7 +311,7 @@ class TransformersRatingEngine:
     def next_token_distribution(
         self, prompts: Sequence[str], tokens: Sequence[str]
     ) -> list[TokenDistribution]:
-        """Reads the distributions; prompts of like length share a batch."""
+        """Reads the distributions; prompts of similar length share a batch."""
         wanted = [single_token(self._tokenizer, token) for token in tokens]
         encoded = [encode_rating_prompt(self._tokenizer, prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
@@ -335,7 +335,7 @@ class TransformersRatingEngine:
 
 
 def single_token(tokenizer: Any, text: str) -> int:
-    """The id of a text that must be one token.
+    """Returns the token id of a text that must be a single token.
 
     Raises:
         UserError: The tokenizer splits it.
@@ -350,7 +350,7 @@ def single_token(tokenizer: Any, text: str) -> int:
 
 
 def encode_rating_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a rating prompt up to where the rating token stands."""
+    """Returns the token ids of a rating prompt, up to where the rating token follows."""
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )

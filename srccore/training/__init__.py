@@ -1,1 +1,1 @@
-"""Fine-tuning over TRL: rationale tuning, R-Scorer and DPO, in one process or several."""
+"""Fine-tuning with TRL: rationale tuning, R-Scorer and DPO, in one process or several."""

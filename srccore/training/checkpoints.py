@@ -1,8 +1,8 @@
-"""Exports of a policy: one merged checkpoint, or one adapter, for whoever takes no list of them.
+"""Exports a policy as one merged checkpoint or one adapter, for tools that take no list of them.
 
-A checkpoint is written in the names that public LLaVA checkpoints use
+A checkpoint is written with the weight names of public LLaVA checkpoints
 (``vision_tower.vision_model.*``, ``language_model.model.*``), which transformers, vLLM and the
-evaluation harnesses all read. transformers 5 itself writes them half renamed.
+evaluation harnesses all read. transformers 5 itself writes them partly renamed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PUBLIC_PREFIXES = {
 
 
 def public_name(name: str) -> str:
-    """Gives the name that a weight of a LLaVA model has in public checkpoints.
+    """Returns the name that a weight of a LLaVA model has in public checkpoints.
 
     Args:
         name: Its name in the ``state_dict`` of transformers 5.
@@ -43,7 +43,7 @@ def public_name(name: str) -> str:
 
 
 def save_in_public_names(model: Any, out: Path) -> None:
-    """Writes a LLaVA model in Hugging Face layout (safetensors) in public names.
+    """Writes a LLaVA model in Hugging Face layout (safetensors) with public names.
 
     Args:
         model: ``LlavaForConditionalGeneration`` or ``LlavaNextForConditionalGeneration``.
@@ -62,7 +62,7 @@ def save_in_public_names(model: Any, out: Path) -> None:
 
 
 def export_merged(policy: Policy, out: Path, card: str) -> None:
-    """Writes a policy as one checkpoint that loads by itself.
+    """Writes a policy as one self-contained checkpoint.
 
     Args:
         policy: The policy.
@@ -81,8 +81,8 @@ def export_merged(policy: Policy, out: Path, card: str) -> None:
 def export_adapter(policy: Policy, out: Path, card: str) -> None:
     """Writes the policy's adapters as one PEFT adapter that equals their sum.
 
-    The matrices are joined along the rank, each adapter's scale multiplied into B: the rank is
-    the sum of the ranks and the scale is 1. Kept in float32.
+    The matrices are concatenated along the rank, with each adapter's scale multiplied into B: the
+    rank is the sum of the ranks and the scale is 1. Kept in float32.
 
     Args:
         policy: A policy with at least one adapter.
@@ -108,7 +108,7 @@ def export_adapter(policy: Policy, out: Path, card: str) -> None:
         inputs, outputs = _shape(name, adapters)
         left, right = [], []
         for adapter, rank in zip(adapters, ranks, strict=True):
-            # PEFT wants one rank everywhere: an adapter without the module adds zeros.
+            # PEFT requires the same rank everywhere: an adapter without the module adds zeros.
             nothing = (torch.zeros(rank, inputs), torch.zeros(outputs, rank))
             a, b = adapter.pairs.get(name, nothing)
             left.append(a.float())

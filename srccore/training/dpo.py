@@ -35,7 +35,7 @@ class PreferenceExample:
 
 @dataclass(frozen=True)
 class DpoOutcome:
-    """What a DPO run did; figures are means over the last steps, before each step's update."""
+    """Result of a DPO run; figures are means over the last steps, before each step's update."""
 
     training: TrainingOutcome
     reward_accuracy: float
@@ -60,10 +60,11 @@ def train_dpo(
 ) -> DpoOutcome:
     """Trains a new LoRA adapter on preferences.
 
-    The reference is the policy as it comes in: the same model with the new adapter disabled
-    (reconstruction). Beta and the weight of the SFT term are the preset's (paper: 0.1 and 0.02,
-    as in RPO; rank 256, alpha 512, learning rate 5e-7). The SFT term is a mean over the tokens of
-    all chosen responses of an optimiser step, however the step is shared and accumulated.
+    The reference is the policy before this training: the same model with the new adapter disabled
+    (reconstruction). Beta and the weight of the SFT term come from the preset (paper: 0.1 and
+    0.02, as in RPO; rank 256, alpha 512, learning rate 5e-7). The SFT term is a mean over the
+    tokens of all chosen responses of an optimiser step, however the step is divided among
+    processes and accumulated.
 
     Args:
         policy: The round's starting policy.
@@ -72,11 +73,11 @@ def train_dpo(
         out: An existing folder; ``out/adapter`` is written.
         seed: Seeds adapter, order and dropout.
         device: ``cpu`` or ``cuda``.
-        progress: Told of every optimiser step.
-        checkpoints: Where its states are kept; None is ``out/checkpoint``.
+        progress: Called after every optimiser step.
+        checkpoints: Where to keep checkpoints; None means ``out/checkpoint``.
 
     Returns:
-        Steps, losses, rewards at the end, and how many examples were too long.
+        Steps, losses, rewards at the end, and the number of examples that were too long.
 
     Raises:
         UserError: No example fits into the context, or the policy cannot be loaded.
@@ -123,10 +124,10 @@ def train_dpo(
 
 
 def _token_normalised(trainer: type[Any]) -> type[Any]:
-    """Makes a class of DPO trainers whose SFT term is a mean over an optimiser step's tokens.
+    """Makes a DPO trainer class whose SFT term is a mean over the tokens of an optimiser step.
 
-    TRL takes the mean over the tokens of one forward pass. Trainer and DDP then take the mean of
-    these over forward passes and processes, so each is weighted by its share of the tokens.
+    TRL takes the mean over the tokens of one forward pass. Trainer and DDP then average these
+    means over forward passes and processes, so each is weighted by its share of the tokens.
 
     Args:
         trainer: TRL's class.

@@ -1,7 +1,7 @@
-"""The processes that train one model together, as torchrun starts them.
+"""The processes that train one model together, as started by torchrun.
 
-Every process holds the whole model and trains on its share of each batch; the figures and the
-weights are those of one process. The first process alone writes, and the others wait for it.
+Every process has the whole model and trains on its share of each batch; figures and weights are
+the same as with a single process. Only the first process writes, and the others wait for it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from srccore.errors import UserError
 __all__ = ["Processes", "is_first", "is_launched", "joined", "local_share"]
 
 COLLECTIVE = timedelta(minutes=30)
-"""Longest wait for another process within a step; all of them are at the same one."""
+"""Longest wait for another process within a step; all processes are at the same step."""
 WAIT = timedelta(hours=12)
-"""Longest wait for the first process, which may fetch or publish large files meanwhile."""
+"""Longest wait for the first process, which may be fetching or publishing large files."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Those that train together, seen from one of them.
+    """The processes that train together, as seen from one of them.
 
     Attributes:
-        rank: This one's number; 0 is the first.
-        count: How many there are.
+        rank: The number of this process; 0 is the first.
+        count: The number of processes.
     """
 
     rank: int = 0
@@ -45,32 +45,32 @@ class Processes:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Waits until all are here."""
+        """Waits until all processes have called this."""
         if self._group is not None:
             import torch.distributed as dist
 
             dist.barrier(group=self._group)
 
     def from_first(self, number: int) -> int:
-        """Gives all the number that the first process holds."""
+        """Returns the number of the first process in all processes."""
         if self._group is None:
             return number
         import torch
         import torch.distributed as dist
 
-        held = torch.tensor([int(number)])
-        dist.broadcast(held, src=0, group=self._group)
-        return int(held)
+        shared = torch.tensor([int(number)])
+        dist.broadcast(shared, src=0, group=self._group)
+        return int(shared)
 
-    def agree(self, held: Iterable[str], what: str) -> None:
-        """Checks that all hold the same.
+    def agree(self, parts: Iterable[str], what: str) -> None:
+        """Checks that all processes have the same texts.
 
         Args:
-            held: What this process holds.
-            what: What that is, for the error.
+            parts: The texts of this process.
+            what: What they are, for the error.
 
         Raises:
-            RuntimeError: They do not, so they would train on different things.
+            RuntimeError: They differ, so the processes would train on different things.
         """
         if self._group is None:
             return
@@ -78,7 +78,7 @@ class Processes:
         import torch.distributed as dist
 
         digest = hashlib.sha256()
-        for part in held:
+        for part in parts:
             digest.update(part.encode())
         own = torch.tensor(list(digest.digest()))
         every = [torch.empty_like(own) for _ in range(self.count)]
@@ -95,24 +95,24 @@ _joined: list[Processes] = []
 
 
 def is_launched() -> bool:
-    """Whether torchrun started this process, alone or with others."""
+    """Whether torchrun started this process, by itself or with others."""
     return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes; it is where no launcher speaks."""
+    """Whether this process is the one that writes; without torchrun it always is."""
     return not is_launched() or os.environ["RANK"] == "0"
 
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Processes]:
-    """Joins the other processes, where torchrun started this one; may be nested.
+    """Joins the other processes if torchrun started this one; may be nested.
 
     Args:
-        device: ``cpu``, ``cuda`` or ``auto``: over gloo or over NCCL.
+        device: ``cpu``, ``cuda`` or ``auto``; chooses between gloo and NCCL.
 
     Yields:
-        All of them; this one alone where no launcher speaks.
+        All processes; without torchrun only this one.
     """
     if _joined or not is_launched():
         yield _joined[-1] if _joined else _ALONE
@@ -124,30 +124,30 @@ def joined(device: str) -> Iterator[Processes]:
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=COLLECTIVE)
-    # Over gloo even beside GPUs: it notices at once when another process is gone.
+    # gloo even with GPUs: it notices at once when another process is gone.
     group = dist.new_group(backend="gloo", timeout=WAIT)
     _joined.append(Processes(dist.get_rank(), dist.get_world_size(), group))
     try:
         yield _joined[-1]
     finally:
         _joined.clear()
-    # Where something failed, the others are not there any more to leave the group with.
+    # Not after a failure: the others may no longer be there to leave the group together.
     dist.destroy_process_group()
 
 
 def local_share(config: OptimizerSettings, count: int) -> tuple[int, int]:
-    """Divides the batch of an optimiser step, so that it is the same for any number of processes.
+    """Divides the batch of an optimiser step so that it is the same for any number of processes.
 
     Args:
         config: The stage's section of the preset, whose batch is
             ``batch_size * gradient_accumulation_steps`` samples.
-        count: How many processes there are.
+        count: The number of processes.
 
     Returns:
-        Samples of one forward pass of one process, and its forward passes of one optimiser step.
+        For one process: samples per forward pass, and forward passes per optimiser step.
 
     Raises:
-        UserError: The batch does not divide.
+        UserError: The batch cannot be divided evenly.
     """
     passes = config.gradient_accumulation_steps
     by_passes = math.gcd(passes, count)

@@ -36,7 +36,7 @@ def tune_rationale(
 ) -> TrainingOutcome:
     """Trains a LoRA adapter on the responses; the loss covers the response and its end only.
 
-    Rank, alpha and learning rate are the preset's (paper: 4, 8 for LLaVA-1.5-7B; 32, 64 for
+    Rank, alpha and learning rate come from the preset (paper: 4, 8 for LLaVA-1.5-7B; 32, 64 for
     LLaVA-NeXT-8B; 1e-5). Linear decay after warm-up and AdamW are a reconstruction.
 
     Args:
@@ -46,11 +46,11 @@ def tune_rationale(
         out: An existing folder; ``out/adapter`` is written.
         seed: Seeds adapter, order and dropout.
         device: ``cpu`` or ``cuda``.
-        progress: Told of every optimiser step.
-        checkpoints: Where its states are kept; None is ``out/checkpoint``.
+        progress: Called after every optimiser step.
+        checkpoints: Where to keep checkpoints; None means ``out/checkpoint``.
 
     Returns:
-        Steps, losses, seconds, and how many examples were too long.
+        Steps, losses, seconds, and the number of examples that were too long.
 
     Raises:
         UserError: No example fits into the context, or the policy cannot be loaded.

@@ -1,8 +1,8 @@
-"""What an interrupted training goes on from: the newest whole state that it wrote.
+"""Checkpoints, from the newest of which an interrupted training resumes.
 
-A checkpoint holds the weights that are trained (safetensors), the states of optimiser and
-schedule (read without unpickling anything but tensors), and the trainer's log. It needs no state
-of a random number generator: the order of the samples is known before training
+A checkpoint contains the trained weights (safetensors), the states of optimiser and schedule
+(loaded without unpickling anything but tensors), and the trainer's log. It needs no state of a
+random number generator: the order of the samples is known before training
 (`srccore.training.trainer.sample_order`), and every optimiser step seeds dropout from its number.
 """
 
@@ -30,36 +30,36 @@ __all__ = [
 ]
 
 CHECKPOINTS = "checkpoint"
-"""The folder for them, below a stage's."""
+"""The folder for checkpoints in a stage's folder."""
 WEIGHTS = "weights.safetensors"
 STATE = "trainer_state.json"
 _FILE = re.compile(r"step-(\d+)/(.+)")
 
 
 class Checkpoints:
-    """Checkpoints below a folder; the newest alone is kept.
+    """Checkpoints in a folder; only the newest is kept.
 
-    One is whole where its manifest is, which is written last.
+    A checkpoint is complete if it has a manifest, which is written last.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Looks at nothing yet.
+        """Does not access the folder yet.
 
         Args:
-            folder: Holds one folder for each checkpoint; made when there is one.
+            folder: Has one folder per checkpoint; created with the first.
         """
         self.folder = folder
 
     def newest(self) -> int | None:
-        """The optimiser steps done at the newest whole checkpoint."""
+        """Returns the optimiser steps done at the newest complete checkpoint."""
         files = (path.relative_to(self.folder).as_posix() for path in self.folder.glob("*/*"))
         return max(_steps(files, MANIFEST), default=None)
 
     def bring(self, step: int) -> Path:
-        """The folder of a whole checkpoint, on this machine.
+        """Returns the folder of a complete checkpoint on this machine.
 
         Raises:
-            UserError: It is on another one.
+            UserError: It is on another machine.
         """
         found = self.folder / f"step-{step}"
         if not found.is_dir():
@@ -70,11 +70,11 @@ class Checkpoints:
         return found
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Makes a checkpoint, and removes the ones before.
+        """Writes a checkpoint and removes the previous ones.
 
         Args:
             step: Optimiser steps done.
-            write: Writes its files into a folder.
+            write: Writes the checkpoint's files into a folder.
         """
         made, unfinished = self.folder / f"step-{step}", self.folder / "unfinished"
         storage.remove(str(unfinished))
@@ -88,28 +88,28 @@ class Checkpoints:
                 storage.remove(str(other))
 
     def remove(self) -> None:
-        """Removes all of them from this machine."""
+        """Removes all checkpoints from this machine."""
         storage.remove(str(self.folder))
 
 
 class PublishedCheckpoints(Checkpoints):
-    """Checkpoints that a bucket holds too, for a machine that does not share this one's disk.
+    """Checkpoints that are also stored in a bucket, for machines that do not share a disk.
 
-    The bucket decides which is the newest, so that all processes go on from the same one.
+    The bucket decides which is the newest, so that all processes resume from the same one.
     """
 
     def __init__(self, folder: Path, uri: str) -> None:
-        """Asks for nothing yet.
+        """Does not access the bucket yet.
 
         Args:
-            folder: Where they are written; it is `storage.local_path` of the URI.
+            folder: Where they are written: the `storage.local_path` of the URI.
             uri: The folder in the bucket.
         """
         super().__init__(folder)
         self.uri = uri
 
     def newest(self) -> int | None:
-        """The optimiser steps done at the newest whole checkpoint in the bucket."""
+        """Returns the optimiser steps done at the newest complete checkpoint in the bucket."""
         if not storage.exists(self.uri):
             return None
         files = (file.path for file in storage.listing(self.uri))
@@ -120,37 +120,37 @@ class PublishedCheckpoints(Checkpoints):
         return storage.fetch(storage.join(self.uri, f"step-{step}"))
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Makes a checkpoint, publishes it, and removes older ones."""
+        """Writes a checkpoint, publishes it, and removes older ones."""
         super().save(step, write)
         storage.publish(self.folder / f"step-{step}", storage.join(self.uri, f"step-{step}"))
-        # A newer one is of another pod that trains the same at the same time: let it alone.
+        # A newer one belongs to another pod that runs the same training: leave it alone.
         for other in _steps(file.path for file in storage.listing(self.uri)):
             if other < step:
                 discard(storage.join(self.uri, f"step-{other}"))
 
 
 def discard(uri: str) -> None:
-    """Removes what is needed no longer; where that may not be, no training fails for it."""
+    """Removes what is no longer needed; if that is not possible, the training does not fail."""
     try:
         storage.remove(uri)
-    except Exception as error:  # of the store's client, too
+    except Exception as error:  # errors of the store's client, too
         print(f"Could not delete {uri}: {error}", file=sys.stderr)
 
 
 def _steps(paths: Iterable[str], name: str = "") -> set[int]:
-    """Steps of the checkpoints of which a file is there, or a file of that name."""
+    """Returns the steps of the checkpoints that have any file, or a file of the given name."""
     found = (_FILE.fullmatch(path) for path in paths)
     return {int(each[1]) for each in found if each and name in ("", each[2])}
 
 
 def resumable(trainer: type[Any]) -> type[Any]:
-    """Makes a class of trainers that write and read these checkpoints.
+    """Makes a trainer class that writes and reads these checkpoints.
 
     Args:
-        trainer: A trainer's class of TRL.
+        trainer: One of TRL's trainer classes.
 
     Returns:
-        A subclass; `checkpoints` and `processes` are set before it trains.
+        A subclass; set `checkpoints` and `processes` before training.
     """
     from safetensors.torch import load_file, save_file
 
@@ -161,7 +161,7 @@ def resumable(trainer: type[Any]) -> type[Any]:
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             if self.processes.is_first:
                 self.checkpoints.save(self.state.global_step, self._write)
-            # A step's collectives wait less long than an upload of gigabytes may take.
+            # The collectives of a step would time out during an upload of many gigabytes.
             self.processes.wait()
 
         def _write(self, folder: Path) -> None:
@@ -186,12 +186,12 @@ def resumable(trainer: type[Any]) -> type[Any]:
 
 
 def step_callback(every: int, seed: int, processes: Processes) -> Any:
-    """Makes the callback that seeds each optimiser step and asks for checkpoints.
+    """Makes the callback that seeds each optimiser step and requests checkpoints.
 
     Args:
-        every: Optimiser steps between two checkpoints; 0 asks for none.
+        every: Optimiser steps between two checkpoints; 0 means none.
         seed: The run's seed.
-        processes: Those that train together; each drops out other units.
+        processes: The processes that train together; each drops out different units.
 
     Returns:
         A ``TrainerCallback``.

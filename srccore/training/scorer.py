@@ -43,11 +43,11 @@ class RatingExample:
 
 @dataclass(frozen=True)
 class ScorerOutcome:
-    """What a scorer run did."""
+    """Result of a scorer run."""
 
     training: TrainingOutcome
     rating_accuracy: float
-    """Share of ratings that were the likeliest token, mean over the last steps."""
+    """Share of ratings that were the most likely token, mean over the last steps."""
 
 
 def train_scorer(
@@ -63,23 +63,23 @@ def train_scorer(
 ) -> ScorerOutcome:
     """Trains R-Scorer; the loss is on the rating token only (reconstruction).
 
-    The paper fine-tunes Qwen2.5-1.5B. All weights are trained, or a LoRA adapter that is merged
-    at the end. Weights are held in float32 while all of them are trained: bfloat16 would round
+    The paper fine-tunes Qwen2.5-1.5B. Either all weights are trained, or a LoRA adapter that is
+    merged at the end. When all weights are trained they are kept in float32: bfloat16 would round
     small updates away.
 
     Args:
         base: The text model to start from.
-        examples: Prompts and ratings. The tokenizer's chat template is laid around a prompt, by the
-            engine's own function, so training and scoring see the same token ids.
+        examples: Prompts and ratings. The engine's own function wraps a prompt in the tokenizer's
+            chat template, so training and scoring see the same token ids.
         config: The stage's section of the preset.
         out: An existing folder; ``out/model`` is written in Hugging Face layout.
         seed: Seeds order, dropout and adapter.
         device: ``cpu`` or ``cuda``.
-        progress: Told of every optimiser step.
-        checkpoints: Where its states are kept; None is ``out/checkpoint``.
+        progress: Called after every optimiser step.
+        checkpoints: Where to keep checkpoints; None means ``out/checkpoint``.
 
     Returns:
-        Steps, losses, accuracy at the end, and how many examples were too long.
+        Steps, losses, accuracy at the end, and the number of examples that were too long.
 
     Raises:
         UserError: A rating is not one token, or no example fits into the context.
@@ -155,7 +155,7 @@ def train_scorer(
 def _rows(
     examples: Sequence[RatingExample], tokenizer: Any, ratings: dict[int, int], limit: int
 ) -> dict[str, list[list[int]]]:
-    """Token ids and labels of the examples that fit; only the rating token has a label."""
+    """Makes token ids and labels of the examples that fit; only the rating token has a label."""
     from srccore.models.transformers import encode_rating_prompt
 
     ids, labels = [], []
@@ -175,6 +175,6 @@ def _rows(
 
 
 def _targets(lora: LoraSettings) -> str:
-    """The default pattern names the language model inside an LVLM; here it is the whole model."""
+    """Replaces the default pattern, which expects the language model to be part of an LVLM."""
     default = LoraSettings.model_fields["target_modules"].default
     return TEXT_MODEL_TARGETS if lora.target_modules == default else lora.target_modules

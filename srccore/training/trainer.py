@@ -1,9 +1,9 @@
-"""Fine-tuning over TRL: rationale tuning, R-Scorer, DPO. What the three have in common is here.
+"""What rationale tuning, R-Scorer and DPO have in common: fine-tuning with TRL.
 
-Several processes train data-parallel where torchrun started them (`ranks`), and an interrupted
-training goes on from its newest checkpoint (`resume`); neither changes what comes out. Nothing is
-truncated: a sample longer than the model's context is skipped and counted. Images are read when
-their batch comes, so memory does not grow with the data set.
+Several processes train data-parallel if torchrun started them (`ranks`), and an interrupted
+training resumes from its newest checkpoint (`resume`); neither changes the result. Nothing is
+truncated: a sample longer than the model's context is skipped and counted. Images are read batch
+by batch, so memory does not grow with the data set.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int], None]
-"""Takes the steps done and the steps there will be."""
+"""Takes the number of steps done and the total number of steps."""
 ImageLoader = Callable[[], "Image"]
-"""Reads one image (RGB); called once per epoch and once to learn its size."""
+"""Reads one image (RGB); called once per epoch and once to get its size."""
 
 FINAL_STEPS = 10
 """A figure "at the end" is the mean over this many last steps, or the last quarter if fewer."""
@@ -58,17 +58,17 @@ FINAL_STEPS = 10
 
 @dataclass(frozen=True)
 class Row:
-    """What a policy is trained on: a prompt with its image, and one response or two."""
+    """What a policy is trained on: a prompt with its image, and one or two responses."""
 
     prompt: str
     responses: dict[str, str]
-    """By TRL's names of their columns."""
+    """By TRL's column names."""
     image: ImageLoader
 
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What a training run did."""
+    """Result of a training run."""
 
     steps: int
     """Optimiser steps."""
@@ -77,10 +77,10 @@ class TrainingOutcome:
     skipped: int
     """Samples longer than the model's context."""
     first_loss: float
-    """Mean over the first steps, as many as make up `last_loss`."""
+    """Mean over the first steps, over as many as for `last_loss`."""
     last_loss: float
     seconds: float
-    """Of training alone, without loading; where it was interrupted, of the last attempt."""
+    """Of training only, without loading; of the last attempt if it was interrupted."""
 
 
 def train_adapter(
@@ -99,20 +99,20 @@ def train_adapter(
     """Trains a new LoRA adapter on a policy; the first process writes it to ``out/adapter``.
 
     Args:
-        policy: The policy to start from; on a CPU it is trained in float32.
+        policy: The policy to start from; trained in float32 on a CPU.
         rows: Makes the rows, given the policy's processor.
         config: The stage's section of the preset.
         out: An existing folder.
         lora: The adapter's settings.
         seed: Seeds adapter, order and dropout.
         device: ``cpu`` or ``cuda``.
-        progress: Told of every optimiser step.
-        checkpoints: Where it goes on from and saves its state; None is ``out/checkpoint``.
+        progress: Called after every optimiser step.
+        checkpoints: Where to keep and resume from checkpoints; None means ``out/checkpoint``.
         trainer: Makes a trainer of `resumable` from TRL's arguments as a dict and from keyword
             arguments.
 
     Returns:
-        What it did, and the trainer with its log.
+        The result, and the trainer with its log.
 
     Raises:
         UserError: No row fits into the context, or the policy cannot be loaded.
@@ -168,18 +168,18 @@ def train_adapter(
 
 
 def sample_order(count: int, config: OptimizerSettings, seed: int) -> list[int]:
-    """Lists which sample comes when, over all epochs.
+    """Lists the order of the samples over all epochs.
 
-    Each epoch is another permutation. Its last batch is filled up from its beginning: all batches
-    are whole, so no sample weighs more because of how a batch is shared and accumulated.
+    Each epoch is a new permutation. Its last batch is filled up from its start: all batches are
+    full, so no sample weighs more because of how a batch is divided and accumulated.
 
     Args:
-        count: How many samples there are.
+        count: The number of samples.
         config: The stage's section of the preset.
         seed: The run's seed.
 
     Returns:
-        Numbers of samples, as many as all optimiser steps take.
+        Indices of samples, as many as all optimiser steps take.
     """
     import torch
 
@@ -194,10 +194,10 @@ def sample_order(count: int, config: OptimizerSettings, seed: int) -> list[int]:
 
 
 def training_device(device: str) -> str:
-    """Returns the device of this process: its own GPU where a launcher started several.
+    """Returns the device of this process: its own GPU if torchrun started several processes.
 
     Raises:
-        UserError: One process sees several GPUs, which TRL refuses.
+        UserError: One process sees several GPUs, which TRL does not support.
     """
     if device != "cuda":
         return device
@@ -224,26 +224,26 @@ def training_arguments(
 ) -> dict[str, Any]:
     """Makes the arguments that ``SFTConfig`` and ``DPOConfig`` share.
 
-    They go with a data set in `sample_order`, which is read once from its beginning to its end.
+    They expect a data set in `sample_order`, which is read once from start to end.
 
     Args:
         config: The stage's section of the preset.
-        out: A folder for what the trainer may write; nothing of it is kept.
+        out: A folder for what the trainer may write; nothing in it is kept.
         seed: Seeds adapters, order and dropout.
         device: ``cpu`` or ``cuda``.
-        dtype: The checkpoint's; counts on a GPU only.
-        bar: Show tqdm's bar where standard error is a terminal.
-        processes: Those that share each batch.
+        dtype: The checkpoint's; only used on a GPU.
+        bar: Show tqdm's bar if standard error is a terminal.
+        processes: The processes that share each batch.
 
     Returns:
         Keyword arguments.
 
     Raises:
-        UserError: They cannot share it.
+        UserError: The processes cannot share a batch evenly.
     """
     samples, passes = local_share(config, processes.count)
     if "tensorboard" in config.report_to:
-        # The trainer's own folder is removed at the end; the curves shall stay.
+        # The trainer's own folder is removed at the end, but the curves are to be kept.
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out.parent / "tensorboard"))
     on_gpu = device.startswith("cuda")
     return {
@@ -253,9 +253,9 @@ def training_arguments(
         "train_sampling_strategy": "sequential",
         "per_device_train_batch_size": samples,
         "gradient_accumulation_steps": passes,
-        # Every weight that is trained takes part in every forward pass.
+        # Every trained weight takes part in every forward pass.
         "ddp_find_unused_parameters": False,
-        # A float below 1 is a share of all steps.
+        # A float below 1 is a fraction of all steps.
         "warmup_steps": min(config.warmup_ratio, 1 - 1e-9),
         "gradient_checkpointing": config.gradient_checkpointing,
         "report_to": config.report_to,
@@ -266,7 +266,7 @@ def training_arguments(
         # TRL's default of 1024 would cut image tokens.
         "max_length": None,
         "logging_steps": 1,
-        # `step_callback` says when to save.
+        # `step_callback` decides when to save.
         "save_strategy": "no",
         "disable_tqdm": not (bar and sys.stderr.isatty()),
         "remove_unused_columns": False,
@@ -275,7 +275,7 @@ def training_arguments(
 
 
 def lora_config(lora: LoraSettings, target_modules: str | None = None) -> Any:
-    """Makes PEFT's form of the LoRA settings (the paper's adapters: plain LoRA, no bias)."""
+    """Makes PEFT's LoRA settings (like the paper's adapters: plain LoRA, no bias)."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -292,8 +292,8 @@ def _image_dataset(numbers: list[int], row: Callable[[int], dict[str, Any]]) -> 
     """Makes a ``datasets.Dataset`` whose rows are made when they are read.
 
     Args:
-        numbers: The rows' numbers, in order.
-        row: Makes the row of a number; it reads the image.
+        numbers: The indices of the rows, in order.
+        row: Makes the row with a given index; it reads the image.
     """
     from datasets import Dataset
 
@@ -304,7 +304,7 @@ class _Rows:
     """The transform behind `_image_dataset`.
 
     The datasets library pickles a transform to name its cache, and copies it; the images behind
-    this one shall be neither pickled nor copied.
+    this one must be neither pickled nor copied.
     """
 
     def __init__(self, row: Callable[[int], dict[str, Any]]) -> None:
@@ -325,14 +325,14 @@ def _within_context(model: Any, processor: Any, rows: Sequence[Row]) -> list[Row
     """Keeps the rows whose prompt, image and longest response fit into the model's context.
 
     Raises:
-        UserError: None fits.
+        UserError: No row fits.
     """
     limit = model.config.get_text_config().max_position_embeddings
     encode = processor.tokenizer.encode
     kept = []
     for row in rows:
         width, height = row.image().size
-        # The prompt's own placeholder counts as one token already.
+        # The prompt's own placeholder already counts as one token.
         length = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
         tokens = length.num_image_tokens[0] - 1 + len(encode(row.prompt, add_special_tokens=False))
         tokens += max(len(encode(t, add_special_tokens=False)) for t in row.responses.values())
@@ -349,7 +349,7 @@ def _within_context(model: Any, processor: Any, rows: Sequence[Row]) -> list[Row
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Lets transformers, TRL and datasets speak of errors only, and draw no bars of their own."""
+    """Limits the output of transformers, TRL and datasets to errors, without progress bars."""
     import datasets
     from transformers.utils import logging
 
@@ -359,7 +359,7 @@ def quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
-            # TRL 1.16 sets arguments that transformers 5.23 calls deprecated.
+            # TRL 1.16 sets arguments that are deprecated in transformers 5.23.
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
@@ -369,18 +369,18 @@ def quiet() -> Iterator[None]:
 
 
 def progress_callbacks(progress: Progress | None) -> list[Any]:
-    """Makes the trainer's callbacks: one that tells ``progress`` of every optimiser step."""
+    """Makes the trainer's callbacks: one that calls ``progress`` after every optimiser step."""
     from transformers import TrainerCallback
 
     if progress is None:
         return []
-    tell = progress
+    report = progress
 
-    class Tell(TrainerCallback):  # type: ignore[misc]  # transformers is read without types
+    class Report(TrainerCallback):  # type: ignore[misc]  # transformers is read without types
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            tell(state.global_step, state.max_steps)
+            report(state.global_step, state.max_steps)
 
-    return [Tell()]
+    return [Report()]
 
 
 def train(
@@ -396,16 +396,16 @@ def train(
     """Runs a trainer to its end, from its newest checkpoint, without the lines it would print.
 
     Args:
-        trainer: The trainer, of a class of `resumable`.
+        trainer: The trainer, of a class made by `resumable`.
         config: The stage's section of the preset.
-        samples: Samples it trains on.
-        skipped: Samples left out before.
+        samples: The number of samples it trains on.
+        skipped: The number of samples already left out.
         seed: Seeds dropout.
-        processes: Those that train together.
-        checkpoints: Where its states are kept.
+        processes: The processes that train together.
+        checkpoints: Where to keep checkpoints.
 
     Returns:
-        What it did.
+        The result.
     """
     from transformers.trainer_callback import PrinterCallback
 
@@ -431,18 +431,18 @@ def train(
 
 
 def step_figures(trainer: Any, name: str) -> list[float]:
-    """Lists a logged figure of every optimiser step, in order."""
+    """Lists the values of a logged figure, one per optimiser step, in order."""
     return [float(entry[name]) for entry in trainer.state.log_history if name in entry]
 
 
 def final_mean(values: Sequence[float]) -> float:
-    """Means the last `FINAL_STEPS` values, but no more than a quarter of them."""
+    """Averages the last `FINAL_STEPS` values, but no more than a quarter of them."""
     last = values[-max(1, min(FINAL_STEPS, len(values) // 4)) :]
     return sum(last) / len(last)
 
 
 def _save_adapter(trainer: Any, base: ModelConfig, folder: Path) -> None:
-    """Writes the trained adapter (safetensors) and names its base model.
+    """Writes the trained adapter (safetensors) and records its base model.
 
     Args:
         trainer: The trainer, with a ``PeftModel``.
@@ -451,7 +451,7 @@ def _save_adapter(trainer: Any, base: ModelConfig, folder: Path) -> None:
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.peft_config["default"].base_model_name_or_path = base.path
-    # "auto" would ask the hub about the base model's vocabulary.
+    # "auto" would query the hub for the base model's vocabulary.
     model.save_pretrained(folder, save_embedding_layers=False)
-    # PEFT's card is a form to be filled in.
+    # PEFT's card is an unfilled template.
     (folder / "README.md").unlink(missing_ok=True)
