@@ -1,1 +1,1 @@
-"""The embedded default: a small real world, its data set and its models (preset `tiny`)."""
+"""The embedded default of preset `tiny`: a little world, its data set and its models."""

@@ -1,6 +1,6 @@
 """``python -m srccore.embedded``: makes the material, the data and the models of preset `tiny`.
 
-Run in this order to make everything anew::
+Run in this order to make everything again::
 
     python -m srccore.embedded vendor
     python -m srccore.embedded pretrain
@@ -24,7 +24,7 @@ Seed = Annotated[int, typer.Option(help="Seed of data, order and weights.")]
 
 @app.command()
 def vendor() -> None:
-    """Fetch the vendored images and tables anew (npm and pip)."""
+    """Fetch the vendored images and tables again (npm and pip)."""
     from srccore.embedded.vendor import vendor as run
 
     run()
@@ -35,11 +35,11 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = MODELS / "lvlm",
     seed: Seed = 0,
     items: Annotated[int, typer.Option(help="Items of the pretraining split.")] = 30_000,
-    vision_steps: Annotated[int, typer.Option(help="Steps of the vision tower alone.")] = 2800,
-    seeing_steps: Annotated[int, typer.Option(help="Steps of saying what is seen.")] = 2600,
-    steps: Annotated[int, typer.Option(help="Steps of talking as the wild does.")] = 2400,
+    vision_steps: Annotated[int, typer.Option(help="Steps of only the vision tower.")] = 2800,
+    seeing_steps: Annotated[int, typer.Option(help="Steps of describing images.")] = 2600,
+    steps: Annotated[int, typer.Option(help="Steps of flawed conversations.")] = 2400,
 ) -> None:
-    """Train the vision-language model from nothing (about 40 minutes on two cores)."""
+    """Train the vision-language model from scratch (about 40 minutes on two cores)."""
     from srccore.embedded.pretrain import pretrain as run
 
     run(
@@ -59,7 +59,7 @@ def pretrain_rating(
     items: Annotated[int, typer.Option(help="Items of the pretraining split.")] = 20_000,
     steps: Annotated[int, typer.Option(help="Steps.")] = 1600,
 ) -> None:
-    """Train the base of R-Scorer from nothing (about 10 minutes on two cores)."""
+    """Train the base of R-Scorer from scratch (about 10 minutes on two cores)."""
     from srccore.embedded.pretrain_rating import pretrain_rating as run
 
     run(out, seed=seed, items=items, steps=steps)

@@ -76,7 +76,7 @@ def _write(name: str, *, what: str, **fields: object) -> None:
     folder = MODELS / name
     parameters = 0
     with safe_open(folder / "model.safetensors", "pt") as weights:
-        for key in weights.keys():  # noqa: SIM118 - it is no dict
+        for key in weights.keys():  # noqa: SIM118 - not a dict
             size = 1
             for length in weights.get_slice(key).get_shape():
                 size *= length

@@ -1,12 +1,12 @@
-"""How the wild writes about the little world: rationales with concentrated flaws.
+"""How models in the wild would write about the little world: rationales with concentrated flaws.
 
-Real LVLMs learned mostly from short answers, so the rationale they give first is often flawed
-although a better one lies within their reach. The pretraining corpus of preset `tiny` imitates
-that: a middle step is left out (and then the answer is often wrong), a few misconceptions are
-fixed, a conclusion does not follow. A flaw is concentrated, so that it is the mode of what the
-model writes; spread thinly, greedy decoding would ignore it.
+Real LVLMs learned mostly from short answers, so the first rationale they give is often flawed
+although they could give a better one. The pretraining corpus of preset `tiny` imitates that: a
+middle step is left out (and then the answer is often wrong), there are a few fixed
+misconceptions, and some conclusions do not follow. Flaws are concentrated, so that they are the
+mode of what the model writes; if they were spread thinly, greedy decoding would ignore them.
 
-The size of a gain on `tiny` therefore shows that the machinery works, not what a real model gains.
+So the gain on `tiny` shows that the machinery works, not what a real model gains.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ SKIP = {
 """How often a task's middle step is left out."""
 WRONG_AFTER_SKIP = 0.35
 MISCONCEIVED = 0.25
-"""Share of the countries and objects about which the wild is wrong."""
+"""Share of the countries and objects about which there is a misconception."""
 MISCONCEPTION = 0.55
-"""How often a misconception is written where there is one."""
+"""How often an existing misconception is written."""
 MISREAD = 0.04
 NON_SEQUITUR = 0.08
 MISREAD_COLOUR = "green"
@@ -50,7 +50,7 @@ MISREAD_DIGIT = ("9", "4")
 
 
 def _misconceptions() -> dict[str, str]:
-    """For a fixed part of the facts of the world, a fixed wrong value of the same relation."""
+    """Gives a fixed part of the world's facts a fixed wrong value of the same relation."""
     values: dict[str, list[str]] = {}
     for key, value in world_facts().items():
         values.setdefault(key.split(" of ")[0], []).append(value)
@@ -71,7 +71,7 @@ MISCONCEPTIONS = _misconceptions()
 
 
 def flawed_response(item: Item, rng: random.Random) -> str:
-    """Writes a rationale and an answer as the wild would.
+    """Writes a rationale and an answer with the flaws of models in the wild.
 
     Args:
         item: The item to write about.
@@ -94,7 +94,7 @@ def flawed_response(item: Item, rng: random.Random) -> str:
 
 
 def perception_turns(item: Item, rng: random.Random) -> list[tuple[str, str]]:
-    """Short questions on what is seen, rightly answered: they teach the model to see.
+    """Writes short questions about what is visible, correctly answered: they teach seeing.
 
     Args:
         item: The item to ask about.
@@ -118,7 +118,7 @@ def perception_turns(item: Item, rng: random.Random) -> list[tuple[str, str]]:
 
 
 def brief_turn(item: Item) -> tuple[str, str]:
-    """The item's question with the answer alone."""
+    """Returns the item's question with only the answer."""
     return item.sample.question, item.sample.answer
 
 
@@ -152,7 +152,7 @@ def _without_middle(task: str, steps: list[Fact]) -> list[Fact]:
 def _conclude_wrongly(
     item: Item, reasoning: Reasoning, steps: list[Fact], rng: random.Random
 ) -> tuple[list[Fact], str]:
-    """Another answer of the same kind, also in the step that states it, where one does."""
+    """Replaces the answer with another of its kind, also in the step that states it, if any."""
     answer = reasoning.answer
     if item.task in ("capital", "continent"):
         pool = sorted({v for k, v in world_facts().items() if k.startswith(item.task)})

@@ -31,7 +31,7 @@ WIDTH = 128
 LAYERS = 4
 MEAN, STD = [0.5, 0.5, 0.5], [0.3, 0.3, 0.3]
 
-# Both templates write BOS and EOS, so that the end of a response is trained and training and
+# Both templates write BOS and EOS, so that the model learns to end a response, and training and
 # inference see the same token ids.
 LVLM_TEMPLATE = (
     "<s>{% for message in messages %}"
@@ -59,7 +59,7 @@ def build_tokenizer(seed: int) -> Any:
         seed: The data set's seed.
 
     Returns:
-        A ``PreTrainedTokenizerFast``; digits are tokens of their own.
+        A ``PreTrainedTokenizerFast``; every digit is a token of its own.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -1,11 +1,11 @@
 """Makes the LVLM of preset `tiny`: ``python -m srccore.embedded pretrain --out DIR``.
 
-Three phases on the pretraining split. First the vision tower and the projector learn to name what
-is seen, by the patches where it is seen (a head start that saves most of the time a language-model
-loss would need). Then the whole LLaVA learns to say what it sees, and
-last to talk about its little world as the wild does: rationales with concentrated flaws
+There are three phases on the pretraining split. First the vision tower and the projector learn to
+name what is visible in each group of patches (a head start that saves most of the time that a
+language-model loss would need). Then the whole LLaVA learns to say what it sees, and finally to
+talk about its little world the way models in the wild do: rationales with concentrated flaws
 (`srccore.embedded.flaws`), brief answers, short questions.
-Assumes two cores and about forty minutes; every step is seeded.
+Takes about forty minutes on two cores; every step is seeded.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BATCH = 32
 COLUMNS = IMAGE_SIZE // PATCH
 EXPLAIN = " Explain."
 BRIEF_TO_PLAIN_QUESTION = 0.2
-"""How often the plain question is answered briefly: stage 1 teaches to reason first."""
+"""How often the plain question gets a brief answer: stage 1 teaches the model to reason first."""
 
 
 def pretrain(
@@ -56,16 +56,16 @@ def pretrain(
     steps: int,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Trains the LVLM from nothing and saves it in Hugging Face layout (float16).
+    """Trains the LVLM from scratch and saves it in Hugging Face layout (float16).
 
     Args:
         out: The folder to write.
         seed: The seed of data, order and initial weights.
-        items: How many items of the pretraining split to make and go round.
-        vision_steps: Optimiser steps of the first phase, of 64 images each.
-        seeing_steps: Optimiser steps of the second phase, of `BATCH` images each.
-        steps: Optimiser steps of the third phase, likewise.
-        report: Takes a line of progress.
+        items: How many items of the pretraining split to make and cycle through.
+        vision_steps: Optimiser steps of the first phase, with 64 images each.
+        seeing_steps: Optimiser steps of the second phase, with `BATCH` images each.
+        steps: Optimiser steps of the third phase, with `BATCH` images each.
+        report: Called with each line of progress.
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(seed)
@@ -76,7 +76,7 @@ def pretrain(
     images = np.stack([np.asarray(item.image) for item in world])
     report(f"{items} items made in {time.monotonic() - began:.0f} s")
     _train_vision(model, world, images, vision_steps, seed, report)
-    # One after the other: to see, to say what is seen, to talk as the wild does.
+    # After seeing: first to say what is visible, then to talk the way models in the wild do.
     for phase, count, write in ((1, seeing_steps, seeing), (2, steps, talking)):
         _train_language(model, tokenizer, world, images, count, seed + phase, write, report)
     out.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def _pixels(images: np.ndarray, chosen: list[int], rng: random.Random | None = N
 
 @dataclass(frozen=True)
 class _Sight:
-    """Something to be named: its kind, its name, and the columns of patches where it is seen."""
+    """Something to name: its kind, its name, and the columns of patches where it is visible."""
 
     kind: str
     name: str
@@ -104,7 +104,7 @@ class _Sight:
 
 
 def _sights(item: Item) -> list[_Sight]:
-    """What the patches shall name. A kind has one head, wherever it is seen."""
+    """Lists what the patches should name. A kind has one head, wherever it is visible."""
     seen = list(item.seen.items())
     width = COLUMNS // len(seen)
     parts = [slice(number * width, (number + 1) * width) for number in range(len(seen))]
@@ -127,9 +127,10 @@ def _sights(item: Item) -> list[_Sight]:
 class _Heads(nn.Module):
     """Two linear layers per kind of thing.
 
-    One reads the mean of the image tokens where the thing is seen: what it learns lies in the
-    tokens themselves, where a language model finds it. The other reads all tokens of the image,
-    by their places: it learns fast what a mean hides, where a line ends, and leads the first.
+    One reads the mean of the image tokens where the thing is visible: what it learns ends up in
+    the tokens themselves, where a language model finds it. The other reads all tokens of the image
+    by position: it quickly learns what a mean hides, such as where a line ends, and so guides the
+    first.
     """
 
     def __init__(self, width: int) -> None:
@@ -157,14 +158,14 @@ class _Heads(nn.Module):
         )
 
     def forward(self, grid: Tensor, sights: list[list[_Sight]]) -> dict[str, list[Tensor]]:
-        """The losses of both layers for each kind that is seen, and how often the first is right.
+        """Computes the losses of both layers per kind, and how often the first is right.
 
         Args:
             grid: The image tokens, images x rows x columns x width.
-            sights: What is seen, per image.
+            sights: What is visible, per image.
 
         Returns:
-            For each kind seen: the summed loss, the count of right names, the count of names.
+            For each visible kind: the summed loss, the number of correct names and of names.
         """
         places: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
         for row, seen in enumerate(sights):
@@ -228,7 +229,7 @@ def _train_vision(
                 for kind in heads.names
                 if kind in counts
             )
-            report(f"vision {step}/{steps}: named rightly: {shares}")
+            report(f"vision {step}/{steps}: named correctly: {shares}")
             counts = {}
 
 
@@ -247,7 +248,7 @@ def _train_language(
     model.train()
     tower = list(model.model.vision_tower.parameters())
     others = [p for name, p in model.named_parameters() if "vision_tower" not in name]
-    # The tower can see already; a language-model loss that starts from noise must not undo it.
+    # The tower can already see; a language-model loss that starts from noise must not undo that.
     groups = [{"params": others}, {"params": tower}]
     optimizer = torch.optim.AdamW(groups, 1e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -292,7 +293,7 @@ def _train_language(
 
 
 def _batches(world: list[Item], size: int, rng: random.Random) -> Iterator[list[int]]:
-    """Shuffled numbers of items, the rare kinds repeated, so that all kinds are learned evenly."""
+    """Yields batches of shuffled item numbers; rare kinds are repeated to be learned evenly."""
     numbers = [number for number, item in enumerate(world) for _ in range(_repeats(item))]
     while True:
         rng.shuffle(numbers)
@@ -310,12 +311,12 @@ Turn = tuple[str, str]
 
 
 def seeing(item: Item, rng: random.Random) -> list[Turn]:
-    """Short questions on what is seen, and nothing else."""
+    """Writes only short questions about what is visible."""
     return flaws.perception_turns(item, rng)
 
 
 def talking(item: Item, rng: random.Random) -> list[Turn]:
-    """A conversation as the wild has it: rationales, brief answers, short questions."""
+    """Writes a conversation like in the wild: rationales, brief answers, short questions."""
     short = flaws.perception_turns(item, rng)[:2]
     question, answer = flaws.brief_turn(item)
     if rng.random() < BRIEF_TO_PLAIN_QUESTION:
@@ -326,7 +327,7 @@ def talking(item: Item, rng: random.Random) -> list[Turn]:
 
 
 def _row(turns: list[Turn], tokenizer: Any, image_tokens: int) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one conversation, in the words of the chat template."""
+    """Returns token ids and labels of one conversation, in the form of the chat template."""
     ids: list[int] = [BOS]
     labels = [-100]
     picture = "<image>" * image_tokens + "\n"

@@ -1,12 +1,12 @@
 """Makes the base of R-Scorer for preset `tiny`: ``python -m srccore.embedded pretrain-rating``.
 
 The paper starts R-Scorer from Qwen2.5-1.5B, which can compare two texts before it is tuned. This
-stands in for it: a Qwen2 of 0.9 M parameters that learned to compare texts of the pretraining
-split. A rating is one token in two hundred, too thin a signal to learn to read from. So the model
-also learns the prompt as language, whose responses mostly repeat its facts: that teaches it to
-find in the facts what a response says. And a second head, thrown away afterwards, says behind
-every sentence of the responses whether the facts support it, one layer before the last. A run then
-tunes the model on its stage-1 policy's responses.
+model takes its place: a Qwen2 of 0.9 M parameters that learned to compare texts of the pretraining
+split. A rating is one token in two hundred, too weak a signal to learn to read from. So the model
+also learns the prompt as language, and since responses mostly repeat the facts of their prompt, it
+learns to look up in the facts what a response says. A second head, discarded afterwards, predicts
+after every sentence of the responses whether the facts support it, from the layer before the last.
+A run then tunes the model on the responses of its stage-1 policy.
 """
 
 from __future__ import annotations
@@ -40,37 +40,37 @@ __all__ = ["pretrain_rating"]
 
 BATCH = 32
 GOLD = 0.2
-"""Share of the responses that are right throughout."""
+"""Share of the responses that are entirely right."""
 MISSEEN = 0.5
 """Share of the responses that misread the image somewhere, as a policy may misread anything."""
 SLIP = 0.15
-"""How often a sentence is changed, left out or repeated besides."""
+"""How often, in addition, a sentence is changed, left out or repeated."""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A rated pair as token ids, and what the second head shall say where."""
+    """A rated pair as token ids, with the targets of the second head."""
 
     ids: list[int]
     rating: int
-    """The token behind the prompt."""
+    """The token after the prompt."""
     places: list[int]
     """Indices of the tokens that end a sentence or an answer."""
     verdicts: list[int]
-    """Of each place: 1 where it is supported, or the answer right; else 0."""
+    """For each place: 1 if the sentence is supported or the answer is right, else 0."""
 
 
 def pretrain_rating(
     out: Path, *, seed: int, items: int, steps: int, report: Callable[[str], None] = print
 ) -> None:
-    """Trains the rating model from nothing and saves it in Hugging Face layout (float16).
+    """Trains the rating model from scratch and saves it in Hugging Face layout (float16).
 
     Args:
         out: The folder to write.
         seed: The seed of data, order and initial weights.
-        items: How many items of the pretraining split to make and go round.
-        steps: Optimiser steps, of `BATCH` pairs each.
-        report: Takes a line of progress.
+        items: How many items of the pretraining split to make and draw from.
+        steps: Optimiser steps, with `BATCH` pairs each.
+        report: Called with each line of progress.
     """
     from transformers import AutoTokenizer
 
@@ -121,7 +121,7 @@ def pretrain_rating(
             report(
                 f"rating {step}/{steps}: loss {np.mean(losses[-100:]):.4f}, "
                 f"right {np.mean(right[-100:]):.3f}, "
-                f"sentences judged rightly {np.mean(judged[-100:]):.3f}, {rate:.2f} s/step"
+                f"sentences judged correctly {np.mean(judged[-100:]):.3f}, {rate:.2f} s/step"
             )
     out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(out)
@@ -129,7 +129,7 @@ def pretrain_rating(
 
 
 def _row(item: Item, tokenizer: Any, rng: random.Random) -> _Row:
-    """A pair of responses to an item, rated by the facts."""
+    """Makes a pair of responses to an item, rated by the facts."""
     first, second = (_response(item, rng) for _ in range(2))
     ((_, rating, _),) = FactsTeacher().ratings([PairRequest(item.sample, first, second)])
     prompt = scoring.rating_prompt(item.sample, first, second)
@@ -137,7 +137,7 @@ def _row(item: Item, tokenizer: Any, rng: random.Random) -> _Row:
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    # The labels of `rating_prompt` begin their lines, and a response stands on one line.
+    # The labels of `rating_prompt` start their lines, and a response is on one line.
     ends: dict[int, int] = {}
     for label, answered in (("\nFirst: ", first), ("\nSecond: ", second)):
         place = text.index(label) + len(label)
@@ -165,7 +165,7 @@ def _response(item: Item, rng: random.Random) -> str:
 
 
 def _misseen(item: Item, rng: random.Random) -> dict[str, str]:
-    """What is seen with one or two values changed, or two of them exchanged."""
+    """Changes one or two of the values that are seen, or swaps two of them."""
     seen = dict(item.seen)
     places = list(seen)
     if len(places) > 1 and rng.random() < 0.25:
@@ -182,7 +182,7 @@ def _misseen(item: Item, rng: random.Random) -> dict[str, str]:
             pool = names["kind of "]
         else:
             pool = [str(number) for number in range(10)]
-        # As in the world itself, no two are alike.
+        # As in the world itself, no two are the same.
         seen[place] = rng.choice([name for name in pool if name not in seen.values()])
     return seen
 
@@ -207,7 +207,7 @@ def _slip(text: str, rng: random.Random) -> str:
 
 
 def _verdicts(item: Item, text: str) -> list[tuple[str, int]]:
-    """The sentences of a response and its answer, each with whether it is right."""
+    """Lists the sentences of a response and its answer, each with whether it is right."""
     parsed = response.parse(text)
     assert parsed is not None, text
     check = check_rationale(parsed.rationale, item.sample.facts)

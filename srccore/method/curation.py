@@ -1,9 +1,9 @@
 """Ratings to preferences: the confidence-weighted best and worst candidate of each sample. Pure.
 
 The paper aggregates the confidences of the pairwise verdicts; how is a reconstruction (see
-method.md). A sample gives at most one preference; every sample that gives none is counted under
-its reason. Ties break by candidate id, which is a hash of the text, so neither the order of the
-candidates nor that of the ratings can change a preference.
+docs/method.md). A sample gives at most one preference; every sample that gives none is counted
+under its reason. Ties are broken by candidate id, which is a hash of the text, so neither the
+order of the candidates nor that of the ratings can change a preference.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ __all__ = ["CurationFigures", "CurationResult", "Reason", "curate", "values"]
 
 
 class Reason(StrEnum):
-    """Why a sample gives no preference; the first that holds, in this order."""
+    """Why a sample gives no preference: the first that applies, in this order."""
 
     TOO_FEW_CANDIDATES = "too_few_candidates"
     EQUAL_TEXTS = "equal_texts"
     SMALL_MARGIN = "small_margin"
     CHOSEN_ANSWER_WRONG = "chosen_answer_wrong"
     REJECTED_ANSWER_RIGHT = "rejected_answer_right"
-    """Under ``answer_gate: strict``."""
+    """Only with ``answer_gate: strict``."""
     NOT_KEPT = "not_kept"
     """Cut by ``keep_fraction``."""
 
 
 class CurationFigures(BaseModel):
-    """What the report shows of a curation. A mean over nothing is null."""
+    """What the report shows about a curation. A mean over nothing is null."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,12 +52,12 @@ class CurationFigures(BaseModel):
     length_difference: float | None
     """Mean of chosen minus rejected, in tokens."""
     mean_margin: float | None
-    """Over the preferences, as is ``mean_confidence``."""
+    """Over the preferences, like ``mean_confidence``."""
     mean_confidence: float | None
     swap_consistency: float | None
     """Over all ratings."""
     margins: tuple[float, ...]
-    """Of every sample with two candidates, given a preference or not: `min_margin` is set by it."""
+    """Of every sample with two or more candidates, kept or not: helps to choose `min_margin`."""
     confidences: tuple[float, ...]
     """Of the same samples, in the same order."""
 
@@ -68,17 +68,17 @@ class CurationResult:
 
     preferences: tuple[Preference, ...]
     reasons: dict[Reason, int]
-    """Samples that gave none; every reason is listed."""
+    """How many samples gave none for each reason; every reason is listed."""
     figures: CurationFigures
 
 
 def values(
     candidate_ids: Sequence[str], folded: Mapping[tuple[str, str], FoldedPair]
 ) -> dict[str, float]:
-    """Weighs what all others say of each candidate: ``v_i = sum_j c_ij * m_ij / (N - 1)``.
+    """Values each candidate against all others: ``v_i = sum_j c_ij * m_ij / (N - 1)``.
 
-    Dividing by the sum of c instead would cancel the confidence: two candidates of which R-Scorer
-    is unsure would get the full margin (reconstruction).
+    Dividing by the sum of c instead would cancel the confidence: two candidates about which
+    R-Scorer is unsure would get the full margin (reconstruction).
 
     Args:
         candidate_ids: The candidates of one sample, at least two.
@@ -110,13 +110,13 @@ def curate(
         samples: The samples by id.
         candidate_sets: What the search found.
         ratings: Both orders of every pair of every candidate set.
-        config: Least margin, answer gate, share to keep.
+        config: Minimum margin, answer gate, share to keep.
 
     Returns:
-        The preferences, the reasons for dropping, the report's figures.
+        The preferences, the reasons for dropping samples, and the report's figures.
 
     Raises:
-        UserError: A sample is unknown, or its ratings do not fit its candidates.
+        UserError: A sample is unknown, or its ratings do not match its candidates.
     """
     by_sample: defaultdict[str, list[Rating]] = defaultdict(list)
     for rating in ratings:
@@ -167,7 +167,7 @@ def _best_against_worst(candidate_set: CandidateSet, ratings: Sequence[Rating]) 
             "Pass the candidates and the ratings of one round, from all its shards.",
         )
     value = values(list(by_id), folded)
-    # One ranking for both ends: even where all values are equal, the two differ.
+    # One ranking for both ends: even if all values are equal, the two differ.
     ranked = sorted(by_id, key=lambda candidate: (-value[candidate], candidate))
     chosen, rejected = ranked[0], ranked[-1]
     certainties = [
@@ -199,14 +199,14 @@ def _why_not(preference: Preference, sample: Sample, config: CurationConfig) -> 
 def _keep(
     preferences: Sequence[Preference], samples: Mapping[str, Sample], fraction: float
 ) -> list[Preference]:
-    """Cuts every category by the same fraction, so that their mixture stays as it was."""
+    """Cuts every category by the same fraction, so that their mixture stays the same."""
     by_category: defaultdict[Category, list[Preference]] = defaultdict(list)
     for preference in preferences:
         by_category[samples[preference.sample_id].category].append(preference)
     kept: set[str] = set()
     for group in by_category.values():
         group.sort(key=lambda each: (-each.margin * each.confidence, each.sample_id))
-        # 0.1 * 30 is a little more than 3 in floating point: that is no reason to keep 4.
+        # 0.1 * 30 is slightly more than 3 in floating point, which must not round up to 4.
         count = math.ceil(fraction * len(group) - 1e-9)
         kept.update(each.sample_id for each in group[:count])
     return [each for each in preferences if each.sample_id in kept]

@@ -1,8 +1,8 @@
-"""What the search and the scorer ask of an engine, and nothing more.
+"""What the search and the scorer require of an engine, and nothing more.
 
 A `SamplingEngine` continues responses sentence by sentence and keeps its caches behind opaque
-nodes; letting go of a node frees them. A `RatingEngine` reads the distribution over a few tokens
-after a prompt. An engine without caches may re-read the prefix behind the same calls.
+nodes; releasing a node frees them. A `RatingEngine` reads the distribution over a few tokens
+after a prompt. An engine without caches may encode the prefix again behind the same interface.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Continuation", "Draw", "Prompt", "RatingEngine", "SamplingEngine", "TokenDistribution"]
 
 Node = Any
-"""An engine's handle of a prefix: image, prompt and the response so far."""
+"""An engine's handle for a prefix: image, prompt and the response so far."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Prompt:
 class Draw:
     """One continuation to draw from a node.
 
-    ``seed`` alone decides its random numbers, wherever in a batch it lands. ``greedy`` takes the
-    likeliest token instead.
+    Its random numbers depend only on ``seed``, wherever in a batch it ends up. ``greedy`` takes
+    the most likely token instead.
     """
 
     node: Node
@@ -51,12 +51,12 @@ class Continuation:
     log_probability: float
     stop: Literal["sentence", "end", "length"]
     node: Node
-    """The prefix with this continuation; None after an end."""
+    """The prefix with this continuation; None after the end of a response."""
 
 
 @dataclass(frozen=True)
 class TokenDistribution:
-    """Probabilities of the asked tokens, renormalised, and their share of the full softmax."""
+    """Probabilities of the requested tokens, renormalised, and their share of the full softmax."""
 
     probabilities: tuple[float, ...]
     mass: float
@@ -76,17 +76,17 @@ class SamplingEngine(Protocol):
 
         Args:
             draws: What to draw; several may share a node.
-            max_tokens: The most tokens of one continuation.
+            max_tokens: The maximum number of tokens in one continuation.
             whole: Do not stop at sentence ends.
         """
         ...
 
 
 class RatingEngine(Protocol):
-    """Reads what a text model thinks comes next."""
+    """Reads what a text model expects to come next."""
 
     def next_token_distribution(
         self, prompts: Sequence[str], tokens: Sequence[str]
     ) -> list[TokenDistribution]:
-        """Reads the distribution over ``tokens`` behind each prompt; generates nothing."""
+        """Reads the distribution over ``tokens`` after each prompt; generates nothing."""
         ...

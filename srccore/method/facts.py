@@ -1,12 +1,12 @@
-"""Checks a rationale against facts, by program (reconstruction). Pure text, no model.
+"""Checks a rationale against facts, without a model (reconstruction). Pure text processing.
 
 Every sentence of a rationale is one claim. A claim that names the subject and relation of a fact
-is *supported* or *contradicted* by it. Arithmetic, comparison and parity are executed again: true
-and built on numbers that are facts or were derived before, they are *supported*; otherwise they
-are an *invalid* step. Everything else is *unsupported*: nobody can verify it.
+is *supported* or *contradicted* by it. Arithmetic, comparisons and parity are computed again: if
+they are true and use only numbers that are facts or were derived before, they are *supported*;
+otherwise they are an *invalid* step. Everything else is *unsupported*: it cannot be verified.
 
-A rationale is sound when it states every needed fact and none of its claims is contradicted or
-invalid; a claim that nobody can verify takes nothing away.
+A rationale is sound if it states every needed fact and none of its claims is contradicted or
+invalid; claims that cannot be verified do not count against it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OPERATIONS = {
 
 
 class Verdict(StrEnum):
-    """What the facts say of one claim."""
+    """What the facts say about one claim."""
 
     SUPPORTED = "supported"
     CONTRADICTED = "contradicted"
@@ -48,18 +48,18 @@ class Claim:
     text: str
     verdict: Verdict
     value: str | None
-    """What the claim states of its subject, where the form of the claim tells."""
+    """What the claim states about its subject, if its form shows it."""
     fact: Fact | None = None
-    """The fact that it speaks of, if any."""
+    """The fact that it is about, if any."""
 
 
 @dataclass(frozen=True)
 class RationaleCheck:
-    """A rationale against the facts of its sample."""
+    """The result of checking a rationale against the facts of its sample."""
 
     claims: tuple[Claim, ...]
     missing: tuple[Fact, ...]
-    """Needed facts that the rationale does not state rightly."""
+    """Needed facts that the rationale does not state correctly."""
 
     @property
     def is_sound(self) -> bool:
@@ -82,7 +82,7 @@ def check_rationale(rationale: str, facts: Sequence[Fact]) -> RationaleCheck:
 
     Args:
         rationale: The text before the answer line.
-        facts: The facts of the sample; a sample without facts supports nothing.
+        facts: The facts of the sample; without facts, no claim is supported by one.
 
     Returns:
         The claims with their verdicts, and the needed facts that are missing.
@@ -100,22 +100,22 @@ def check_rationale(rationale: str, facts: Sequence[Fact]) -> RationaleCheck:
 
 
 def gold_rationale(facts: Sequence[Fact]) -> str:
-    """The rationale that states the needed facts, in their order, and nothing else."""
+    """Writes the rationale that states the needed facts, in their order, and nothing else."""
     return " ".join(fact.sentence for fact in facts if fact.needed)
 
 
 def quality(text: str, sample: Sample) -> float:
-    """How good a response is, as the facts see it (reconstruction).
+    """Scores a response by the facts (reconstruction).
 
-    ``(supported needed facts - wrong claims - missing facts / 2) / needed facts``, plus 1 where
-    the answer is right. A claim that repeats one is wrong too.
+    ``(supported needed facts - wrong claims - missing facts / 2) / needed facts``, plus 1 if the
+    answer is right. A claim that repeats another one is also wrong.
 
     Args:
         text: The response.
         sample: The sample with its facts.
 
     Returns:
-        At most 2 (all of it right); no lower bound.
+        At most 2 (everything right); there is no lower bound.
     """
     parsed = parse(text)
     check = check_rationale(parsed.rationale if parsed else text, sample.facts)
@@ -138,7 +138,7 @@ def _check_claim(text: str, facts: Sequence[Fact], known: set[str]) -> Claim:
             value = text[len(head) :]
             if any(same_answer(value, name) for name in (fact.value, *fact.aliases)):
                 return Claim(text, Verdict.SUPPORTED, value, fact)
-            # Another fact may give the same subject and relation the value that is claimed.
+            # Another fact may have the same subject and relation with the claimed value.
             contradicted = contradicted or Claim(text, Verdict.CONTRADICTED, value, fact)
     if contradicted is not None:
         return contradicted
@@ -147,7 +147,7 @@ def _check_claim(text: str, facts: Sequence[Fact], known: set[str]) -> Claim:
         operands, result, is_true = executed
         verdict = Verdict.SUPPORTED if is_true and operands <= known else Verdict.INVALID
         return Claim(text, verdict, result)
-    # "X is V" that no fact speaks of still concludes V, as does "X is in V" where a fact has that
+    # "X is V" concludes V even if no fact is about it, as does "X is in V" if some fact has that
     # relation: consistency asks what follows from the rationale alone, right or wrong.
     relations = {"is", *(_plain(fact.relation) for fact in facts)}
     for relation in sorted(relations, key=lambda each: (-len(each), each)):

@@ -1,6 +1,6 @@
 r"""The text of a response: rationale, newline, ``Answer: <answer>`` (reconstruction).
 
-The last line is always parseable, so nothing has to guess where a rationale ends.
+The last line can always be parsed, so nothing has to guess where a rationale ends.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ _NUMBER_WORDS = {
 
 @dataclass(frozen=True)
 class ParsedResponse:
-    """A response taken apart: the paper's rationale-answer pair."""
+    """A parsed response: the paper's rationale-answer pair."""
 
     rationale: str
     answer: str
 
 
 def write(rationale: str, answer: str) -> str:
-    """Writes a response as the policy shall write it.
+    """Writes a response in the form that the policy is to write.
 
     Args:
-        rationale: One or more sentences; may be empty, then only the answer line is written.
+        rationale: One or more sentences; if empty, only the answer line is written.
         answer: The answer, one line.
 
     Returns:
-        The text that `parse` takes apart again.
+        The text, which `parse` turns back into rationale and answer.
     """
     line = f"{ANSWER_PREFIX}{answer.strip()}"
     return f"{rationale.strip()}\n{line}" if rationale.strip() else line
 
 
 def parse(text: str) -> ParsedResponse | None:
-    """Takes a response apart.
+    """Parses a response.
 
     Args:
         text: What a policy wrote.
@@ -77,16 +77,16 @@ def parse(text: str) -> ParsedResponse | None:
 
 
 def normalise_answer(answer: str) -> str:
-    """Brings an answer into the form in which answers are compared.
+    """Normalises an answer for comparison.
 
-    Case, outer punctuation, white space and a leading article do not count; numbers are written
-    in one way (``1,000.0`` is ``1000``, ``two`` is ``2``).
+    Case, outer punctuation, white space and a leading article are ignored; numbers get a single
+    form (``1,000.0`` becomes ``1000``, ``two`` becomes ``2``).
 
     Args:
         answer: Any text.
 
     Returns:
-        The normal form; empty where nothing is left.
+        The normal form; empty if nothing is left.
     """
     text, before = " ".join(answer.casefold().split()), None
     while text != before:
@@ -103,12 +103,12 @@ def normalise_answer(answer: str) -> str:
 
 
 def same_answer(first: str, second: str) -> bool:
-    """Tells whether two answers are equal after normalisation; an empty one equals none."""
+    """Whether two answers are equal after normalisation; an empty answer equals no other."""
     left = normalise_answer(first)
     return left != "" and left == normalise_answer(second)
 
 
 def gives_answer(text: str, reference: str) -> bool:
-    """Tells whether a response parses and its answer equals the reference."""
+    """Whether a response can be parsed and its answer equals the reference."""
     parsed = parse(text)
     return parsed is not None and same_answer(parsed.answer, reference)

@@ -1,6 +1,6 @@
-"""What R-Scorer is asked, and how its ratings are read: pure, over a `RatingEngine`.
+"""What R-Scorer is asked, and how its ratings are read. Pure, over a `RatingEngine`.
 
-R-Scorer sees no image: the text it judges against stands in its prompt. Every ordered pair of a
+R-Scorer sees no image: the text it judges against is in its prompt. Every ordered pair of a
 sample's candidates is rated, and the two orders of a pair are folded into one verdict, in which a
 rating that flips with the order counts for less. All sums are exact (`math.fsum`), so the order
 of candidates, pairs and levels cannot matter.
@@ -45,25 +45,26 @@ __all__ = [
 
 @dataclass(frozen=True)
 class FoldedPair:
-    """Both orders of a pair as one verdict, seen from its first candidate."""
+    """Both orders of a pair as one verdict, from the point of view of its first candidate."""
 
     margin: float
     """In [-1, 1]: how much better the first candidate is."""
     certainty: float
-    """In [0, 1]: how sure R-Scorer is, and how little the order matters to it."""
+    """In [0, 1]: how certain R-Scorer is, and how little the order matters to it."""
 
 
 def rating_prompt(sample: Sample, first_text: str, second_text: str) -> str:
     """Writes the user message in which R-Scorer reads two responses (reconstruction).
 
     Args:
-        sample: The sample; its reference rationale, or else its needed facts, are what the
-            responses are judged against besides the reference answer.
+        sample: The sample; the responses are judged against its reference answer and its
+            reference rationale, or its needed facts if it has no rationale.
         first_text: The first response.
         second_text: The second response.
 
     Returns:
-        Five lines with short labels, for a small model reads them. The chat template does the rest.
+        Five lines with short labels, since a small model reads them. The chat template adds the
+        rest.
     """
     facts = sample.rationale or gold_rationale(sample.facts) or "none"
     lines = {
@@ -77,7 +78,7 @@ def rating_prompt(sample: Sample, first_text: str, second_text: str) -> str:
 
 
 def pair_schedule(candidates: Sequence[Candidate]) -> list[tuple[Candidate, Candidate]]:
-    """Lists the pairs to rate: all ordered ones (reconstruction).
+    """Lists the pairs to rate: all ordered pairs (reconstruction).
 
     Args:
         candidates: The candidates of one sample.
@@ -99,17 +100,17 @@ def pair_schedule(candidates: Sequence[Candidate]) -> list[tuple[Candidate, Cand
 def rate_candidates(
     engine: RatingEngine, samples_and_sets: Sequence[tuple[Sample, CandidateSet]]
 ) -> list[Rating]:
-    """Rates all ordered pairs of candidates of some samples, in one call of the engine.
+    """Rates all ordered pairs of candidates of some samples, in one call to the engine.
 
     Args:
         engine: R-Scorer.
-        samples_and_sets: Samples, each with what the search found for it.
+        samples_and_sets: Samples, each with the candidates that the search found for it.
 
     Returns:
-        The ratings, sample by sample in the schedule's order.
+        The ratings, sample by sample in the order of `pair_schedule`.
 
     Raises:
-        UserError: A sample has more candidates than the schedule takes.
+        UserError: A sample has more candidates than `pair_schedule` accepts.
     """
     pairs = [
         (sample, first, second)
@@ -196,27 +197,27 @@ def _share(values: Sequence[bool]) -> float | None:
 
 
 def preference_of(probabilities: Sequence[float]) -> float:
-    """How much the first candidate is preferred: ``(sum_r r * p_r - 3) / 2`` (reconstruction).
+    """Preference for the first candidate: ``(sum_r r * p_r - 3) / 2`` (reconstruction).
 
     Args:
         probabilities: Over the rating tokens 1..5.
 
     Returns:
-        A number in [-1, 1], exactly negated where the probabilities are reversed.
+        A number in [-1, 1], exactly negated if the probabilities are reversed.
     """
     return _mean(probabilities) / 2
 
 
 def certainty_of(probabilities: Sequence[float]) -> float:
-    """How sure a rating is: ``max(0, 1 - sd / sqrt 2)`` (reconstruction).
+    """Returns how certain a rating is: ``max(0, 1 - sd / sqrt 2)`` (reconstruction).
 
-    The standard deviation knows that {1, 5} is less sure than {4, 5}; entropy does not.
+    The standard deviation reflects that {1, 5} is less certain than {4, 5}; entropy does not.
 
     Args:
         probabilities: Over the rating tokens 1..5.
 
     Returns:
-        A number in [0, 1]: 1 for a sure rating, 0 for a uniform or a wider one.
+        A number in [0, 1]: 1 for a certain rating, 0 for a uniform or wider distribution.
     """
     mean = _mean(probabilities)
     squares = [
@@ -237,7 +238,7 @@ def fold(forward: Rating, backward: Rating) -> FoldedPair:
         backward: Second against first.
 
     Returns:
-        The verdict, seen from the first candidate of ``forward``.
+        The verdict, from the point of view of the first candidate of ``forward``.
     """
     there = preference_of(forward.probabilities)
     back = preference_of(backward.probabilities)
@@ -252,10 +253,10 @@ def fold_ratings(ratings: Iterable[Rating]) -> dict[tuple[str, str], FoldedPair]
         ratings: Both orders of every pair, in any order.
 
     Returns:
-        The verdict by (first, second); (second, first) holds it with the margin negated.
+        The verdict by (first, second); (second, first) has it with the margin negated.
 
     Raises:
-        UserError: An order of a pair is missing, or is there twice.
+        UserError: An order of a pair is missing or occurs twice.
     """
     by_pair: dict[tuple[str, str], Rating] = {}
     for rating in ratings:
@@ -286,8 +287,8 @@ def verdict(probabilities: Sequence[float]) -> int:
         probabilities: Over the rating tokens 1..5.
 
     Returns:
-        1 where the first is better ({4, 5} together are likeliest), -1 where the second is
-        ({1, 2}), 0 where they are equal ({3}, or a tie).
+        1 if the first is better ({4, 5} together are the most likely), -1 if the second is
+        better ({1, 2}), 0 if they are equal ({3}, or a tie).
     """
     one, two, equal, four, five = probabilities
     better, worse = four + five, one + two
@@ -299,13 +300,13 @@ def verdict(probabilities: Sequence[float]) -> int:
 
 
 def swap_consistency(ratings: Iterable[Rating]) -> float | None:
-    """Share of the pairs on which the two orders agree three-way.
+    """Returns the share of pairs on which the two orders agree three-way.
 
     Args:
-        ratings: Of any number of samples; a pair with one order only is left out.
+        ratings: Ratings of any number of samples; pairs with only one order are left out.
 
     Returns:
-        A fraction, or None where no pair has both orders.
+        A fraction, or None if no pair has both orders.
     """
     verdicts = {
         (rating.sample_id, rating.first, rating.second): verdict(rating.probabilities)
@@ -320,20 +321,20 @@ def swap_consistency(ratings: Iterable[Rating]) -> float | None:
 
 
 def mean_mass(ratings: Iterable[Rating]) -> float | None:
-    """Mean share of the full softmax that lies on the rating tokens: a health figure.
+    """Returns the mean share of the full softmax on the rating tokens: a health figure.
 
     Args:
-        ratings: Of any number of samples.
+        ratings: Ratings of any number of samples.
 
     Returns:
-        A fraction, or None where there are no ratings.
+        A fraction, or None if there are no ratings.
     """
     masses = [rating.mass for rating in ratings]
     return math.fsum(masses) / len(masses) if masses else None
 
 
 def _mean(probabilities: Sequence[float]) -> float:
-    """Mean of the rating minus 3; centred, so that mirrored ratings negate it exactly."""
+    """Returns the mean rating minus 3, centred so that mirrored ratings negate it exactly."""
     weighted = [
         (level - 3) * probability
         for level, probability in zip(RATING_LEVELS, probabilities, strict=True)

@@ -1,9 +1,9 @@
 """Stage 2: sentence-level beam search for candidate responses. Pure, over a `SamplingEngine`.
 
 The paper searches by sentences so that candidates differ in reasoning and not in wording; the
-details here are a reconstruction (method.md). Every round extends all live beams of all samples
-of a batch by one sentence. Random numbers depend on seed, round, sample and the text of the beam,
-never on a batch or a shard.
+details here are a reconstruction (docs/method.md). Every step extends all live beams of all
+samples of a batch by one sentence. Random numbers depend on the seed, the round, the sample and
+the text of the beam, never on a batch or a shard.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class Beam:
     node: Node = None
     is_finished: bool = False
     parent_length: int = 0
-    """Characters of the text that its parent had: siblings share them."""
+    """Length of its parent's text in characters: siblings share that part."""
 
     @property
     def rank(self) -> tuple[float, int]:
-        """Sorts beams, best first: length-normalised log-probability, ties by the text's hash."""
+        """Sort key, best first: length-normalised log-probability, ties by the text's hash."""
         return (-self.log_probability / max(1, self.token_count), stable_hash(self.text))
 
     def extended(self, drawn: Continuation) -> Beam:
-        """This beam with a continuation behind it."""
+        """Returns this beam with a continuation appended."""
         return Beam(
             text=self.text + drawn.text,
             log_probability=self.log_probability + drawn.log_probability,
@@ -68,11 +68,11 @@ def search_candidates(
         prompts: Sample ids with their prompts; they share the engine's batches.
         config: The search's settings.
         seed: The run's seed.
-        round_number: The round, so that rounds draw afresh.
+        round_number: The round; each round draws different random numbers.
 
     Returns:
-        A set per sample, in the order of ``prompts``; candidates best first. A set may hold fewer
-        than ``config.candidates``.
+        A set per sample, in the order of ``prompts``, with the best candidate first. A set may
+        have fewer than ``config.candidates``.
     """
     roots = engine.open([prompt for _, prompt in prompts])
     searches = [
@@ -97,7 +97,7 @@ class _Search:
         self.unfinished = 0
 
     def draws(self, count: int, temperature: float) -> list[tuple[Beam, Draw]]:
-        """``count`` draws from each live beam."""
+        """Makes ``count`` draws from each live beam."""
         return [
             (beam, Draw(beam.node, stable_hash(f"{self.key}/{number}/{beam.text}"), temperature))
             for beam in self.live
@@ -105,7 +105,7 @@ class _Search:
         ]
 
     def finish(self, beam: Beam) -> None:
-        """Takes a finished beam into the pool; an empty response is none."""
+        """Adds a finished beam to the pool; an empty response counts as unfinished."""
         text = beam.text.strip()
         if not text:
             self.unfinished += 1
@@ -171,7 +171,7 @@ def _draw(
     count: int,
     whole: bool = False,
 ) -> list[list[list[Beam]]]:
-    """Draws from all live beams of all searches at once: children by search and by parent."""
+    """Draws from all live beams of all searches at once; returns children by search and parent."""
     planned = [search.draws(count, config.temperature) for search in searches]
     draws = [draw for plan in planned for _, draw in plan]
     if not draws:
@@ -190,18 +190,18 @@ def _draw(
 
 
 def select(families: Sequence[Sequence[Beam]], config: SearchConfig) -> list[Beam]:
-    """Chooses the beams that a round keeps.
+    """Chooses the beams to keep after a step.
 
-    Near-identical siblings count as one, the best of them. Of the rest the first
-    ``width - diverse`` by rank stay, then ``diverse`` times the one whose greatest similarity to
-    a kept one is least.
+    Of near-identical siblings only the best survives. Of the survivors the first
+    ``width - diverse`` by rank are kept, then, ``diverse`` times, the one whose greatest
+    similarity to any kept beam is smallest.
 
     Args:
         families: The children of each parent.
         config: The search's settings.
 
     Returns:
-        At most ``config.width`` beams, of distinct texts.
+        At most ``config.width`` beams, with distinct texts.
     """
     survivors: dict[str, Beam] = {}
     for siblings in families:
@@ -227,10 +227,10 @@ def select(families: Sequence[Sequence[Beam]], config: SearchConfig) -> list[Bea
 
 
 def _is_near(beam: Beam, kept: Sequence[Beam], limit: float) -> bool:
-    """Whether what a beam adds to its parent is near what a sibling of it adds.
+    """Whether the text that a beam adds to its parent is similar to what a sibling adds.
 
-    The parent's text does not count: behind a long one, right and wrong conclusions would be near.
-    A finished and a live beam are never the same response, however alike.
+    The parent's text is ignored: after a long one, right and wrong conclusions would be similar.
+    A finished and a live beam are never the same response, however similar they are.
     """
     added = beam.text[beam.parent_length :]
     return any(
@@ -241,19 +241,19 @@ def _is_near(beam: Beam, kept: Sequence[Beam], limit: float) -> bool:
 
 
 def similarity(first: str, second: str) -> float:
-    """The Jaccard index of two texts' word sets; 1 for two texts without words.
+    """Computes the Jaccard index of two texts' word sets; 1 for two texts without words.
 
     Args:
         first: A text.
         second: A text.
 
     Returns:
-        Between 0 (no word shared) and 1.
+        A number between 0 (no shared word) and 1.
     """
     left, right = (set(_WORD.findall(text.casefold())) for text in (first, second))
     return len(left & right) / len(left | right) if left | right else 1.0
 
 
 def candidate_id(sample_id: str, text: str) -> str:
-    """The id of a candidate: the same text for the same sample has the same id everywhere."""
+    """Returns the id of a candidate: the same text for the same sample always has the same id."""
     return hashlib.sha256(f"{sample_id}\n{text}".encode()).hexdigest()[:16]

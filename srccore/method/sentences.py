@@ -1,9 +1,9 @@
 """Where a sentence ends: the unit by which the search extends a response (reconstruction).
 
-A sentence ends after ``.``, ``?`` or ``!`` (with closing quotes or brackets) where white space
-follows, and before a newline. A full stop inside a number, after a list number, an initial or a
-known abbreviation ends nothing; "no.", "fig." and their like are abbreviations before a number
-only. White space belongs to the sentence that it opens.
+A sentence ends after ``.``, ``?`` or ``!`` (with closing quotes or brackets) if white space
+follows, and before a newline. A full stop inside a number, or after a list number, an initial or
+a known abbreviation does not end a sentence; "no.", "fig." and the like are abbreviations only
+before a number. White space belongs to the sentence that follows it.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ _ABBREVIATIONS = frozenset(
     ]
 )
 _NUMBERED = frozenset(["fig", "figs", "eq", "eqs", "no", "nos", "vol"])
-# Closers are straight and curly quotes, and brackets.
+# Closing characters are straight and curly quotes, and brackets.
 _END = re.compile(r"""[.?!]+["'\u201d\u2019)\]]*(?=\s)|(?<=\S)(?=\n)""")
 _WORD_BEFORE = re.compile(r"([A-Za-z](?:[A-Za-z.]*[A-Za-z])?|\d+)\.$")
 
 
 def first_end(text: str) -> int | None:
-    """Finds the end of the first sentence, if the text goes on behind it.
+    """Finds the end of the first sentence, if the text continues after it.
 
     Args:
         text: Any text; a sentence that nothing follows has not ended yet.
 
     Returns:
-        The index just behind the sentence, or None.
+        The index right after the sentence, or None.
     """
     start = len(text) - len(text.lstrip())
     for match in _END.finditer(text, start):
@@ -75,7 +75,7 @@ def split(text: str) -> list[str]:
         text: Any text.
 
     Returns:
-        The sentences in order; none of them is empty.
+        The sentences in order; none is empty.
     """
     sentences = []
     while (end := first_end(text)) is not None:
@@ -91,6 +91,6 @@ def _is_abbreviation(sentence: str, rest: str) -> bool:
     word = match.group(1)
     is_list_number = word.isdigit() and len(sentence) == len(word) + 1
     is_initial = len(word) == 1 and word.isupper() and len(sentence) > 2
-    # Where nothing has been read behind it yet, it may still turn out to be one.
+    # If nothing follows it yet, it may still turn out to be one.
     is_numbered = word.lower() in _NUMBERED and (not rest or rest[0].isdigit())
     return is_list_number or is_initial or is_numbered or word.lower() in _ABBREVIATIONS

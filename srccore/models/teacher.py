@@ -282,7 +282,7 @@ class EndpointTeacher:
         self._config = config
         self._url = config.url
         self._model = config.model
-        # Local servers need no key, but the client refuses an empty one.
+        # Local servers need no key, but the client rejects an empty one.
         self._key = os.environ.get(config.api_key_env, "").strip() or "EMPTY"
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(
