@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine that speaks as an OpenAI-compatible endpoint does."""
+"""A real HTTP server on this machine that behaves like an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class QuietServer(ThreadingHTTPServer):
-    """Says nothing of clients that hang up: the tests make them do so."""
+    """Does not report clients that hang up: the tests make them do so."""
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Does nothing."""
@@ -39,7 +39,7 @@ Script = Callable[[dict[str, Any], int], Reply]
 
 
 class Server:
-    """Speaks /v1/chat/completions. ``script`` gets a request's body and its number for the item."""
+    """Serves /v1/chat/completions. ``script`` gets a request's body and the item's attempt."""
 
     def __init__(self) -> None:
         self.script: Script = lambda body, attempt: says("So it is.\nAnswer: 8")
@@ -91,7 +91,7 @@ class Server:
             handler.end_headers()
             handler.wfile.write(data)
         except OSError:
-            handler.close_connection = True  # the client has gone: its timeout is over
+            handler.close_connection = True  # the client is gone: its timeout has passed
 
 
 def text_of(body: dict[str, Any]) -> str:
@@ -105,7 +105,7 @@ def name_of(body: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def serving() -> Iterator[Server]:
-    """The server, listening."""
+    """Starts the server."""
     it = Server()
     thread = threading.Thread(target=it.http.serve_forever, args=(0.01,))
     thread.start()

@@ -1,7 +1,7 @@
 """S3 servers on this machine: moto in this process, and versitygw, which checks keys and policies.
 
-A test module takes the fixtures at the end by name: ``s3 = s3_server.s3`` and so on, all four. A
-test that asks for ``s3`` runs against both servers, with a bucket and a cache of its own.
+A test module imports the four fixtures at the end by name: ``s3 = s3_server.s3`` and so on. A test
+that uses ``s3`` runs against both servers, with a bucket and a cache of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STARTS_WITHIN = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class S3Server:
-    """A running server and an empty bucket of it."""
+    """A running server and one of its buckets, which starts empty."""
 
     endpoint: str
     key: str
@@ -51,7 +51,7 @@ class S3Server:
         }
 
     def client(self) -> Any:
-        """A client of the tests' own, whatever the environment says."""
+        """A separate client for tests, independent of the environment."""
         return _client(self.endpoint, self.key, self.secret)
 
     def with_new_bucket(self) -> S3Server:
@@ -63,10 +63,10 @@ class S3Server:
         self.client().put_object(Bucket=self.bucket, Key=key, Body=data)
 
     def get(self, key: str) -> bytes:
-        """What lies there.
+        """The content of an object.
 
         Raises:
-            KeyError: Nothing does.
+            KeyError: There is no such object.
         """
         try:
             return bytes(self.client().get_object(Bucket=self.bucket, Key=key)["Body"].read())
@@ -81,7 +81,7 @@ class S3Server:
         return [each["Key"] for page in pages for each in page.get("Contents", [])]
 
     def with_user_who_may(self, *actions: str) -> S3Server:
-        """The same bucket, for somebody with just these rights. Only versitygw knows users."""
+        """The same bucket for a user with only these permissions. Only versitygw has users."""
         user = dataclasses.replace(self, key=f"user-{uuid.uuid4().hex[:8]}", secret="their-secret")
         root = [
             f"--access={self.key}",
@@ -120,11 +120,11 @@ def _client(endpoint: str, key: str, secret: str) -> Any:
 
 @contextlib.contextmanager
 def serving(kind: str, folder: Path) -> Iterator[S3Server]:
-    """A server, running, with an empty bucket.
+    """Starts a server with an empty bucket.
 
     Args:
-        kind: ``moto`` (checks no key, any object key goes) or ``versitygw``.
-        folder: Where the server keeps what it must.
+        kind: ``moto`` (does not check access keys, accepts any object key) or ``versitygw``.
+        folder: Where the server keeps its files.
     """
     start = {"moto": _moto, "versitygw": _versitygw}[kind]
     with start(folder) as server:
@@ -179,7 +179,7 @@ def _wait_until_it_answers(server: S3Server, process: subprocess.Popen[bytes], l
 
 
 def free_port() -> int:
-    """A port that nobody listened on just now."""
+    """A port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -204,7 +204,7 @@ def versitygw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def no_aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing of this machine's settings: no AWS variable, no profile, an empty cache."""
+    """Hides this machine's settings: no AWS variables, no profile, an empty cache."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
@@ -216,7 +216,7 @@ def no_aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(params=["moto", "versitygw"])
 def s3(request: pytest.FixtureRequest, no_aws: None, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """An empty bucket of each server; the environment leads to it."""
+    """An empty bucket on each server, to which the environment points."""
     server: S3Server = request.getfixturevalue(request.param)
     it = server.with_new_bucket()
     for name, value in it.environment.items():

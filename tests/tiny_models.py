@@ -49,7 +49,7 @@ def image(width: int = 30, height: int = 20) -> Image.Image:
 
 
 def tokenizer(kind: str) -> Any:
-    """Llama's for LLaVA-1.5 (a space before every text, BOS by itself), else byte-level."""
+    """Llama's for LLaVA-1.5 (adds a space before every text, and the BOS), else byte-level."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
@@ -60,7 +60,7 @@ def tokenizer(kind: str) -> Any:
         made.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         )
-        # No piece of Llama's runs over a space.
+        # No token of Llama's contains a space except at its start.
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
         made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
         alphabet = sorted(set("".join(TEXTS)) | {"▁", "\n", "'"})
@@ -91,7 +91,7 @@ def tokenizer(kind: str) -> Any:
 
 
 def checkpoint(kind: str, out: Path) -> ModelConfig:
-    """Writes a tiny random checkpoint and returns how to load it."""
+    """Writes a tiny random checkpoint and returns the configuration that loads it."""
     from transformers import (
         CLIPImageProcessorPil,
         CLIPVisionConfig,

@@ -1,6 +1,6 @@
-"""Small trainings of each kind, to be done by one process or by several: ``OUT`` as an argument.
+"""Small trainings of each kind, to be run by one process or by several: ``OUT`` as an argument.
 
-Neither samples nor lengths divide evenly, and the models have learnt something, so that texts
+Neither samples nor lengths divide evenly, and the models have learned something, so that texts
 differ in how likely they are.
 """
 
@@ -107,7 +107,7 @@ TRAININGS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 
 
 def main(out: Path) -> None:
-    """Does them all; the first process writes what came out."""
+    """Runs all trainings; the first process writes the results."""
     with joined("cpu") as processes:
         for name, (train, changes) in TRAININGS.items():
             folder = out / (name if is_first() else f"{name}-by-{processes.rank}")

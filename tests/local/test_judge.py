@@ -1,4 +1,4 @@
-"""Data without facts: an endpoint judges the rationales of the held-out split."""
+"""For data without facts, an endpoint judges the rationales of the held-out split."""
 
 from __future__ import annotations
 

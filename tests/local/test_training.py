@@ -77,7 +77,7 @@ class Batches:
 
 
 def inference_ids(processor: Any, picture: Any, response: str) -> tuple[list[int], list[int]]:
-    """What an engine reads as the prompt, and the ids of a response that follows, with its end."""
+    """The prompt's ids as an engine sees them, and the ids of the response after it and its end."""
     prompt = processor(
         images=[[picture]],
         text=[prompt_text(processor, QUESTION)],
@@ -128,7 +128,7 @@ def test_rationale_tuning_sees_the_ids_of_inference_and_learns_the_response_only
 
 
 def check_adapter(base: ModelConfig, path: Path) -> None:
-    """Only the language model's linear layers have changed, and all of them have."""
+    """Checks that exactly the language model's linear layers have changed."""
     before = load_policy_weights(base)
     changed = {
         name
@@ -156,7 +156,7 @@ def test_dpo_sees_the_ids_of_inference_and_starts_from_its_reference(
     out = tmp_path / "dpo"
     out.mkdir()
     examples = preferences()[:2]
-    # A learning rate of next to nothing: every step sees the reference itself.
+    # With a tiny learning rate every step sees the reference itself.
     outcome = train_dpo(policy, examples, dpo_config(learning_rate=1e-12, epochs=2), out, seed=0)
     assert outcome.training.steps == 2
     assert outcome.reward_margin == pytest.approx(0, abs=1e-5)
@@ -198,7 +198,7 @@ SHARES = [(4, 1), (2, 2), (1, 4)]
 def test_the_sft_term_is_a_mean_over_the_tokens_of_all_chosen_responses_of_a_step(
     tmp_path: Path, share: tuple[int, int]
 ) -> None:
-    # A model that has learnt some words and not others: what is likely differs from text to text.
+    # The model has learned some words and not others, so texts differ in how likely they are.
     base = ModelConfig(path="embedded:lvlm")
     samples, passes = share
     config = dpo_config(
@@ -219,7 +219,7 @@ def test_the_sft_term_is_a_mean_over_the_tokens_of_all_chosen_responses_of_a_ste
     # The policy is its own reference, so the first term is -log sigmoid(0).
     wanted = math.log(2) - total / tokens
     assert outcome.training.last_loss == pytest.approx(wanted, rel=1e-4)
-    # The mean of the samples' means is quite another number.
+    # The mean of the samples' means is a different number.
     assert abs(total / tokens - sum(means) / 4) > 0.05
 
 
@@ -250,7 +250,7 @@ def test_every_epoch_is_another_order_and_its_last_batch_is_filled_up_from_its_b
         assert epoch[6:] == epoch[:2]
     assert epochs[0] != epochs[1]
     assert order[:8] == sample_order(6, config, seed=0)[:8] != sample_order(6, config, seed=1)[:8]
-    # Fewer samples than one step takes come as often as they must.
+    # If there are fewer samples than one step takes, they are repeated.
     (first, second) = sample_order(2, dpo_config(batch_size=5), seed=0)[:2]
     assert sample_order(2, dpo_config(batch_size=5), seed=0) == [
         first,

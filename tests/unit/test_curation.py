@@ -29,7 +29,7 @@ def sample(sample_id: str = "s", category: Category = Category.MATH) -> Sample:
 
 
 def candidates(sample_id: str, *texts: str) -> CandidateSet:
-    """Candidates a, b, c, ...; the first has 10 tokens, each further one 1 less."""
+    """Candidates a, b, c, ...; the first has 10 tokens, each further one has one token less."""
     found = tuple(
         Candidate(id=name, text=text, log_probability=-1, token_count=10 - number)
         for number, (name, text) in enumerate(zip("abcdefgh", texts, strict=False))
@@ -247,7 +247,7 @@ def test_relabelling_the_candidates_changes_no_text(
         each.model_copy(update={"first": names[each.first], "second": names[each.second]})
         for each in ratings
     ]
-    # Exact ties break by id, and so may go another way.
+    # Exact ties are broken by id, so they may go the other way.
     value = list(values(ids, fold_ratings(ratings)).values())
     assume(value.count(max(value)) == value.count(min(value)) == 1)
     (before,) = curate({"s": sample()}, [found], ratings, LOOSE).preferences

@@ -36,7 +36,7 @@ def sample(number: int, category: Category = Category.CHART, **more: Any) -> Sam
 
 
 def line(number: int, **changes: Any) -> dict[str, Any]:
-    """A good row, but for the changes; a column that is changed to `...` is left out."""
+    """A good row except for the changes; a column that is changed to `...` is left out."""
     row = {
         "id": f"s{number}",
         "category": "chart",
@@ -118,7 +118,7 @@ def test_hugging_face_datasets_sees_images_and_facts(
     assert data[0]["image"].getpixel((0, 0)) == (0, 0, 255)
     assert data[0]["facts"] == [fact.model_dump(mode="json")]
     assert data[1]["facts"] == []
-    # And the other way round: what `datasets` writes, this module reads.
+    # And the other way round: this module reads what `datasets` writes.
     data.to_parquet(str(tmp_path / "theirs.parquet"))
     theirs = open_data(tmp_path / "theirs.parquet")
     assert theirs.samples == (sample(1, facts=(fact,)), sample(2))
@@ -328,7 +328,7 @@ def test_every_bad_row_of_parquet_is_told_with_its_number_across_files(tmp_path:
 
 
 def test_an_image_outside_the_folder_is_never_opened(tmp_path: Path) -> None:
-    # A pipe without a writer: whoever opens it hangs.
+    # A pipe without a writer: opening it would hang.
     os.mkfifo(tmp_path / "pipe")
     folder = write_lines(tmp_path / "data", [line(1, image="../pipe"), line(2, image="link")])
     (folder / "link").symlink_to(tmp_path / "pipe")

@@ -29,7 +29,7 @@ def test_the_gold_rationale_is_sound_and_leads_to_the_answer() -> None:
     [
         ("The left digit is 5.", [Verdict.CONTRADICTED]),
         ("The left digit is three.", [Verdict.SUPPORTED]),
-        # 3 and 4 are seen, so 4 times 3 stands on them, and 12 is even stands on that.
+        # 3 and 4 are seen, so 4 times 3 is based on them, and 12 is even on that.
         ("4 times 3 is 12. 12 is even.", [Verdict.SUPPORTED, Verdict.SUPPORTED]),
         ("12 is even.", [Verdict.INVALID]),
         ("4 times 3 is 13.", [Verdict.INVALID]),
@@ -76,7 +76,7 @@ def test_quality_counts_facts_claims_and_the_answer() -> None:
     )
     # 3 of 3 facts, nothing wrong, right answer: 3/3 + 1.
     assert quality(write(GOLD, "7"), sample) == pytest.approx(2)
-    # 2 of 3 facts, none wrong, one missing counts half again: (2 - 0.5) / 3, wrong answer.
+    # 2 of 3 facts, none wrong, half a fact off for the missing one: (2 - 0.5) / 3, wrong answer.
     assert quality(write("The left digit is 3. 3 plus 4 is 7.", "8"), sample) == pytest.approx(0.5)
     # A repeated claim is a wrong one: (3 - 1) / 3 + 1.
     assert quality(write(f"The left digit is 3. {GOLD}", "7"), sample) == pytest.approx(5 / 3)

@@ -1,4 +1,4 @@
-"""Checkpoints on a disk and in a bucket: which one is the newest whole one."""
+"""Checkpoints on a disk and in a bucket: which one is the newest complete one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def names(folder: Path) -> list[str]:
 def test_the_newest_is_kept_alone(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoint")
     assert checkpoints.newest() is None
-    # By number: as texts, 20 would be before 3.
+    # By number: as strings, 20 would come before 3.
     for step in (3, 20):
         checkpoints.save(step, write)
         assert checkpoints.newest() == step

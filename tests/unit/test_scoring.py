@@ -38,7 +38,7 @@ def candidate(name: str, text: str = "text") -> Candidate:
 
 
 class LengthEngine:
-    """Prefers the longer response, for sure."""
+    """Prefers the longer response with certainty."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[str], list[str]]] = []

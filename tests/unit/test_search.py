@@ -1,4 +1,4 @@
-"""The search, worked out by hand over a toy engine with known probabilities."""
+"""The search, worked out by hand with a toy engine of known probabilities."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from srccore.hashing import stable_hash
 from srccore.method.engine import Continuation, Draw, Prompt
 from srccore.method.search import Beam, search_candidates, select, similarity
 
-# A toy policy: behind each prefix stand sentences with their probabilities. A sentence in
+# A toy policy: the sentences that may follow each prefix, with their probabilities. A sentence in
 # capitals ends the response. Every sentence is one token.
 TREE = {
     "": {" red is 3.": 0.6, " blue is 5.": 0.4},
@@ -26,7 +26,7 @@ TREE = {
 
 
 class ToyEngine:
-    """Draws by inverse sampling from `TREE`, each draw by its own seed."""
+    """Draws by inverse transform sampling from `TREE`, each draw with its own seed."""
 
     def __init__(self, tree: dict[str, dict[str, float]] = TREE) -> None:
         self.tree = tree
@@ -174,7 +174,7 @@ def test_siblings_are_compared_by_what_they_add_and_not_by_what_they_share() -> 
 def test_the_diverse_place_goes_to_the_beam_least_like_those_kept() -> None:
     config = _config(width=2, diverse=1)
     best = Beam("a b c", -1.0, 3)
-    # Similarity to `best`: a b d: 2/4; x y z: 0/6. The second is far less likely, and stays.
+    # Similarity to `best`: a b d: 2/4; x y z: 0/6. The second is far less likely, but is kept.
     near, far = Beam("a b d", -1.2, 3), Beam("x y z", -9.0, 3)
     assert select([[near, best, far]], config) == [best, far]
 

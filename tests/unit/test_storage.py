@@ -1,4 +1,4 @@
-"""Storage, against S3 servers that run here, and against files."""
+"""Storage, tested against S3 servers on this machine and against local files."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ Hook = Callable[[str, Callable[..., None]], None]
 
 @pytest.fixture
 def on(s3: S3Server) -> Iterator[Hook]:
-    """Lets a test look at, or into, what storage's own client does."""
+    """Lets a test observe, or interfere with, storage's own client."""
     events, added = storage._client().meta.events, []
 
     def add(event: str, look: Callable[..., None]) -> None:
@@ -74,7 +74,7 @@ def on(s3: S3Server) -> Iterator[Hook]:
 
 
 class Requests:
-    """The requests of a client, in their order, as (operation, key)."""
+    """The requests of a client in order, as (operation, key)."""
 
     def __init__(self) -> None:
         self.made: list[tuple[str, str]] = []
@@ -88,7 +88,7 @@ class Requests:
 
 @pytest.fixture
 def requests(on: Hook) -> Requests:
-    """What storage asked of the server so far."""
+    """The requests that storage has sent to the server so far."""
     it = Requests()
     on("provide-client-params.s3", it.note)
     return it
@@ -264,7 +264,7 @@ def test_a_folder_comes_back_byte_for_byte(s3: S3Server, tmp_path: Path) -> None
 
 
 def test_a_large_file_travels_in_parts(s3: S3Server, tmp_path: Path, requests: Requests) -> None:
-    # Parts begin at 8 MiB: two whole ones and one more byte.
+    # Parts have 8 MiB: two full ones and one more byte.
     data = os.urandom(16 * 2**20 + 1)
     storage.publish(write(tmp_path / "tune", {"model.safetensors": data}), f"{s3.uri}/tune")
     assert len(requests.keys("UploadPart")) == 3
@@ -485,7 +485,7 @@ def test_of_two_that_fetch_the_same_at_once_one_downloads_it(
     assert sorted(requests.keys("GetObject")) == [f"model/shard-{n}" for n in range(3)]
 
 
-# versitygw lets nobody store such keys.
+# versitygw does not accept such keys.
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
 @pytest.mark.parametrize(
     "key",
@@ -509,7 +509,7 @@ def test_a_key_that_is_no_file_below_the_folder_is_refused(
 def test_what_is_removed_is_gone_and_the_rest_stays(
     s3: S3Server, tmp_path: Path, name: str
 ) -> None:
-    # A name that begins like another's is another.
+    # A name that starts with another name is a different one.
     files = {
         f"{folder}/{file}": data for folder in ("tune", "tune-2") for file, data in FILES.items()
     }
@@ -635,7 +635,7 @@ STS_ANSWER = """<ErrorResponse><Error><Code>{code}</Code><Message>hidden</Messag
 
 
 class Scripted(ThreadingHTTPServer):
-    """Answers all with the same: for what no server here can be brought to say."""
+    """Answers every request in the same way, with responses that no server here can produce."""
 
     status, body = 200, ""
 
@@ -758,7 +758,7 @@ def test_a_connection_without_trust_is_told(
 ) -> None:
     if bundle:
         monkeypatch.setenv("AWS_CA_BUNDLE", bundle)
-    # It speaks no TLS.
+    # It does not accept TLS.
     monkeypatch.setenv("AWS_ENDPOINT_URL", scripted.url.replace("http:", "https:"))
     refused(
         storage.exists, "s3://bucket/key", "Cannot open a trusted TLS connection .*AWS_CA_BUNDLE"
@@ -795,7 +795,7 @@ def test_amazon_keeps_the_defaults(
 def test_what_amazon_gets_by_default_does_too(
     s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # Another environment, so another client: the newer checksums, no IfMatch for small files.
+    # A new environment, so a new client: the newer checksums, no IfMatch for small files.
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setattr(storage, "_is_amazon", lambda endpoint: True)
     files = FILES | {"model.safetensors": os.urandom(8 * 2**20 + 1)}

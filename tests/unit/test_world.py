@@ -1,4 +1,4 @@
-"""The embedded world: reproducible, disjoint splits, gold rationales that hold."""
+"""The embedded world: reproducible, disjoint splits, correct gold rationales."""
 
 from __future__ import annotations
 
