@@ -49,10 +49,10 @@ from srccore.run.report.gather import overall_change
 from srccore.stages.candidates import score_candidates, search_candidates
 from srccore.stages.evaluation import evaluate, read_outcomes
 from srccore.stages.folder import StageFolder
-from srccore.stages.machine import Machine
 from srccore.stages.manifest import read_manifest
 from srccore.stages.preferences import curate_preference, train_dpo
 from srccore.stages.table import Input, Stage
+from srccore.training.machine import Machine
 
 ARMS = ("random", "answer", "sft")
 SFT = Stage("sft", "", "models", inputs=(Input("preferences", "curate-preference"),))

@@ -44,20 +44,17 @@ def _command(stage: Stage) -> Callable[..., None]:
         from srccore.run.console import ConsoleObserver, quiet_libraries
         from srccore.run.loop import set_threads
         from srccore.stages.checks import check_settings
-        from srccore.stages.machine import Machine
+        from srccore.training.machine import Machine
 
         quiet_libraries()
         config = load_config(preset, overrides)
         set_threads(config.threads)
         check_settings([stage.name], dict(config))
-        given |= {name: getattr(config, section) for name, section in stage.sections.items()}
-        if "seed" in stage.settings:
-            given["seed"] = config.seed
         if "shard" in stage.settings:
             given["shard"] = _shard(given["shard"])
         console = ConsoleObserver.on_stderr()
         with console.stage(stage.name, None) as progress:
-            figures = stage.function()(**given, machine=Machine(config.device, progress))
+            figures = stage.run(config, machine=Machine(config.device, progress), **given)
         typer.echo(json.dumps(figures, indent=2))
 
     # Typer reads a command's options from its signature.

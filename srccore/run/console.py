@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from srccore.method import evaluation
-from srccore.stages.machine import Figures
-from srccore.stages.machine import Progress as Report
+from srccore.training.machine import Figures
+from srccore.training.machine import Progress as Report
 
 __all__ = ["ConsoleObserver", "figures_table", "quiet_libraries"]
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from srccore.config import RunConfig, identity
 from srccore.errors import UserError
@@ -22,14 +21,9 @@ from srccore.files import MANIFEST, writable, write_json
 from srccore.method.evaluation import HEADLINE
 from srccore.models.policy import resolve_model_path
 from srccore.run.folder import RunFolder
-from srccore.stages.candidates import sample_responses, score_candidates, search_candidates
 from srccore.stages.checks import check_run
-from srccore.stages.data import prepare_data
-from srccore.stages.evaluation import evaluate
-from srccore.stages.machine import Figures, Machine, Progress
-from srccore.stages.preferences import curate_preference, train_dpo
-from srccore.stages.rationales import augment_rationales, tune_rationale
-from srccore.stages.scorer import annotate_ratings, train_scorer
+from srccore.stages.table import STAGES
+from srccore.training.machine import Figures, Machine, Progress
 
 __all__ = ["Observer", "load_run", "run", "set_threads"]
 
@@ -146,130 +140,65 @@ class _Wiring:
     observer: Observer
     figures: list[Figures] = field(default_factory=list)
 
-    @contextmanager
-    def _stage(self, name: str, round_number: int | None) -> Iterator[Machine]:
-        with self.observer.stage(name, round_number) as progress:
-            yield Machine(self.config.device, progress)
+    def _do(self, stage: str, out: Path, number: int | None = None, **given: Any) -> Figures:
+        if "round_number" in STAGES[stage].settings:
+            given["round_number"] = number
+        with self.observer.stage(stage, number) as progress:
+            machine = Machine(self.config.device, progress)
+            return STAGES[stage].run(self.config, out=out, machine=machine, **given)
 
     def prepare_data(self) -> None:
-        with self._stage("prepare-data", None) as machine:
-            prepare_data(self.config.data, self.out.data, machine)
+        self._do("prepare-data", self.out.data)
 
     def augment_rationales(self) -> None:
         """Stage 1 learns those of the train split; R-Scorer compares with those of both splits."""
         for split in ("train", "calibration"):
-            with self._stage("augment-rationales", None) as machine:
-                augment_rationales(
-                    self.config.augmentation,
-                    data=self.out.split(split),
-                    out=self.out.rationales(split),
-                    machine=machine,
-                )
+            data = self.out.split(split)
+            self._do("augment-rationales", self.out.rationales(split), data=data)
 
     def tune_rationale(self) -> Path:
-        with self._stage("tune-rationale", None) as machine:
-            tune_rationale(
-                self.config.rationale,
-                model=self.config.model,
-                data=self.out.split("train"),
-                rationales=self.out.rationales("train"),
-                out=self.out.tuning,
-                seed=self.config.seed,
-                machine=machine,
-            )
+        data, rationales = self.out.split("train"), self.out.rationales("train")
+        self._do("tune-rationale", self.out.tuning, data=data, rationales=rationales)
         return self.out.trained_policy(0)
 
     def train_scorer(self, policy: Path) -> Path:
         """Trains R-Scorer once, before round 1, on responses of the stage-1 policy."""
-        annotation = self.config.annotation
-        train, rationales = self.out.split("train"), self.out.rationales("train")
-        with self._stage("sample-responses", None) as machine:
-            sample_responses(
-                self.config.search,
-                annotation=annotation,
-                data=train,
-                policy=policy,
-                out=self.out.responses,
-                seed=self.config.seed,
-                machine=machine,
-            )
-        with self._stage("annotate-ratings", None) as machine:
-            annotate_ratings(
-                annotation,
-                data=train,
-                candidates=self.out.responses,
-                rationales=rationales,
-                out=self.out.labelled_pairs,
-                seed=self.config.seed,
-                machine=machine,
-            )
-        with self._stage("train-scorer", None) as machine:
-            train_scorer(
-                self.config.scorer,
-                model=self.config.rating_model,
-                data=train,
-                annotation=annotation,
-                labelled_pairs=self.out.labelled_pairs,
-                rationales=rationales,
-                out=self.out.scorer,
-                seed=self.config.seed,
-                machine=machine,
-            )
+        responses, pairs = self.out.responses, self.out.labelled_pairs
+        data, rationales = self.out.split("train"), self.out.rationales("train")
+        known: dict[str, Any] = {"data": data, "rationales": rationales}
+        self._do("sample-responses", responses, data=data, policy=policy)
+        self._do("annotate-ratings", pairs, candidates=responses, **known)
+        self._do("train-scorer", self.out.scorer, labelled_pairs=pairs, **known)
         return self.out.scorer
 
     def search(self, policy: Path, number: int, shard: int) -> Path:
-        folder = self.out.candidates(number, shard)
-        with self._stage("search-candidates", number) as machine:
-            search_candidates(
-                self.config.search,
-                data=self.out.split("calibration"),
-                policy=policy,
-                out=folder,
-                seed=self.config.seed,
-                round_number=number,
-                shard=(shard, self.config.shards),
-                machine=machine,
-            )
+        folder, data = self.out.candidates(number, shard), self.out.split("calibration")
+        part = (shard, self.config.shards)
+        self._do("search-candidates", folder, number, data=data, policy=policy, shard=part)
         return folder
 
     def score(self, candidates: Path, scorer: Path, number: int, shard: int) -> Path:
         folder = self.out.ratings(number, shard)
-        with self._stage("score-candidates", number) as machine:
-            score_candidates(
-                self.config.scoring,
-                data=self.out.split("calibration"),
-                candidates=candidates,
-                scorer=scorer,
-                rationales=self.out.rationales("calibration"),
-                out=folder,
-                machine=machine,
-            )
+        self._do(
+            "score-candidates",
+            folder,
+            number,
+            data=self.out.split("calibration"),
+            candidates=candidates,
+            scorer=scorer,
+            rationales=self.out.rationales("calibration"),
+        )
         return folder
 
     def curate(self, candidates: list[Path], ratings: list[Path], number: int) -> Path:
-        folder = self.out.preferences(number)
-        with self._stage("curate-preference", number) as machine:
-            curate_preference(
-                self.config.curation,
-                data=self.out.split("calibration"),
-                candidates=candidates,
-                ratings=ratings,
-                out=folder,
-                machine=machine,
-            )
+        folder, data = self.out.preferences(number), self.out.split("calibration")
+        read: dict[str, Any] = {"data": data, "candidates": candidates, "ratings": ratings}
+        self._do("curate-preference", folder, number, **read)
         return folder
 
     def align(self, preferences: Path, policy: Path, number: int) -> Path:
-        with self._stage("train-dpo", number) as machine:
-            train_dpo(
-                self.config.dpo,
-                data=self.out.split("calibration"),
-                preferences=preferences,
-                policy=policy,
-                out=self.out.training(number),
-                seed=self.config.seed,
-                machine=machine,
-            )
+        folder, data = self.out.training(number), self.out.split("calibration")
+        self._do("train-dpo", folder, number, data=data, preferences=preferences, policy=policy)
         return self.out.trained_policy(number)
 
     def keep_or_revert(self, before: Path, aligned: Path, number: int) -> Path:
@@ -308,14 +237,4 @@ class _Wiring:
     def _evaluate(
         self, policy: Path, number: int, folder: Path, data: Path, previous: Path | None
     ) -> Figures:
-        with self._stage("evaluate", number) as machine:
-            return evaluate(
-                self.config.evaluation,
-                data=data,
-                policy=policy,
-                out=folder,
-                seed=self.config.seed,
-                round_number=number,
-                previous=previous,
-                machine=machine,
-            )
+        return self._do("evaluate", folder, number, data=data, policy=policy, previous=previous)

@@ -13,8 +13,8 @@ from srccore.method.engine import Prompt
 from srccore.models.engines import rating_engine, sampling_engine
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
-from srccore.stages.machine import Figures, Machine
 from srccore.stages.rationales import judged_samples
+from srccore.training.machine import Figures, Machine
 
 __all__ = ["sample_responses", "score_candidates", "search_candidates"]
 

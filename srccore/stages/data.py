@@ -12,7 +12,7 @@ from srccore.data import dataset, sampling
 from srccore.data.records import Sample
 from srccore.stages import inputs as identify
 from srccore.stages.folder import StageFolder
-from srccore.stages.machine import Figures, Machine
+from srccore.training.machine import Figures, Machine
 
 __all__ = ["SPLITS", "prepare_data"]
 

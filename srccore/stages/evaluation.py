@@ -15,7 +15,7 @@ from srccore.method.engine import Draw, Prompt
 from srccore.models.engines import sampling_engine
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
-from srccore.stages.machine import Figures, Machine, Progress
+from srccore.training.machine import Figures, Machine, Progress
 
 __all__ = ["evaluate", "read_outcomes"]
 

@@ -12,10 +12,9 @@ from srccore.data import dataset
 from srccore.data.records import CandidateSet, Preference, Rating, read_records, write_records
 from srccore.errors import UserError
 from srccore.method import curation
-from srccore.models.engines import choose_device
 from srccore.stages.folder import StageFolder
-from srccore.stages.machine import Figures, Machine
 from srccore.stages.rationales import judged_samples
+from srccore.training.machine import Figures, Machine
 from srccore.training.ranks import is_first
 
 __all__ = ["curate_preference", "train_dpo"]
@@ -122,16 +121,7 @@ def train_dpo(
             "curation.min_margin, or with more search.samples.",
         )
     start = read_policy(policy)
-    outcome = train(
-        start,
-        examples,
-        config,
-        out,
-        seed=seed,
-        device=choose_device(machine.device),
-        progress=machine.progress,
-        checkpoints=machine.checkpoints,
-    )
+    outcome = train(start, examples, config, out, seed=seed, machine=machine)
     if not is_first():
         return dataclasses.asdict(outcome)
     write_policy(out, start.with_adapter(out / "adapter"))

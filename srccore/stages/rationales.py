@@ -12,12 +12,11 @@ from srccore.data import dataset, sampling
 from srccore.data.records import Rationale, Sample, read_records, write_records
 from srccore.errors import UserError
 from srccore.method import response
-from srccore.models.engines import choose_device
 from srccore.stages import inputs as identify
 from srccore.stages.checks import check_facts
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
-from srccore.stages.machine import Figures, Machine
+from srccore.training.machine import Figures, Machine
 from srccore.training.ranks import is_first
 
 __all__ = ["augment_rationales", "judged_samples", "rationale_texts", "tune_rationale"]
@@ -132,16 +131,7 @@ def tune_rationale(
         for sample in drawn
     ]
     start = Policy(base=model)
-    outcome = train(
-        start,
-        examples,
-        config,
-        out,
-        seed=seed,
-        device=choose_device(machine.device),
-        progress=machine.progress,
-        checkpoints=machine.checkpoints,
-    )
+    outcome = train(start, examples, config, out, seed=seed, machine=machine)
     if not is_first():
         return dataclasses.asdict(outcome)
     write_policy(out, start.with_adapter(out / "adapter"))

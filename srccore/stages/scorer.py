@@ -11,13 +11,13 @@ from srccore.data.records import Candidate, CandidateSet, LabelledPair, read_rec
 from srccore.errors import UserError
 from srccore.hashing import stable_hash
 from srccore.method import scoring
-from srccore.models.engines import choose_device, rating_engine
+from srccore.models.engines import rating_engine
 from srccore.stages import inputs as identify
 from srccore.stages.checks import check_facts
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
-from srccore.stages.machine import Figures, Machine
 from srccore.stages.rationales import judged_samples
+from srccore.training.machine import Figures, Machine
 from srccore.training.ranks import is_first
 
 __all__ = ["annotate_ratings", "train_scorer"]
@@ -177,16 +177,7 @@ def train_scorer(
             (pair.second, pair.first, 6 - pair.rating),
         )
     ]
-    outcome = train(
-        model,
-        examples,
-        config,
-        out,
-        seed=seed,
-        device=choose_device(machine.device),
-        progress=machine.progress,
-        checkpoints=machine.checkpoints,
-    )
+    outcome = train(model, examples, config, out, seed=seed, machine=machine)
     if not is_first():
         return dataclasses.asdict(outcome)
     engine = rating_engine(out / "model", machine.device, config.batch_size)

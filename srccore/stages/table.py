@@ -81,6 +81,21 @@ class Stage:
         function: Callable[..., dict[str, Any]] = getattr(module, self.python_name)
         return function
 
+    def run(self, config: Any, **given: Any) -> dict[str, Any]:
+        """Runs the stage function with the settings of a run.
+
+        Args:
+            config: A `srccore.config.RunConfig`: gives the sections and the seed.
+            given: All other arguments of the function.
+
+        Returns:
+            The stage's figures.
+        """
+        given |= {name: getattr(config, section) for name, section in self.sections.items()}
+        if "seed" in self.settings:
+            given["seed"] = config.seed
+        return self.function()(**given)
+
 
 _POLICY = Input("policy", "tune-rationale")
 _RATIONALES = Input("rationales", "augment-rationales", optional=True)

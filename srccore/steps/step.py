@@ -37,8 +37,8 @@ from srccore.hashing import hash_text
 from srccore.models.policy import POLICY_FILE, Policy, parse_policy, policy_document, write_policy
 from srccore.stages import inputs as identify
 from srccore.stages.checks import check_settings
-from srccore.stages.machine import Figures, Machine, Progress
 from srccore.stages.table import STAGES, Stage
+from srccore.training.machine import Figures, Machine, Progress
 from srccore.training.ranks import Processes, is_launched, joined
 from srccore.training.resume import CHECKPOINTS, Checkpoints, PublishedCheckpoints, discard
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from srccore.config import DpoConfig
 from srccore.models.policy import Policy, prompt_text, response_text
-from srccore.training.resume import Checkpoints, resumable
+from srccore.training.machine import Machine
+from srccore.training.resume import resumable
 from srccore.training.trainer import (
     ImageLoader,
-    Progress,
     Row,
     TrainingOutcome,
     final_mean,
@@ -54,9 +54,7 @@ def train_dpo(
     out: Path,
     *,
     seed: int,
-    device: str = "cpu",
-    progress: Progress | None = None,
-    checkpoints: Checkpoints | None = None,
+    machine: Machine = Machine(),
 ) -> DpoOutcome:
     """Trains a new LoRA adapter on preferences.
 
@@ -72,9 +70,7 @@ def train_dpo(
         config: The stage's section of the preset.
         out: An existing folder; ``out/adapter`` is written.
         seed: Seeds adapter, order and dropout.
-        device: ``cpu`` or ``cuda``.
-        progress: Called after every optimiser step.
-        checkpoints: Where to keep checkpoints; None means ``out/checkpoint``.
+        machine: How to train; progress counts optimiser steps.
 
     Returns:
         Steps, losses, rewards at the end, and the number of examples that were too long.
@@ -101,9 +97,7 @@ def train_dpo(
         out,
         lora=config.lora,
         seed=seed,
-        device=device,
-        progress=progress,
-        checkpoints=checkpoints,
+        machine=machine,
         trainer=lambda arguments, **parts: _token_normalised(resumable(DPOTrainer))(
             args=DPOConfig(
                 **arguments,

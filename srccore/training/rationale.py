@@ -8,8 +8,9 @@ from pathlib import Path
 
 from srccore.config import RationaleTuningConfig
 from srccore.models.policy import Policy, prompt_text, response_text
-from srccore.training.resume import Checkpoints, resumable
-from srccore.training.trainer import ImageLoader, Progress, Row, TrainingOutcome, train_adapter
+from srccore.training.machine import Machine
+from srccore.training.resume import resumable
+from srccore.training.trainer import ImageLoader, Row, TrainingOutcome, train_adapter
 
 __all__ = ["RationaleExample", "tune_rationale"]
 
@@ -30,9 +31,7 @@ def tune_rationale(
     out: Path,
     *,
     seed: int,
-    device: str = "cpu",
-    progress: Progress | None = None,
-    checkpoints: Checkpoints | None = None,
+    machine: Machine = Machine(),
 ) -> TrainingOutcome:
     """Trains a LoRA adapter on the responses; the loss covers the response and its end only.
 
@@ -45,9 +44,7 @@ def tune_rationale(
         config: The stage's section of the preset.
         out: An existing folder; ``out/adapter`` is written.
         seed: Seeds adapter, order and dropout.
-        device: ``cpu`` or ``cuda``.
-        progress: Called after every optimiser step.
-        checkpoints: Where to keep checkpoints; None means ``out/checkpoint``.
+        machine: How to train; progress counts optimiser steps.
 
     Returns:
         Steps, losses, seconds, and the number of examples that were too long.
@@ -71,9 +68,7 @@ def tune_rationale(
         out,
         lora=config.lora,
         seed=seed,
-        device=device,
-        progress=progress,
-        checkpoints=checkpoints,
+        machine=machine,
         trainer=lambda arguments, **parts: resumable(SFTTrainer)(
             args=SFTConfig(**arguments, completion_only_loss=True), **parts
         ),

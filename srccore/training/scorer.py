@@ -11,15 +11,16 @@ from typing import Any
 from srccore.config import LoraSettings, ScorerConfig, TextModelConfig
 from srccore.data.records import RATING_LEVELS
 from srccore.errors import UserError
+from srccore.models.engines import choose_device
 from srccore.models.policy import resolve_model_path
+from srccore.training.machine import Machine
 from srccore.training.ranks import joined
 from srccore.training.resume import CHECKPOINTS, Checkpoints, resumable
 from srccore.training.trainer import (
-    Progress,
     TrainingOutcome,
     final_mean,
     lora_config,
-    progress_callbacks,
+    progress_callback,
     quiet,
     sample_order,
     step_figures,
@@ -57,9 +58,7 @@ def train_scorer(
     out: Path,
     *,
     seed: int,
-    device: str = "cpu",
-    progress: Progress | None = None,
-    checkpoints: Checkpoints | None = None,
+    machine: Machine = Machine(),
 ) -> ScorerOutcome:
     """Trains R-Scorer; the loss is on the rating token only (reconstruction).
 
@@ -74,9 +73,7 @@ def train_scorer(
         config: The stage's section of the preset.
         out: An existing folder; ``out/model`` is written in Hugging Face layout.
         seed: Seeds order, dropout and adapter.
-        device: ``cpu`` or ``cuda``.
-        progress: Called after every optimiser step.
-        checkpoints: Where to keep checkpoints; None means ``out/checkpoint``.
+        machine: How to train; progress counts optimiser steps.
 
     Returns:
         Steps, losses, accuracy at the end, and the number of examples that were too long.
@@ -94,9 +91,10 @@ def train_scorer(
     path = resolve_model_path(base.path)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=base.revision, trust_remote_code=False)
     ratings = {level: single_token(tokenizer, str(level)) for level in RATING_LEVELS}
+    device = choose_device(machine.device)
     on_gpu = device.startswith("cuda")
     dtype = getattr(torch, base.dtype) if on_gpu and config.lora else torch.float32
-    kept = checkpoints or Checkpoints(out / CHECKPOINTS)
+    kept = machine.checkpoints or Checkpoints(out / CHECKPOINTS)
     with (
         joined(device) as processes,
         quiet(),
@@ -108,7 +106,6 @@ def train_scorer(
             seed=seed,
             device=device,
             dtype=base.dtype,
-            bar=progress is None,
             processes=processes,
         )
         model = AutoModelForCausalLM.from_pretrained(
@@ -128,7 +125,7 @@ def train_scorer(
             train_dataset=Dataset.from_dict(rows).select(sample_order(samples, config, seed)),
             processing_class=tokenizer,
             peft_config=lora_config(config.lora, _targets(config.lora)) if config.lora else None,
-            callbacks=progress_callbacks(progress),
+            callbacks=[progress_callback(machine)],
         )
         outcome = train(
             trainer,

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from srccore.config import LoraSettings, ModelConfig, OptimizerSettings
 from srccore.errors import UserError
+from srccore.models.engines import choose_device
 from srccore.models.policy import Policy, load_policy
+from srccore.training.machine import Machine
 from srccore.training.ranks import Processes, joined, local_share
 from srccore.training.resume import CHECKPOINTS, Checkpoints, step_callback
 
@@ -32,12 +34,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ImageLoader",
-    "Progress",
     "Row",
     "TrainingOutcome",
     "final_mean",
     "lora_config",
-    "progress_callbacks",
+    "progress_callback",
     "quiet",
     "sample_order",
     "step_figures",
@@ -47,8 +48,6 @@ __all__ = [
     "training_device",
 ]
 
-Progress = Callable[[int, int], None]
-"""Takes the number of steps done and the total number of steps."""
 ImageLoader = Callable[[], "Image"]
 """Reads one image (RGB); called once per epoch and once to get its size."""
 
@@ -91,9 +90,7 @@ def train_adapter(
     *,
     lora: LoraSettings,
     seed: int,
-    device: str,
-    progress: Progress | None,
-    checkpoints: Checkpoints | None,
+    machine: Machine,
     trainer: Callable[..., Any],
 ) -> tuple[TrainingOutcome, Any]:
     """Trains a new LoRA adapter on a policy; the first process writes it to ``out/adapter``.
@@ -105,9 +102,7 @@ def train_adapter(
         out: An existing folder.
         lora: The adapter's settings.
         seed: Seeds adapter, order and dropout.
-        device: ``cpu`` or ``cuda``.
-        progress: Called after every optimiser step.
-        checkpoints: Where to keep and resume from checkpoints; None means ``out/checkpoint``.
+        machine: How to train; progress counts optimiser steps.
         trainer: Makes a trainer of `resumable` from TRL's arguments as a dict and from keyword
             arguments.
 
@@ -117,9 +112,10 @@ def train_adapter(
     Raises:
         UserError: No row fits into the context, or the policy cannot be loaded.
     """
+    device = choose_device(machine.device)
     dtype = policy.base.dtype if device.startswith("cuda") else "float32"
     base = policy.base.model_copy(update={"dtype": dtype})
-    kept = checkpoints or Checkpoints(out / CHECKPOINTS)
+    kept = machine.checkpoints or Checkpoints(out / CHECKPOINTS)
     with (
         joined(device) as processes,
         quiet(),
@@ -131,7 +127,6 @@ def train_adapter(
             seed=seed,
             device=device,
             dtype=policy.base.dtype,
-            bar=progress is None,
             processes=processes,
         )
         loaded = load_policy(policy.model_copy(update={"base": base}), training_device(device))
@@ -150,7 +145,7 @@ def train_adapter(
             train_dataset=_image_dataset(order, read),
             processing_class=loaded.processor,
             peft_config=lora_config(lora),
-            callbacks=progress_callbacks(progress),
+            callbacks=[progress_callback(machine)],
         )
         outcome = train(
             ready,
@@ -219,7 +214,6 @@ def training_arguments(
     seed: int,
     device: str,
     dtype: str,
-    bar: bool,
     processes: Processes,
 ) -> dict[str, Any]:
     """Makes the arguments that ``SFTConfig`` and ``DPOConfig`` share.
@@ -232,7 +226,6 @@ def training_arguments(
         seed: Seeds adapters, order and dropout.
         device: ``cpu`` or ``cuda``.
         dtype: The checkpoint's; only used on a GPU.
-        bar: Show tqdm's bar if standard error is a terminal.
         processes: The processes that share each batch.
 
     Returns:
@@ -268,7 +261,7 @@ def training_arguments(
         "logging_steps": 1,
         # `step_callback` decides when to save.
         "save_strategy": "no",
-        "disable_tqdm": not (bar and sys.stderr.isatty()),
+        "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": on_gpu,
     }
@@ -368,19 +361,15 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def progress_callbacks(progress: Progress | None) -> list[Any]:
-    """Makes the trainer's callbacks: one that calls ``progress`` after every optimiser step."""
+def progress_callback(machine: Machine) -> Any:
+    """Makes the trainer's callback that reports progress after every optimiser step."""
     from transformers import TrainerCallback
-
-    if progress is None:
-        return []
-    report = progress
 
     class Report(TrainerCallback):  # type: ignore[misc]  # transformers is read without types
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            report(state.global_step, state.max_steps)
+            machine.progress(state.global_step, state.max_steps)
 
-    return [Report()]
+    return Report()
 
 
 def train(

@@ -9,8 +9,8 @@ import pytest
 
 import srccore.components
 from srccore.config import RunConfig
-from srccore.stages.machine import Machine
 from srccore.stages.table import STAGES, Stage
+from srccore.training.machine import Machine
 
 WITH_FUNCTION = [stage for stage in STAGES.values() if stage.module]
 COMPUTE = {"device", "threads"}

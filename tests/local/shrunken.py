@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from srccore.config import RunConfig, load_config
-from srccore.stages.machine import Figures, Progress
+from srccore.training.machine import Figures, Progress
 
 SETTINGS = (
     "threads=1",

@@ -25,6 +25,7 @@ from srccore.config import (
 )
 from srccore.models.policy import Policy
 from srccore.training.dpo import PreferenceExample, train_dpo
+from srccore.training.machine import Machine
 from srccore.training.ranks import is_first, joined
 from srccore.training.rationale import RationaleExample, tune_rationale
 from srccore.training.scorer import RatingExample, train_scorer
@@ -58,8 +59,7 @@ def dpo(out: Path, **changes: Any) -> Any:
         DpoConfig(**{**values, **changes}),
         out,
         seed=0,
-        progress=progress,
-        checkpoints=checkpoints,
+        machine=Machine(progress=progress, checkpoints=checkpoints),
     )
 
 
@@ -76,7 +76,7 @@ def rationale(out: Path, **changes: Any) -> Any:
         RationaleTuningConfig(**{**values, **changes}),
         out,
         seed=0,
-        progress=progress,
+        machine=Machine(progress=progress),
     )
 
 
@@ -93,7 +93,7 @@ def scorer(out: Path, **changes: Any) -> Any:
         ScorerConfig(**{**values, **changes}),
         out,
         seed=0,
-        progress=progress,
+        machine=Machine(progress=progress),
     )
 
 

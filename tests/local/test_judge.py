@@ -15,7 +15,7 @@ from srccore.embedded.world import make_item
 from srccore.errors import UserError
 from srccore.models.policy import Policy, write_policy
 from srccore.stages.evaluation import evaluate as run_evaluate
-from srccore.stages.machine import Figures, Machine
+from srccore.training.machine import Figures, Machine
 
 COUNT = 12
 

@@ -20,7 +20,7 @@ from srccore.models.engines import sampling_engine
 from srccore.run.loop import run
 from srccore.stages.candidates import search_candidates
 from srccore.stages.data import SPLITS
-from srccore.stages.machine import Machine
+from srccore.training.machine import Machine
 
 
 def _preferences(out: Path, number: int = 1) -> list[Preference]:

@@ -27,6 +27,7 @@ from srccore.models.policy import (
 )
 from srccore.models.transformers import encode_rating_prompt, single_token
 from srccore.training.dpo import PreferenceExample, train_dpo
+from srccore.training.machine import Machine
 from srccore.training.rationale import RationaleExample, tune_rationale
 from srccore.training.scorer import RatingExample, train_scorer
 from srccore.training.trainer import sample_order
@@ -109,7 +110,7 @@ def test_rationale_tuning_sees_the_ids_of_inference_and_learns_the_response_only
         rationale_config(),
         tmp_path,
         seed=0,
-        progress=lambda done, total: told.append((done, total)),
+        machine=Machine(progress=lambda done, total: told.append((done, total))),
     )
     assert (outcome.steps, outcome.samples, outcome.skipped) == (2, 4, 0)
     assert math.isfinite(outcome.last_loss)
