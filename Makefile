@@ -52,7 +52,7 @@ types: $(STAMP)
 	$(UV) pip install --quiet --target build/installed --no-deps .
 	cd build/installed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 		--cache-dir $(CURDIR)/.mypy_cache
-	cd build/installed && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports \
+	cd build/installed && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --no-logo \
 		$(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.import_linter_cache
 
 lock: $(UV) ## Resolve pyproject.toml into requirements.lock and the images' lock files
