@@ -1,7 +1,7 @@
-"""What the container images are called: one per stage and one more, on three shared bases.
+"""The names of the container images: one per stage and one more, on three shared bases.
 
 Components, the compiler and the image build all take the names from here. Imports nothing but the
-standard library, since importing a component must need no more than kfp.
+standard library, since importing a component must not need more than kfp.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 class Images:
     """The images of one release in one registry.
 
-    Raises:
-        UserError: The registry is none.
-
     Args:
         registry: Host and path before ``/srccore/<name>``: ``registry.example.com/team``.
-        tag: The tag where there are no digests.
-        digests: ``sha256:...`` by name; with any there, an image without one is an error.
+        tag: The tag, for use without digests.
+        digests: ``sha256:...`` by name; if there are any, an image without one is an error.
+
+    Raises:
+        UserError: The registry is not valid.
     """
 
     registry: str = DEFAULT_REGISTRY
@@ -70,17 +70,17 @@ class Images:
     def __post_init__(self) -> None:
         if not _REGISTRY.fullmatch(self.registry):
             raise UserError(
-                f"{self.registry!r} is no registry.",
-                "Write host and path, in lower case and without https://: "
+                f"{self.registry!r} is not a registry.",
+                "Use host and path, in lower case and without https://: "
                 "registry.example.com/team.",
             )
 
     def repository(self, name: str) -> str:
-        """The image string without tag or digest."""
+        """Returns an image's reference without tag or digest."""
         return f"{self.registry.rstrip('/')}/srccore/{name}"
 
     def of(self, name: str) -> str:
-        """The image string of a stage, or of another image by its name; a base is ``base-<base>``.
+        """Returns the reference of a stage's image, or of another by name: ``base-<base>``.
 
         Raises:
             UserError: There are digests, but none for this image.
@@ -90,7 +90,7 @@ class Images:
         if name not in self.digests:
             raise UserError(
                 f"There is no digest for the image {self.repository(name)}.",
-                "Push all images with srccore images push, and give the list that it writes.",
+                "Push all images with srccore images push, and pass the list that it writes.",
             )
         return f"{self.repository(name)}@{self.digests[name]}"
 
@@ -99,21 +99,21 @@ def read_digests(path: Path, registry: str) -> dict[str, str]:
     """Reads the list that ``srccore images push`` writes: ``<repository>@sha256:...`` a line.
 
     Args:
-        path: The list; empty lines and those that begin with ``#`` do not count.
-        registry: The registry that the images are pulled from. The list may be of another one:
-            a mirror keeps digests.
+        path: The list; empty lines and lines that start with ``#`` are ignored.
+        registry: The registry that the images are pulled from. The list may be from another one,
+            since a mirror keeps digests.
 
     Returns:
         Digests by the image's name.
 
     Raises:
-        UserError: The file cannot be read or is empty, or a line is no image with its digest.
+        UserError: The file cannot be read or is empty, or a line is not an image with its digest.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"The list of digests {path} cannot be read ({error}).",
+            f"Cannot read the list of digests {path}: {error}.",
             f"Make it with srccore images push --registry {registry} -o {path}.",
         ) from None
     found = {}
@@ -125,13 +125,14 @@ def read_digests(path: Path, registry: str) -> dict[str, str]:
         name = repository.rpartition("/")[2]
         if not _DIGEST.fullmatch(digest) or name not in IMAGES:
             raise UserError(
-                f"Line {number} of {path} is no image of ours with its digest: {text[:100]!r}.",
-                "Lines read REGISTRY/srccore/NAME@sha256:..., as srccore images push writes them.",
+                f"Line {number} of {path} is not one of this project's images with its digest: "
+                f"{text[:100]!r}.",
+                "Write REGISTRY/srccore/NAME@sha256:... in each line, as srccore images push does.",
             )
         found[name] = digest
     if not found:
         raise UserError(
-            f"The list of digests {path} names no image.",
+            f"The list of digests {path} has no images.",
             f"Make it with srccore images push --registry {registry} -o {path}.",
         )
     return found

@@ -395,7 +395,7 @@ def test_digests_replace_every_tag(tmp_path: Path) -> None:
 def test_a_list_of_no_digests_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "images.txt"
     path.write_text("# nothing\n")
-    with pytest.raises(UserError, match="names no image"):
+    with pytest.raises(UserError, match="has no images"):
         read_digests(path, "r")
 
 
@@ -453,7 +453,7 @@ def test_what_a_pipeline_cannot_do_is_refused() -> None:
 
 @pytest.mark.parametrize("registry", ["", "https://registry.example.com", "registry/Team", "a b"])
 def test_what_is_no_registry_is_refused(registry: str) -> None:
-    with pytest.raises(UserError, match="is no registry"):
+    with pytest.raises(UserError, match="is not a registry"):
         Images(registry)
 
 
