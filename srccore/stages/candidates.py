@@ -39,7 +39,7 @@ def search_candidates(
         config: The search's settings.
         data: The split to draw the round's samples from.
         policy: A ``policy.json``.
-        out: Gets ``candidates.jsonl``.
+        out: Where ``candidates.jsonl`` is written.
         seed: The run's seed.
         round_number: 1 for the first round.
         shard: Index and count of the shards of the round's samples.
@@ -127,7 +127,7 @@ def sample_responses(
         annotation: The annotation's settings.
         data: The train split.
         policy: A ``policy.json``.
-        out: Gets ``candidates.jsonl``.
+        out: Where ``candidates.jsonl`` is written.
         seed: The run's seed.
         machine: How the work is done; progress counts samples done.
 
@@ -162,7 +162,7 @@ def score_candidates(
         data: The split that the candidates answer.
         candidates: The folder of `search_candidates`.
         scorer: The folder of `train_scorer`.
-        out: Gets ``ratings.jsonl``.
+        out: Where ``ratings.jsonl`` is written.
         rationales: The folder of `augment_rationales` on that split.
         machine: How the work is done; progress counts samples scored.
 

@@ -28,7 +28,7 @@ def prepare_data(config: DataConfig, out: Path, machine: Machine = Machine()) ->
         machine: How the work is done; progress counts samples written.
 
     Returns:
-        How many samples each split holds.
+        The number of samples of each split.
     """
     source = {"source": identify.data_source(config)}
     folder = StageFolder("prepare-data", out, config=config, sources=source)

@@ -37,7 +37,7 @@ def evaluate(
         config: The evaluation's settings.
         data: The held-out split.
         policy: A ``policy.json``.
-        out: Gets ``responses.jsonl``, ``judgements.jsonl`` and ``figures.json``.
+        out: Where ``responses.jsonl``, ``judgements.jsonl`` and ``figures.json`` are written.
         seed: Of the bootstrap.
         round_number: 0 after stage 1, then the rounds.
         previous: The evaluation of the policy before, on the same split.
@@ -122,7 +122,7 @@ def _ask_judge(
 
 
 def read_outcomes(samples: Sequence[Sample], folder: Path) -> list[evaluation.Outcome]:
-    """Judges what a folder of `evaluate` holds.
+    """Judges the responses in a folder of `evaluate`.
 
     Args:
         samples: The split that was evaluated.

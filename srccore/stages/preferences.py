@@ -36,7 +36,7 @@ def curate_preference(
         data: The split that the candidates answer.
         candidates: The folders of `search_candidates`.
         ratings: The folders of `score_candidates`.
-        out: Gets ``preferences.jsonl``.
+        out: Where ``preferences.jsonl`` is written.
         machine: How the work is done; progress counts samples, all at once.
 
     Returns:
@@ -84,7 +84,7 @@ def train_dpo(
         data: The split that the preferences answer.
         preferences: The folder of `curate_preference`.
         policy: The ``policy.json`` of the round's starting policy, which is the reference too.
-        out: Gets ``policy.json`` with one adapter more.
+        out: Where ``policy.json``, with one more adapter, is written.
         seed: The run's seed.
         machine: How the work is done; progress counts optimiser steps.
 
@@ -116,9 +116,9 @@ def train_dpo(
     ]
     if not examples:
         raise UserError(
-            f"{preferences} holds no preference, so there is nothing to align to.",
-            "Its manifest counts the reasons. Begin another run with a lower "
-            "curation.min_margin, or with more search.samples.",
+            f"{preferences} has no preferences to train on.",
+            "Its manifest.json counts the reasons. Start another run with a lower "
+            "curation.min_margin or more search.samples.",
         )
     start = read_policy(policy)
     outcome = train(start, examples, config, out, seed=seed, machine=machine)

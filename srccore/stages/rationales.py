@@ -32,7 +32,7 @@ def augment_rationales(
     Args:
         config: The teacher.
         data: The train or the calibration split.
-        out: Gets ``rationales.jsonl``.
+        out: Where ``rationales.jsonl`` is written.
         machine: How the work is done; progress counts samples asked.
 
     Returns:
@@ -90,7 +90,7 @@ def tune_rationale(
         config: The training's settings.
         model: The base model.
         data: The train split.
-        out: Gets ``policy.json`` and the adapter.
+        out: Where ``policy.json`` and the adapter are written.
         seed: The run's seed.
         rationales: The folder of `augment_rationales` on that split; without it, samples that
             have no rationale of their own are left out.
@@ -119,7 +119,7 @@ def tune_rationale(
     if not usable:
         raise UserError(
             f"No sample of {data} has a rationale.",
-            "See the problems of augment-rationales, or run it if it was left out.",
+            "Run augment-rationales; if it has run, its manifest.json counts the problems.",
         )
     drawn = sampling.draw(usable, min(config.samples, len(usable)), seed=seed)
     examples = [

@@ -33,13 +33,13 @@ def annotate_ratings(
     rationales: Path | None = None,
     machine: Machine = Machine(),
 ) -> Figures:
-    """Has a teacher rate pairs of sampled responses, for R-Scorer to learn from.
+    """Asks a teacher to rate pairs of sampled responses, for R-Scorer to learn from.
 
     Args:
         config: The teacher, and how many pairs a sample gives.
         data: The train split.
         candidates: The folder of `search_candidates` on that split.
-        out: Gets ``labelled_pairs.jsonl``.
+        out: Where ``labelled_pairs.jsonl`` is written.
         seed: The run's seed; decides which pairs.
         rationales: The folder of `augment_rationales` on that split.
         machine: How the work is done; progress counts pairs rated.
@@ -127,7 +127,7 @@ def train_scorer(
         data: The train split.
         annotation: The annotation's settings: the share of the samples that is held back.
         labelled_pairs: The folder of `annotate_ratings`.
-        out: Gets ``model/``.
+        out: Where ``model/`` is written.
         seed: The run's seed.
         rationales: The folder of `augment_rationales` on the train split.
         machine: How the work is done; progress counts optimiser steps.

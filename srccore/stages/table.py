@@ -25,7 +25,7 @@ class Input:
     Attributes:
         name: The argument of the stage function and of the component.
         made_by: The stage whose output it usually is.
-        output: That stage's output; the same name where it is not given.
+        output: That stage's output; the same name if empty.
         optional: Whether the stage runs without it.
         many: Whether it takes one for each shard.
     """
@@ -45,7 +45,7 @@ class Stage:
         name: ``search-candidates``; the same in code, component, image, command and docs.
         summary: What it does, in one line for ``--help``.
         base: What its image is built on: ``models`` has torch, transformers and TRL.
-        module: The module of its function; empty where it has none.
+        module: The module of its function; empty if it has none.
         sections: Arguments of the function that are sections of `srccore.config.RunConfig`.
         inputs: What it reads.
         sources: What else it is identified by: a data set, a checkpoint or an adapter that its
