@@ -71,8 +71,7 @@ class Images:
         if not _REGISTRY.fullmatch(self.registry):
             raise UserError(
                 f"{self.registry!r} is not a registry.",
-                "Use host and path, in lower case and without https://: "
-                "registry.example.com/team.",
+                "Use host and path, in lower case and without https://: registry.example.com/team.",
             )
 
     def repository(self, name: str) -> str:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from srccore import storage
 from srccore.config import EndpointConfig, RunConfig
-from srccore.data import dataset
 from srccore.data.records import Sample
 from srccore.errors import UserError
+from srccore.stages.data import open_source
 from srccore.stages.table import STAGES
 
 __all__ = ["check_facts", "check_run", "check_settings"]
@@ -29,7 +28,7 @@ def check_run(config: RunConfig) -> None:
     """
     check_settings(STAGES, dict(config))
     if config.data.source != "embedded":
-        opened = dataset.open_data(storage.fetch(config.data.source))
+        opened = open_source(config.data)
         for stage, section in (
             ("augment-rationales", config.augmentation),
             ("annotate-ratings", config.annotation),

@@ -208,7 +208,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert "The same command goes on" in out
+    assert "Run the same command to resume" in out
     assert "Traceback" not in err
     assert (run_folder / "augment-rationales" / "train" / "manifest.json").exists()
     assert journal.exists()

@@ -118,7 +118,7 @@ def test_a_failed_task_is_one_paragraph_after_its_own(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     own, task, last = done.stderr.strip().splitlines()
-    assert own.startswith(f"Error: The input data.source is missing: {tmp_path}/none.")
+    assert own.startswith(f"Error: Input data.source does not exist: {tmp_path}/none.")
     assert re.fullmatch(r"prepare-data +\d+\.\d s  failure", task)
     assert last.startswith("Error: The pipeline failed: ") and "pipeline.log" in last
 

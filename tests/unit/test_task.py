@@ -128,7 +128,7 @@ def test_pods_that_share_the_disk_see_its_files(tmp_path: Path) -> None:
 
 
 def test_a_text_that_is_no_task_is_told() -> None:
-    with pytest.raises(UserError, match=r"The task .*artifact_root"):
+    with pytest.raises(UserError, match=r"Invalid task: artifact_root is required"):
         StageTask.from_json('{"stage": "train-dpo"}')
 
 
