@@ -42,7 +42,7 @@ test-cluster: $(STAMP) ## Run the tests that need root, Go and containers, and t
 	$(BIN)/python -m pytest $(CLUSTER_TESTS)
 	$(BIN)/python -m pytest -m long $(TESTS)
 
-check: $(STAMP) types ## Check format, lint and types
+check: $(STAMP) types ## Check format, lint, types and imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
