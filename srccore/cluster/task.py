@@ -56,7 +56,7 @@ class StageTask(Section):
 
         Args:
             stage: The stage's name, as for `run_stage`; so are the other arguments.
-            artifact_root: If it is a folder, the pods are assumed to share this machine's files.
+            artifact_root: The ``s3://...`` to write below.
             inputs: The paths of Kubeflow's artifacts.
             settings: The stage function's other arguments, as JSON values.
             device: ``cpu``, ``cuda`` or ``auto``.
@@ -69,12 +69,11 @@ class StageTask(Section):
             UserError: An artifact is neither a reference nor a policy, or names something that
                 the pods cannot access.
         """
-        is_shared = not storage.is_remote(artifact_root)
         return cls(
             stage=stage,
             artifact_root=artifact_root,
             inputs={
-                name: _each(given, functools.partial(_read, stage, name, is_shared))
+                name: _each(given, functools.partial(_read, stage, name))
                 for name, given in inputs.items()
             },
             settings=dict(settings),
@@ -123,13 +122,9 @@ class StageTask(Section):
 
             yield {name: _each(value, write) for name, value in self.inputs.items()}
 
-    def to_json(self) -> str:
-        """The task as one line."""
-        return self.model_dump_json()
-
     @classmethod
     def from_json(cls, text: str) -> StageTask:
-        """Reads what `to_json` wrote.
+        """Reads a task that was written with ``model_dump_json``.
 
         Raises:
             UserError: The text is not a valid task.
@@ -147,7 +142,7 @@ def _each(given: Given, do: Callable[[str], str]) -> str | list[str] | None:
     return [do(each) for each in given]
 
 
-def _read(stage: str, name: str, is_shared: bool, path: str) -> str:
+def _read(stage: str, name: str, path: str) -> str:
     """The text of an artifact, provided that the pods of a job can use it."""
     fix = "Copy it to a bucket, and pass the output of the component import-output for its URI."
     try:
@@ -160,7 +155,7 @@ def _read(stage: str, name: str, is_shared: bool, path: str) -> str:
             f"job cannot access {path}.",
             fix,
         ) from None
-    unseen = [each for each in addresses if not (is_shared or storage.is_remote(each))]
+    unseen = [each for each in addresses if not storage.is_remote(each)]
     if unseen:
         raise UserError(
             f"The input {name} of {stage} names {unseen[0]}, which a job's pods cannot access.",

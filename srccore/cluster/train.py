@@ -173,7 +173,7 @@ def _train_as_job(
             run=run,
             round_number=round_number,
             namespace=api.namespace,
-            task=task.to_json(),
+            task=task.model_dump_json(),
             settings=settings,
             owner=owner,
         )

@@ -129,7 +129,7 @@ def test_two_pods_of_which_one_is_lost_train_what_one_trains(
     task = dpo_task(finished, bucket, tmp_path / "artifacts")
     uri = task.uri()
 
-    job = jobs(2, task.to_json())
+    job = jobs(2, task.model_dump_json())
     first, second = job.start(0), job.start(1)
     until(lambda: storage.exists(f"{uri}/checkpoint/step-6/manifest.json"))
     second.tell(signal.SIGKILL)
@@ -154,7 +154,7 @@ def test_two_pods_of_which_one_is_lost_train_what_one_trains(
     assert storage.listing(uri) == stored
 
     other = task.model_copy(update={"artifact_root": f"{moto.with_new_bucket().uri}/artifacts"})
-    assert jobs(1, other.to_json()).start(0).ends() == 0
+    assert jobs(1, other.model_dump_json()).start(0).ends() == 0
     alone = finished_stage("train-dpo", other.uri())
     assert alone is not None
     figures = [each.figures["training"] | each.figures for each in (done, alone)]

@@ -13,7 +13,7 @@ from s3_server import S3Server
 
 from srccore.cluster.task import StageTask
 from srccore.errors import UserError
-from srccore.steps.step import Reference, finished_stage, import_output, locate_stage, run_stage
+from srccore.steps.step import Reference, finished_stage, locate_stage, run_stage
 
 moto, no_aws = s3_server.moto, s3_server.no_aws
 
@@ -58,7 +58,7 @@ def test_a_task_runs_far_away_what_the_step_would_have_run(root: str, tmp_path: 
     made = StageTask.of("augment-rationales", root, inputs=inputs, settings=TEACHER, threads=1)
     # The step's disk is not the pod's.
     Path(split).unlink()
-    told = StageTask.from_json(made.to_json())
+    told = StageTask.from_json(made.model_dump_json())
     assert told == made
     assert finished_stage(told.stage, told.uri()) is None
     done = told.run()
@@ -69,7 +69,9 @@ def test_a_task_runs_far_away_what_the_step_would_have_run(root: str, tmp_path: 
 
 def test_a_list_and_an_input_that_is_not_given_arrive_as_they_are(tmp_path: Path) -> None:
     paths = [reference(tmp_path / name, f"{ROOT}/{name}") for name in ("a", "b")]
-    made = StageTask.from_json(task(data=paths[0], candidates=paths, rationales=None).to_json())
+    made = StageTask.from_json(
+        task(data=paths[0], candidates=paths, rationales=None).model_dump_json()
+    )
     with made._artifacts() as inputs:
         assert inputs["rationales"] is None
         found = inputs["candidates"]
@@ -117,14 +119,6 @@ def test_what_the_pods_do_not_see_is_refused_with_what_to_do(tmp_path: Path) -> 
             task(data=path)
         assert "The input data of train-dpo" in str(caught.value)
         assert "import-output" in str(caught.value)
-
-
-def test_pods_that_share_the_disk_see_its_files(tmp_path: Path) -> None:
-    root = str(tmp_path / "artifacts")
-    split = prepared(root, tmp_path / "train")
-    import_output(str(Path(root).resolve()), str(tmp_path / "imported"))
-    made = StageTask.of("augment-rationales", root, inputs={"data": split}, settings=TEACHER)
-    assert made.run().figures["given"] == 8
 
 
 def test_a_text_that_is_no_task_is_told() -> None:
