@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -39,54 +38,35 @@ Parameters = Annotated[
     ),
 ]
 CONNECTION: dict[str, Any] = {
-    "host": Annotated[
-        str | None,
-        typer.Option(
-            envvar=["KFP_HOST", "KF_PIPELINES_ENDPOINT"],
-            help="The address of Kubeflow Pipelines. By default, the cluster that this runs in, or "
-            "the one in your kubeconfig.",
-        ),
-    ],
-    "namespace": Annotated[
-        str | None,
-        typer.Option(
-            envvar="KFP_NAMESPACE", help="Your profile's namespace, on multi-user installations."
-        ),
-    ],
-    "token_file": Annotated[
-        Path | None,
-        typer.Option(
-            help="A file with a bearer token. Alternatively, set KFP_TOKEN.", show_default=False
-        ),
-    ],
-    "cookies_file": Annotated[
-        Path | None,
-        typer.Option(
-            help="A file with cookies, as NAME=VALUE; NAME=VALUE. Alternatively, set KFP_COOKIES.",
-            show_default=False,
-        ),
-    ],
-    "user_header": Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            envvar="KFP_USER_HEADER",
-            help="The header that identifies the user: kubeflow-userid=ann@example.org.",
-        ),
-    ],
-    "ca_bundle": Annotated[
-        Path | None,
-        typer.Option(help="A PEM file of certificates to trust instead of the public ones."),
-    ],
-    "ui_url": Annotated[
-        str | None,
-        typer.Option(
-            envvar="KF_PIPELINES_UI_ENDPOINT",
-            help="The address that links to the UI start with; the host by default.",
-        ),
-    ],
+    "host": typer.Option(
+        envvar=["KFP_HOST", "KF_PIPELINES_ENDPOINT"],
+        help="The address of Kubeflow Pipelines. By default, the cluster that this runs in, or "
+        "the one in your kubeconfig.",
+    ),
+    "namespace": typer.Option(
+        envvar="KFP_NAMESPACE", help="Your profile's namespace, on multi-user installations."
+    ),
+    "token_file": typer.Option(
+        help="A file with a bearer token. Alternatively, set KFP_TOKEN.", show_default=False
+    ),
+    "cookies_file": typer.Option(
+        help="A file with cookies, as NAME=VALUE; NAME=VALUE. Alternatively, set KFP_COOKIES.",
+        show_default=False,
+    ),
+    "user_header": typer.Option(
+        metavar="NAME=VALUE",
+        envvar="KFP_USER_HEADER",
+        help="The header that identifies the user: kubeflow-userid=ann@example.org.",
+    ),
+    "ca_bundle": typer.Option(
+        help="A PEM file of certificates to trust instead of the public ones."
+    ),
+    "ui_url": typer.Option(
+        envvar="KF_PIPELINES_UI_ENDPOINT",
+        help="The address that links to the UI start with; the host by default.",
+    ),
 }
-"""The options that locate Kubeflow Pipelines: the fields of `Connection`."""
+"""The options that locate Kubeflow Pipelines: the fields of `Connection`, which have the types."""
 
 
 def with_connection(command: Callable[..., None]) -> Callable[..., None]:
@@ -106,8 +86,9 @@ def with_connection(command: Callable[..., None]) -> Callable[..., None]:
 
     signature = inspect.signature(command, eval_str=True)
     own = [each for name, each in signature.parameters.items() if name != "connection"]
+    kind, types = inspect.Parameter.KEYWORD_ONLY, get_type_hints(Connection)
     options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
+        inspect.Parameter(name, kind, default=None, annotation=Annotated[types[name], option])
         for name, option in CONNECTION.items()
     ]
     # Typer reads the options from here.
