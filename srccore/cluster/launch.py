@@ -34,7 +34,7 @@ from srccore.cluster.observe import (
     pod_index,
     states,
 )
-from srccore.cluster.request import SPEC_HASH, Launcher, TrainingJobRequest
+from srccore.cluster.request import ARGO, SPEC_HASH, Launcher, TrainingJobRequest
 from srccore.cluster.watching import LogStream, Mirror
 from srccore.errors import UserError
 
@@ -350,9 +350,7 @@ class Launch:
         owner = self.request.owner
         if owner is None:
             return False
-        group, _, version = owner.api_version.partition("/")
-        plural = f"{owner.kind.lower()}s"
-        path = f"/apis/{group}/{version}/namespaces/{self.request.namespace}/{plural}/{owner.name}"
+        path = f"/apis/{ARGO}/namespaces/{self.request.namespace}/workflows/{owner.name}"
         try:
             workflow = retried(lambda: self.api.get(path), ASK_SECONDS, _sleep)
         except ApiError as error:

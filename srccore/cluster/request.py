@@ -25,6 +25,7 @@ from srccore.containers.names import CACHE, USER_ID
 from srccore.errors import UserError
 
 __all__ = [
+    "ARGO",
     "INPROCESS",
     "LAUNCHERS",
     "PYTORCHJOB",
@@ -40,6 +41,8 @@ __all__ = [
     "TrainingJobRequest",
 ]
 
+ARGO = "argoproj.io/v1alpha1"
+"""The API of Argo's workflows."""
 QUANTITY = r"^\d+(\.\d+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 """The Kubernetes quantities that are useful for memory."""
 SPEC_HASH = "srccore.dev/spec-hash"
@@ -80,10 +83,8 @@ class CaBundle(Section):
 
 
 class Owner(Section):
-    """The object that owns a job: Kubernetes deletes the job along with its owner."""
+    """The Argo Workflow that owns a job: Kubernetes deletes the job along with its owner."""
 
-    api_version: str
-    kind: str
     name: str
     uid: str
 
@@ -170,15 +171,8 @@ class TrainingJobRequest(Section):
             "annotations": {SPEC_HASH: digest},
         }
         if self.owner:
-            owner = self.owner
-            metadata["ownerReferences"] = [
-                {
-                    "apiVersion": owner.api_version,
-                    "kind": owner.kind,
-                    "name": owner.name,
-                    "uid": owner.uid,
-                }
-            ]
+            workflow = {"apiVersion": ARGO, "kind": "Workflow", **self.owner.model_dump()}
+            metadata["ownerReferences"] = [workflow]
         return {
             "apiVersion": launcher.api_version,
             "kind": launcher.kind,

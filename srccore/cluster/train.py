@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from srccore import storage
 from srccore.cluster.request import (
+    ARGO,
     INPROCESS,
     LAUNCHERS,
     JobSettings,
@@ -37,7 +38,6 @@ SPEC_FILE = "job.yaml"
 
 WORKFLOW_LABEL = "workflows.argoproj.io/workflow"
 RUN_LABEL = "pipeline/runid"
-ARGO = "argoproj.io/v1alpha1"
 ASKING_SECONDS = 120.0
 """How long the API server may be unavailable before there is a job."""
 
@@ -221,7 +221,7 @@ def _belongs_to(api: Api, uri: str) -> tuple[str, Owner | None]:
             f"This pod cannot determine which workflow it belongs to ({error}).",
             "Bind the Role srccore-launcher of manifests/base to the service account of the step.",
         ) from None
-    owner = Owner(api_version=ARGO, kind="Workflow", name=name, uid=workflow["metadata"]["uid"])
+    owner = Owner(name=name, uid=workflow["metadata"]["uid"])
     run = labels.get(RUN_LABEL) or owner.uid
     return run.replace("-", "")[:8].lower(), owner
 

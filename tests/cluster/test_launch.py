@@ -157,7 +157,7 @@ class Scene:
             namespace=self.namespace,
             task="{}",
             settings=JobSettings.model_validate(self.settings),
-            owner=Owner(api_version=ARGO, kind="Workflow", **owner),
+            owner=Owner(**owner),
         )
 
     @property

@@ -67,7 +67,7 @@ MOST = JobSettings(
     max_restarts=3,
     ttl_hours=0.5,
 )
-OWNER = Owner(api_version="argoproj.io/v1alpha1", kind="Workflow", name="src-x7", uid="u-1")
+OWNER = Owner(name="src-x7", uid="u-1")
 BOTH = pytest.mark.parametrize("launcher", [PYTORCHJOB, TRAINJOB], ids=lambda each: each.name)
 
 
