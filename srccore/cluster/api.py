@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from srccore.errors import UserError
@@ -24,6 +24,7 @@ CONNECT_SECONDS = 10
 ANSWER_SECONDS = 30
 SILENCE_SECONDS = 75
 """A stream without data for this long counts as lost: watches end by themselves before."""
+Answer = TypeVar("Answer")
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -195,9 +196,15 @@ class Api:
             raise ApiError(0, type(error).__name__, str(error)) from None
 
 
+def _sleep(_error: ApiError, seconds: float) -> None:
+    time.sleep(seconds)
+
+
 def retried(
-    ask: Callable[[], dict[str, Any]], seconds: float, wait: Callable[[ApiError, float], None]
-) -> dict[str, Any]:
+    ask: Callable[[], Answer],
+    seconds: float,
+    wait: Callable[[ApiError, float], None] = _sleep,
+) -> Answer:
     """Repeats a request until it succeeds; an error that is not temporary is raised at once.
 
     Args:

@@ -106,8 +106,8 @@ class Launch:
         api: The API server.
         launcher: Which operator runs the job.
         request: The job.
+        limits: The limits of the job.
         published: Whether the output of the job is in the store.
-        limits: The limits of the job; None means those of the request.
         say: Called with every line for the log, including those of the job's own log.
         outage: How long the API server may be unavailable, in seconds.
     """
@@ -115,8 +115,8 @@ class Launch:
     api: Api
     launcher: Launcher
     request: TrainingJobRequest
+    limits: Limits
     published: Callable[[], bool]
-    limits: Limits | None = None
     say: Callable[[str], None] = _say
     outage: float = OUTAGE_SECONDS
     # Unlike an event, a signal handler may write to it whatever the main thread is doing.
@@ -143,11 +143,10 @@ class Launch:
             JobFailed: The job failed, was given up or was deleted.
             Stopped: `stop` was called.
         """
-        self.limits = self.limits or Limits.of(self.request.settings)
         job = None
         try:
             job = self._create()
-            self._watch(job, self.limits)
+            self._watch(job)
         except Stopped:
             job = job or self._created_unseen()
             if job and self._continues():
@@ -160,7 +159,6 @@ class Launch:
 
     def _create(self) -> Object:
         """Creates or adopts the job."""
-        assert self.limits is not None
         began = time.monotonic()
         attempt = 1
         while True:
@@ -234,20 +232,20 @@ class Launch:
 
     # -- watching ------------------------------------------------------------------------------
 
-    def _watch(self, job: Object, limits: Limits) -> None:
+    def _watch(self, job: Object) -> None:
         name, uid = job["metadata"]["name"], job["metadata"]["uid"]
         jobs = Mirror(self.api, self._jobs, self._wake, fieldSelector=f"metadata.name={name}")
         pods = Mirror(
             self.api, self._pods, self._wake, labelSelector=f"{self.launcher.job_label}={name}"
         )
-        observer = Observer(self.launcher, self.request.settings.pods, limits, self._waited)
+        observer = Observer(self.launcher, self.request.settings.pods, self.limits, self._waited)
         log = _Log(self)
         jobs.start()
         pods.start()
         try:
             while True:
                 self._pause(TICK_SECONDS)
-                if not self._is_up_to_date(jobs, pods, limits, job):
+                if not self._is_up_to_date(jobs, pods, job):
                     continue
                 found = next(
                     (each for each in jobs.objects if each["metadata"]["uid"] == uid), None
@@ -282,7 +280,7 @@ class Launch:
             seen = observer.look(job, known, warnings, datetime.now(UTC), gone)
         return job, seen
 
-    def _is_up_to_date(self, jobs: Mirror, pods: Mirror, limits: Limits, job: Object) -> bool:
+    def _is_up_to_date(self, jobs: Mirror, pods: Mirror, job: Object) -> bool:
         """Whether the mirrors are current; gives up if they have not been for too long."""
         error = jobs.error or pods.error
         if error is None:
@@ -292,7 +290,7 @@ class Launch:
         self._tell(AWAY.format(error))
         # Permissions that existed a moment ago may come back, like the server itself.
         comes_back = error.is_temporary or (jobs.is_known and pods.is_known)
-        if time.monotonic() - since > (self.outage if comes_back else limits.refused):
+        if time.monotonic() - since > (self.outage if comes_back else self.limits.refused):
             if comes_back:
                 raise JobFailed(
                     f"The API server has been unavailable for {self.outage:.0f} s ({error}).",
@@ -352,7 +350,7 @@ class Launch:
             return False
         path = f"/apis/{ARGO}/namespaces/{self.request.namespace}/workflows/{owner.name}"
         try:
-            workflow = retried(lambda: self.api.get(path), ASK_SECONDS, _sleep)
+            workflow = retried(lambda: self.api.get(path), ASK_SECONDS)
         except ApiError as error:
             # If unknown, assume that it continues: do not lose the training because of a guess.
             return error.status != 404
@@ -368,13 +366,8 @@ class Launch:
 
     def _delete(self, job: Object) -> None:
         name, uid = job["metadata"]["name"], job["metadata"]["uid"]
-
-        def ask() -> Object:
-            self.api.delete(f"{self._jobs}/{name}", uid)
-            return {}
-
         try:
-            retried(ask, DELETE_SECONDS, _sleep)
+            retried(lambda: self.api.delete(f"{self._jobs}/{name}", uid), DELETE_SECONDS)
         except ApiError as error:
             # It is gone already, or another job has its name.
             if error.status not in (404, 409):
@@ -547,10 +540,6 @@ class _Log:
         """Stops following."""
         if self._stream:
             self._stream.stop()
-
-
-def _sleep(_error: ApiError, seconds: float) -> None:
-    time.sleep(seconds)
 
 
 def _hash(job: Object) -> str | None:

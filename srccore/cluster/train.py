@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +160,7 @@ def _train_as_job(
 ) -> Finished:
     from srccore.cluster.api import connect
     from srccore.cluster.launch import Launch, signals
+    from srccore.cluster.observe import Limits
 
     uri = task.uri()
     if done := finished_stage(task.stage, uri):
@@ -188,7 +188,7 @@ def _train_as_job(
         found.extend(filter(None, [finished_stage(task.stage, uri)]))
         return bool(found)
 
-    launch = Launch(api, launcher, request, published)
+    launch = Launch(api, launcher, request, Limits.of(settings), published)
     with signals(launch.stop):
         launch.run()
     return found[-1]
@@ -203,7 +203,7 @@ def _belongs_to(api: Api, uri: str) -> tuple[str, Owner | None]:
     from srccore.cluster.api import ApiError, retried
 
     def ask(path: str) -> dict[str, Any]:
-        return retried(lambda: api.get(path), ASKING_SECONDS, lambda _, pause: time.sleep(pause))
+        return retried(lambda: api.get(path), ASKING_SECONDS)
 
     alone = (uri.rpartition("/")[2][:8], None)
     pod = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")

@@ -189,8 +189,8 @@ class Scene:
             Api(client.ApiClient(settings), self.namespace),
             self.launcher,
             self.request,
+            self.limits,
             lambda: self.published,
-            limits=self.limits,
             say=self.lines.append,
             outage=self.outage,
         )
@@ -1301,12 +1301,13 @@ from kubernetes import client
 from cluster.job_controller import configuration
 from srccore.cluster.api import Api
 from srccore.cluster.launch import Launch, Stopped, signals
+from srccore.cluster.observe import Limits
 from srccore.cluster.request import PYTORCHJOB, TrainingJobRequest
 
 url, token, request = sys.argv[1:]
 request = TrainingJobRequest.model_validate_json(request)
 api = Api(client.ApiClient(configuration(url, token)), request.namespace)
-launch = Launch(api, PYTORCHJOB, request, lambda: False)
+launch = Launch(api, PYTORCHJOB, request, Limits.of(request.settings), lambda: False)
 try:
     with signals(launch.stop):
         launch.run()
