@@ -7,6 +7,7 @@ read again. A log is resumed after the timestamp of its last line.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -30,10 +31,13 @@ _STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\S+) ?(.*)", re.DOTALL)
 class _Follower(ABC):
     """A thread that follows a stream, and reopens it until it is stopped."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, api: Api, path: str) -> None:
+        self._api = api
+        self._path = path
         self._stopped = threading.Event()
         self._stream: Stream | None = None
         self._lock = threading.Lock()
+        name = f"{type(self).__name__} {path}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -67,8 +71,8 @@ class _Follower(ABC):
                 # Many clients of one server must not all reconnect at once.
                 pause = min(LONGEST_PAUSE, max(0.5, 2 * pause)) * random.uniform(0.7, 1.0)
 
-    def _open(self, api: Api, path: str, **query: str) -> Stream:
-        stream = api.stream(path, **query)
+    def _open(self, path: str, **query: str) -> Stream:
+        stream = self._api.stream(path, **query)
         with self._lock:
             self._stream = stream
             if self._stopped.is_set():
@@ -92,24 +96,21 @@ class Mirror(_Follower):
         path: The path of the list.
         changed: Called after every change, in another thread.
         selectors: ``labelSelector``, ``fieldSelector``.
+
+    Attributes:
+        error: Why the copy may be out of date; None while it is being watched.
+        is_known: Whether the list has been read at least once.
     """
 
     def __init__(self, api: Api, path: str, changed: Callable[[], None], **selectors: str) -> None:
-        super().__init__(f"watch {path}")
-        self._api = api
-        self._path = path
+        super().__init__(api, path)
         self._changed = changed
         self.selectors = selectors
+        self.error: ApiError | None = None
+        self.is_known = False
         self._version = ""
         self._objects: dict[str, dict[str, Any]] = {}
         self._gone: list[dict[str, Any]] = []
-        self._error: ApiError | None = None
-        self._listed = False
-
-    @property
-    def is_known(self) -> bool:
-        """Whether the list has been read at least once."""
-        return self._listed
 
     @property
     def objects(self) -> list[dict[str, Any]]:
@@ -123,16 +124,10 @@ class Mirror(_Follower):
             gone, self._gone = self._gone, []
             return gone
 
-    @property
-    def error(self) -> ApiError | None:
-        """Why the copy may be out of date; None while it is being watched."""
-        return self._error
-
     def _follow(self) -> bool:
         if not self._version:
             self._list()
         watch = self._open(
-            self._api,
             self._path,
             watch="true",
             resourceVersion=self._version,
@@ -142,18 +137,16 @@ class Mirror(_Follower):
         )
         # Report it now: the watch may send nothing for a long time.
         self._report(None)
-        try:
+        with contextlib.closing(watch):
             for line in watch.lines():
                 self._apply(line)
-        finally:
-            watch.close()
         return False
 
     def _list(self) -> None:
         found = self._api.get(self._path, **self.selectors)
         with self._lock:
             self._objects = {each["metadata"]["uid"]: each for each in found["items"]}
-            self._listed = True
+            self.is_known = True
         self._version = found["metadata"]["resourceVersion"]
 
     def _apply(self, line: str) -> None:
@@ -186,7 +179,7 @@ class Mirror(_Follower):
         return False
 
     def _report(self, error: ApiError | None) -> None:
-        self._error = error
+        self.error = error
         self._changed()
 
 
@@ -204,9 +197,7 @@ class LogStream(_Follower):
     def __init__(
         self, api: Api, path: str, uid: str, container: str, say: Callable[[str], None]
     ) -> None:
-        super().__init__(f"log {path}")
-        self._api = api
-        self._path = path
+        super().__init__(api, path)
         self._uid = uid
         self._container = container
         self._say = say
@@ -231,20 +222,17 @@ class LogStream(_Follower):
         self._is_again = True
         since = {"sinceTime": self._last} if self._last else {}
         log = self._open(
-            self._api,
             f"{self._path}/log",
             container=self._container,
             follow="true",
             timestamps="true",
             **since,
         )
-        try:
+        with contextlib.closing(log):
             # sinceTime has a resolution of seconds, so the first lines may be known already.
             said = self._last
             for line in log.lines():
                 self._pass_on(line, said)
-        finally:
-            log.close()
         # The kubelet ends the stream once the container has terminated, a proxy at any time.
         return self._has_ended()
 
