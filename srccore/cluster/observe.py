@@ -106,18 +106,18 @@ class Outcome:
     """How a job ended, or why to give it up.
 
     Attributes:
-        succeeded: The operator reports success; the output is not checked here.
         what: What happened.
         fix: What to do about it.
         pod: The pod whose log explains more.
         exit_code: The exit code of that pod.
+        succeeded: The operator reports success; the output is not checked here.
     """
 
-    succeeded: bool
     what: str = ""
     fix: str = ""
     pod: str | None = None
     exit_code: int | None = None
+    succeeded: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,6 @@ class Observer:
         if not failed:
             return None
         outcome = _blame(pods) or Outcome(
-            succeeded=False,
             what=f"The job failed: {failed.get('message') or failed.get('reason')}",
             fix="Check the events of the job and its pods with kubectl describe.",
         )
@@ -213,7 +212,8 @@ class Observer:
         self, job: Object, pods: Sequence[Object], all_run: bool, now: datetime
     ) -> None:
         # Nobody knows how long a job waited that ran before this observer started.
-        last = self._looked or (now if _has_run(job, pods) else _created(job, now))
+        made = _time(job["metadata"].get("creationTimestamp"), now)
+        last = self._looked or (now if _has_run(job, pods) else made)
         if all_run:
             if self._running_since is None:
                 # The operator's condition Running is true from the first pod on.
@@ -228,7 +228,6 @@ class Observer:
             for state in (*states(pod), *states(pod, "lastState")):
                 if state.get("terminated", {}).get("reason") == "OOMKilled":
                     return Outcome(
-                        succeeded=False,
                         what=f"Pod {_name(pod)} ran out of memory and was killed.",
                         fix="Request more memory (training_memory), or use a smaller "
                         "dpo.batch_size with more dpo.gradient_accumulation_steps.",
@@ -241,7 +240,6 @@ class Observer:
         if self.restarts(pods) <= self.limits.restarts:
             return None
         return Outcome(
-            succeeded=False,
             what=f"Pods were lost {self.restarts(pods)} times; the limit is "
             f"{self.limits.restarts}.",
             fix="Use nodes that are preempted less often, or raise max_restarts.",
@@ -276,7 +274,7 @@ class Observer:
             if (now - since).total_seconds() >= limit:
                 why = f"{reason}: {message}".removesuffix(": ")
                 what = f"Pod {name} cannot start: {why}"
-                return Outcome(succeeded=False, what=what, fix=key[1])
+                return Outcome(what=what, fix=key[1])
         return None
 
     def _never_made(
@@ -306,7 +304,7 @@ class Observer:
                 "job's pods fulfil: report this as a bug, or set another label."
             )
         what = f"The job's pods are refused: {refused[-1]}"
-        return Outcome(succeeded=False, what=what, fix=fix)
+        return Outcome(what=what, fix=fix)
 
     def _unclaimed(self, job: Object, pods: Sequence[Object], now: datetime) -> Outcome | None:
         self._first_look = self._first_look or now
@@ -316,7 +314,6 @@ class Observer:
         if (now - self._first_look).total_seconds() < self.limits.unclaimed:
             return None
         return Outcome(
-            succeeded=False,
             what=f"No controller has picked up the job for {self.limits.unclaimed:.0f} s.",
             fix=f"Check that {self.launcher.operator} is running and watches this namespace.",
         )
@@ -324,14 +321,12 @@ class Observer:
     def _out_of_time(self, all_run: bool, message: str, now: datetime) -> Outcome | None:
         if self.waited > self.limits.waiting and not all_run:
             return Outcome(
-                succeeded=False,
                 what=f"The job waited for more than {_hours(self.limits.waiting)}. {message}",
                 fix="Free some resources, request less, or raise waiting_hours in the profile.",
             )
         since = self._running_since
         if since and (now - since).total_seconds() > self.limits.running:
             return Outcome(
-                succeeded=False,
                 what=f"The job ran for more than {_hours(self.limits.running)}.",
                 fix="Raise timeout_hours of train-dpo in the profile; the next attempt resumes "
                 "from the last checkpoint.",
@@ -383,14 +378,13 @@ def _blame(pods: Sequence[Object]) -> Outcome | None:
                 why = _one_line(f"{status.get('reason', '')}: {status.get('message', '')}")
                 what = f"Pod {_name(pod)} failed: {why.strip(': ')}."
                 fix = "Check the events of the pod and of its node."
-                return Outcome(succeeded=False, what=what, fix=fix)
+                return Outcome(what=what, fix=fix)
         return None
     _, pod, ended = min(failed, key=lambda each: (each[0], _name(each[1])))
     code = int(ended["exitCode"])
     reason = ended.get("reason", "")
     note = f" ({reason})" if reason not in ("", "Error") else ""
     return Outcome(
-        succeeded=False,
         what=f"Pod {_name(pod)} exited with code {code}{note}.",
         fix=EXIT_ADVICE.get(code, EXIT_ADVICE[1]),
         pod=_name(pod),
@@ -406,16 +400,13 @@ def _waits(pod: Object, events: Sequence[Object]) -> list[tuple[str, str]]:
             message = state["waiting"].get("message", "")
             if reason == "ContainerCreating":
                 # Only events say what a volume lacks.
-                of_it = [each for each in events if _is_about(each, pod)]
+                uid = pod["metadata"]["uid"]
+                of_it = [each for each in events if each["involvedObject"].get("uid") == uid]
                 message = of_it[-1].get("message", "") if of_it else message
                 if of_it and of_it[-1].get("reason") == "FailedMount" and "not found" in message:
                     reason = "FailedMount"
             found.append((reason, _one_line(message)))
     return found
-
-
-def _is_about(event: Object, pod: Object) -> bool:
-    return bool(event["involvedObject"].get("uid") == pod["metadata"]["uid"])
 
 
 def _is_final(kind: str, message: str) -> bool:
@@ -473,10 +464,6 @@ def condition(job: Object, name: str) -> Object | None:
         if each.get("type") == name and each.get("status") == "True":
             return dict(each)
     return None
-
-
-def _created(job: Object, now: datetime) -> datetime:
-    return _time(job["metadata"].get("creationTimestamp"), now)
 
 
 def _to_the_second(time_stamp: str) -> str:
