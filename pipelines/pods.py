@@ -18,6 +18,7 @@ from srccore.cluster.request import (
     CA_VARIABLES,
     LAUNCHERS,
     JobSettings,
+    PodSettings,
     SecretKeys,
 )
 from srccore.containers.names import CACHE, LAUNCH_TRAINING, USER_ID, Images
@@ -110,20 +111,17 @@ class Pods:
         profile, resources = self.profile, self.profile.resources(_TRAINING)
         if profile.launcher not in LAUNCHERS:
             return {}
+        same = profile.model_dump(include=set(PodSettings.model_fields))
         settings = JobSettings(
             image=self.images.of(_TRAINING),
             cpu=resources.cpu,
-            accelerator=profile.accelerator,
             shared_memory=resources.shared_memory,
-            environment=self._environment(),
             secrets=self._secrets(_TRAINING),
-            image_pull_secrets=profile.image_pull_secrets,
-            ca_bundle=profile.ca_bundle,
-            cache_claim=profile.cache_claim,
             # A job's pods do not depend on what the backend accepts.
             run_as_user=profile.run_as_user or USER_ID,
             running_hours=resources.timeout_hours,
             **profile.training_job.model_dump(),
+            **{**same, "environment": self._environment()},
         )
         given = {
             "job": settings.model_dump(mode="json", exclude_none=True, exclude=_AT_RUN_TIME),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_core import PydanticKnownError
 
 from srccore.cluster.request import (
@@ -14,19 +14,22 @@ from srccore.cluster.request import (
     LAUNCHERS,
     PYTORCHJOB,
     QUANTITY,
-    CaBundle,
+    PodSettings,
     SecretKeys,
     Toleration,
+    TrainingJob,
 )
 from srccore.config import RunConfig, Section, explain
 from srccore.containers.names import USER_ID
 from srccore.errors import UserError
 from srccore.stages.table import STAGES
 
-__all__ = ["Profile", "Resources", "StageSecretKeys", "TrainingJob", "load_profile"]
+__all__ = ["Profile", "Resources", "StageSecretKeys", "load_profile"]
+
+Stages = TypeVar("Stages", tuple[str, ...], dict[str, Any])
 
 
-def _known(stages: tuple[str, ...]) -> tuple[str, ...]:
+def _known(stages: Stages) -> Stages:
     if unknown := sorted(set(stages) - set(STAGES)):
         raise ValueError(f"unknown stage {unknown[0]}; choose from {', '.join(STAGES)}")
     return stages
@@ -50,34 +53,11 @@ class Resources(Section):
 class StageSecretKeys(SecretKeys):
     """Environment variables from a Secret, for the pods of some or all stages."""
 
-    stages: tuple[str, ...] = ()
+    stages: Annotated[tuple[str, ...], AfterValidator(_known)] = ()
     """The stages whose pods get them; empty means all."""
 
-    @field_validator("stages")
-    @classmethod
-    def _stages_exist(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
-        return _known(stages)
 
-
-class TrainingJob(Section):
-    """DPO as a job; each of its pods requests the profile's resources of ``train-dpo``."""
-
-    pods: int = Field(default=1, ge=1)
-    queue: str | None = None
-    """Kueue's LocalQueue."""
-    priority_class: str | None = None
-    service_account: str | None = None
-    """Of the pods, which do not use the API server; None means the namespace's default."""
-    waiting_hours: float = Field(default=24, gt=0)
-    """How long the job may wait in total, in the queue and for nodes. The timeout of train-dpo
-    limits how long it may run."""
-    max_restarts: int = Field(default=10, ge=0)
-    """How many lost pods are replaced in total; preemption is the usual cause."""
-    ttl_hours: float = Field(default=24, gt=0)
-    """Time until a finished job is deleted with its pods and their logs."""
-
-
-class Profile(Section):
+class Profile(PodSettings):
     """A cluster, and the shape of a pipeline on it.
 
     Method and data are not part of it: they are run-time parameters whose defaults are the
@@ -107,33 +87,16 @@ class Profile(Section):
         cpu="8", memory="64Gi", gpus=1, shared_memory="8Gi", timeout_hours=48
     )
     """Of stages that run a model."""
-    stages: dict[str, Resources] = Field(default_factory=dict)
+    stages: Annotated[dict[str, Resources], AfterValidator(_known)] = Field(default_factory=dict)
     """Override both for single stages."""
 
-    accelerator: str = "nvidia.com/gpu"
-    """The extended resource for GPUs."""
-    node_selector: dict[str, str] = Field(default_factory=dict)
-    """Of tasks that request a GPU; a run may override it, and the tolerations."""
     tolerations: tuple[Toleration, ...] = (
         Toleration(key="nvidia.com/gpu", operator="Exists", effect="NoSchedule"),
     )
 
     run_as_user: int | None = Field(default=USER_ID, ge=1)
     """The user of the images. None sets no security context: backends before 2.16 reject it."""
-    image_pull_secrets: tuple[str, ...] = ()
-    environment: dict[str, str] = Field(default_factory=dict)
-    """For every task: a proxy, ``AWS_ENDPOINT_URL``, ``AWS_REGION``. No secrets."""
     secrets: tuple[StageSecretKeys, ...] = ()
-    ca_bundle: CaBundle | None = None
-    cache_claim: str | None = None
-    """A PersistentVolumeClaim (ReadWriteMany, writable for the user) for models and data; None
-    gives each pod an emptyDir."""
-
-    @field_validator("stages")
-    @classmethod
-    def _stages_exist(cls, stages: dict[str, Resources]) -> dict[str, Resources]:
-        _known(tuple(stages))
-        return stages
 
     @field_validator("launcher")
     @classmethod

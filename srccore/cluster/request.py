@@ -36,8 +36,10 @@ __all__ = [
     "JobSettings",
     "Launcher",
     "Owner",
+    "PodSettings",
     "SecretKeys",
     "Toleration",
+    "TrainingJob",
     "TrainingJobRequest",
 ]
 
@@ -89,42 +91,57 @@ class Owner(Section):
     uid: str
 
 
-class JobSettings(Section):
+class PodSettings(Section):
+    """What the pods of a pipeline's tasks and those of its training jobs have in common."""
+
+    accelerator: str = "nvidia.com/gpu"
+    """The extended resource for GPUs."""
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    """Of pods that request a GPU; a run may override it, and the tolerations."""
+    image_pull_secrets: tuple[str, ...] = ()
+    environment: dict[str, str] = Field(default_factory=dict)
+    """A proxy, ``AWS_ENDPOINT_URL``, ``AWS_REGION``. No secrets."""
+    ca_bundle: CaBundle | None = None
+    cache_claim: str | None = None
+    """A PersistentVolumeClaim (ReadWriteMany, writable for the user) for models and data; None
+    gives each pod an emptyDir."""
+
+
+class TrainingJob(Section):
+    """DPO as a job; in a profile, its pods request the resources of ``train-dpo``."""
+
+    pods: int = Field(default=1, ge=1)
+    queue: str | None = None
+    """Kueue's LocalQueue."""
+    priority_class: str | None = None
+    service_account: str | None = None
+    """Of the pods, which do not use the API server; None means the namespace's default."""
+    waiting_hours: float = Field(default=24, gt=0)
+    """How long the job may wait in total, in the queue and for nodes. The timeout of train-dpo
+    limits how long it may run."""
+    max_restarts: int = Field(default=10, ge=0)
+    """How many lost pods are replaced in total; preemption is the usual cause."""
+    ttl_hours: float = Field(default=24, gt=0)
+    """Time until a finished PyTorchJob is deleted with its pods and their logs."""
+
+
+class JobSettings(PodSettings, TrainingJob):
     """The pods of a training job, and how long they may take."""
 
     image: str
-    pods: int = Field(default=1, ge=1)
     cpu: str = Field(default="1", pattern=r"^\d+(\.\d+)?m?$")
     """Request of each pod; there is no limit."""
     memory: str = Field(default="4Gi", pattern=QUANTITY)
     """Request and limit of each pod."""
     gpus: int = Field(default=0, ge=0)
     """GPUs of each pod, which runs one process per GPU, or a single one without GPUs."""
-    accelerator: str = "nvidia.com/gpu"
     shared_memory: str | None = Field(default=None, pattern=QUANTITY)
     """Size of ``/dev/shm``, which counts as memory; None keeps the runtime's 64 MiB."""
-    node_selector: dict[str, str] = Field(default_factory=dict)
     tolerations: tuple[Toleration, ...] = ()
-    environment: dict[str, str] = Field(default_factory=dict)
     secrets: tuple[SecretKeys, ...] = ()
-    image_pull_secrets: tuple[str, ...] = ()
-    ca_bundle: CaBundle | None = None
-    cache_claim: str | None = None
-    """A PersistentVolumeClaim for models and data; None gives each pod an emptyDir."""
     run_as_user: int = Field(default=USER_ID, ge=1)
-    service_account: str | None = None
-    """Of the pods, which do not use the API server; None means the namespace's default."""
-    queue: str | None = None
-    """Kueue's LocalQueue."""
-    priority_class: str | None = None
-    waiting_hours: float = Field(default=24, gt=0)
-    """How long the job may wait in total, in the queue and for nodes."""
     running_hours: float = Field(default=48, gt=0)
     """How long it may run, from the moment when all pods are running."""
-    max_restarts: int = Field(default=10, ge=0)
-    """How many lost pods are replaced in total; preemption is the usual cause."""
-    ttl_hours: float = Field(default=24, gt=0)
-    """Time until a finished PyTorchJob is deleted with its pods and their logs."""
 
     @property
     def processes(self) -> int:

@@ -11,9 +11,10 @@ import yaml
 from backend_commands import call
 from kfp_server import KfpServer, Step
 
+from srccore.cluster.request import TrainingJob
 from srccore.data.records import CandidateSet, read_records
 from srccore.models.policy import parse_policy
-from srccore.pipelines.profile import Profile, Resources, StageSecretKeys, TrainingJob
+from srccore.pipelines.profile import Profile, Resources, StageSecretKeys
 from srccore.pipelines.regenerate import ROOT
 
 HOST = "https://kubeflow.example.com/pipeline"
