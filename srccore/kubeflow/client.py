@@ -22,14 +22,7 @@ from srccore.kubeflow.connection import FORWARD, Connection, open_client, pod_na
 if TYPE_CHECKING:
     from kfp_server_api import ApiClient
 
-__all__ = [
-    "Backend",
-    "ExistsError",
-    "MissingError",
-    "UnavailableError",
-    "connect",
-    "named",
-]
+__all__ = ["Backend", "ExistsError", "MissingError", "UnavailableError", "connect"]
 
 TIMEOUT = (10, 60)
 """Seconds to connect, and to wait for a response."""
@@ -119,15 +112,29 @@ class Backend:
             if not token:
                 return
 
+    def named(
+        self, name: str, key: str, method: Callable[..., Any], field: str, **where: Any
+    ) -> Iterator[Any]:
+        """Lists the entries with a name.
+
+        Args:
+            name: The name.
+            key: ``name`` for pipelines and their versions, since users can change display names;
+                otherwise ``display_name``.
+            method: A ``..._list_...`` method of one of the services.
+            field: The field of the response that has the list.
+            where: Further arguments of the method.
+        """
+        predicate = {"operation": "EQUALS", "key": key, "stringValue": name}
+        found = self.pages(method, field, filter=json.dumps({"predicates": [predicate]}), **where)
+        return (each for each in found if getattr(each, key) == name)
+
     def experiment(self, name: str) -> str | None:
         """The ID of the experiment with this name, or None."""
-        found = self.pages(
-            self.experiments.experiment_service_list_experiments,
-            "experiments",
-            namespace=self.namespace,
-            filter=named(name),
-        )
-        return next((each.experiment_id for each in found if each.display_name == name), None)
+        where = {"namespace": self.namespace}
+        method = self.experiments.experiment_service_list_experiments
+        found = self.named(name, "display_name", method, "experiments", **where)
+        return next((each.experiment_id for each in found), None)
 
     def create_experiment(self, name: str) -> str:
         """The ID of the experiment with this name, which is created if missing."""
@@ -145,13 +152,9 @@ class Backend:
         from kfp_server_api import V2beta1Pipeline
 
         def find() -> str | None:
-            found = self.pages(
-                self.pipelines.pipeline_service_list_pipelines,
-                "pipelines",
-                namespace=self.namespace,
-                filter=named(name, "name"),
-            )
-            return next((each.pipeline_id for each in found if each.name == name), None)
+            method = self.pipelines.pipeline_service_list_pipelines
+            found = self.named(name, "name", method, "pipelines", namespace=self.namespace)
+            return next((each.pipeline_id for each in found), None)
 
         def create() -> str:
             # Uploading a pipeline would also create a version, named after the pipeline.
@@ -171,13 +174,9 @@ class Backend:
         """
 
         def find() -> str | None:
-            found = self.pages(
-                self.pipelines.pipeline_service_list_pipeline_versions,
-                "pipeline_versions",
-                pipeline_id=pipeline_id,
-                filter=named(name, "name"),
-            )
-            return next((each.pipeline_version_id for each in found if each.name == name), None)
+            method = self.pipelines.pipeline_service_list_pipeline_versions
+            found = self.named(name, "name", method, "pipeline_versions", pipeline_id=pipeline_id)
+            return next((each.pipeline_version_id for each in found), None)
 
         def upload() -> str:
             with tempfile.TemporaryDirectory() as folder:
@@ -338,17 +337,6 @@ def connect(connection: Connection, *, needs_namespace: bool = True) -> Backend:
                 "Pass the namespace of your profile with --namespace or KFP_NAMESPACE.",
             )
     return backend
-
-
-def named(name: str, key: str = "display_name") -> str:
-    """The filter by name for list requests.
-
-    Args:
-        name: The name.
-        key: ``name`` for pipelines and their versions, since users can change display names.
-    """
-    predicate = {"operation": "EQUALS", "key": key, "stringValue": name}
-    return json.dumps({"predicates": [predicate]})
 
 
 def _find_or_create(find: Callable[[], str | None], create: Callable[[], str]) -> str:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from srccore.errors import UserError
-from srccore.kubeflow.client import Backend, named
+from srccore.kubeflow.client import Backend
 from srccore.kubeflow.package import Package
 from srccore.kubeflow.runs import pipeline_source
 
@@ -145,18 +145,12 @@ def _disable_others(backend: Backend, name: str, new: str) -> list[str]:
     old = "an older schedule"
     done = []
     try:
-        found = backend.pages(
-            service.recurring_run_service_list_recurring_runs,
-            "recurring_runs",
-            namespace=backend.namespace,
-            filter=named(name),
-        )
+        method = service.recurring_run_service_list_recurring_runs
+        where = {"namespace": backend.namespace}
+        found = backend.named(name, "display_name", method, "recurring_runs", **where)
         # Read all pages before the first change, since changes shift the pages that follow.
-        others = [
-            str(each.recurring_run_id)
-            for each in found
-            if each.display_name == name and each.recurring_run_id != new and _is_enabled(each)
-        ]
+        enabled = [str(each.recurring_run_id) for each in found if _is_enabled(each)]
+        others = [each for each in enabled if each != new]
         for old in others:
             backend.call(service.recurring_run_service_disable_recurring_run, recurring_run_id=old)
             done.append(old)
