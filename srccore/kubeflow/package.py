@@ -78,9 +78,8 @@ class Package:
         """
         pipeline = copy.deepcopy(dict(self.pipeline))
         if not cache:
-            for dag in dags(pipeline):
-                for task in dag["tasks"].values():
-                    task["cachingOptions"] = {}
+            for task in _tasks(pipeline):
+                task["cachingOptions"] = {}
         if self.platforms is None:
             return pipeline
         return {"pipeline_spec": pipeline, "platform_spec": dict(self.platforms)}
@@ -154,15 +153,14 @@ class Package:
         Raises:
             UserError: The pipeline trains as a job.
         """
-        for dag in dags(self.pipeline):
-            for task in dag["tasks"].values():
-                launcher = task.get("inputs", {}).get("parameters", {}).get("launcher", {})
-                chosen = launcher.get("runtimeValue", {}).get("constant", "inprocess")
-                if chosen != "inprocess":
-                    raise UserError(
-                        f"{self.path} trains as a {chosen}, which only a cluster can run.",
-                        "Compile it with launcher: inprocess in its profile.",
-                    )
+        for task in _tasks(self.pipeline):
+            launcher = task.get("inputs", {}).get("parameters", {}).get("launcher", {})
+            chosen = launcher.get("runtimeValue", {}).get("constant", "inprocess")
+            if chosen != "inprocess":
+                raise UserError(
+                    f"{self.path} trains as a {chosen}, which only a cluster can run.",
+                    "Compile it with launcher: inprocess in its profile.",
+                )
 
     def _settings(self, overrides: Sequence[str]) -> dict[str, Any]:
         """The sections and fields that the overrides change, each as a whole."""
@@ -276,11 +274,10 @@ def read_package(path: Path) -> Package:
     )
 
 
-def dags(pipeline: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """All DAGs of a pipeline: the root's, and those of its components."""
+def _tasks(pipeline: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """All tasks of a pipeline: the root's, and those of its components."""
     for component in (pipeline["root"], *pipeline.get("components", {}).values()):
-        if "dag" in component:
-            yield component["dag"]
+        yield from component.get("dag", {}).get("tasks", {}).values()
 
 
 def _documents(path: Path) -> list[Any]:
