@@ -188,14 +188,16 @@ def list_command(
     """List the most recent runs, newest first."""
     from srccore.kubeflow.client import connect
     from srccore.kubeflow.follow import duration
-    from srccore.kubeflow.runs import list_runs
+    from srccore.kubeflow.runs import list_runs, seconds
+    from srccore.kubeflow.tasks import moment
 
     backend = connect(connection)
     rows = [("ID", "NAME", "STATE", "CREATED (UTC)", "DURATION")]
-    for row in list_runs(backend, experiment, limit):
-        created = f"{row.created:%Y-%m-%d %H:%M}" if row.created else "-"
-        took = duration(row.seconds) if row.seconds is not None else "-"
-        rows.append((row.id, row.name, row.state, created, took))
+    for run in list_runs(backend, experiment, limit):
+        submitted, took = moment(run.created_at), seconds(run)
+        created = f"{submitted:%Y-%m-%d %H:%M}" if submitted else "-"
+        lasted = duration(took) if took is not None else "-"
+        rows.append((run.run_id, run.display_name, run.state or "PENDING", created, lasted))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for cells in rows:
         line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))

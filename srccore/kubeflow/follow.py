@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -31,16 +32,19 @@ MARKS = {
 }
 
 
-class Screen(Protocol):
-    """Shows a run."""
+class Screen(ABC):
+    """Shows a run on a console."""
 
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @abstractmethod
     def show(self, run: Any) -> None:
         """Shows the progress of a run."""
-        ...
 
     def note(self, text: str) -> None:
         """Prints a message."""
-        ...
+        self.console.print(text, markup=False, soft_wrap=True)
 
 
 def follow(
@@ -129,11 +133,11 @@ def ending(run: Any, url: str) -> str:
     return "\n".join([*lines, url])
 
 
-class _Lines:
+class _Lines(Screen):
     """Prints a line for each change."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console)
         self.states: dict[str, str] = {}
         self.is_silence_noted = False
 
@@ -149,22 +153,14 @@ class _Lines:
             self.note(silence)
             self.is_silence_noted = True
 
-    def note(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
 
-
-class _Picture:
+class _Picture(Screen):
     """Redraws the tree with every refresh, since durations grow between two requests."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.run: Any = None
+    run: Any = None
 
     def show(self, run: Any) -> None:
         self.run = run
-
-    def note(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
 
     def draw(self) -> RenderableType:
         return "" if self.run is None else tree(self.run)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
@@ -17,28 +16,9 @@ from srccore.kubeflow.client import Backend, MissingError
 from srccore.kubeflow.package import Package
 from srccore.kubeflow.tasks import moment
 
-__all__ = ["FINISHED", "RunRow", "get_run", "list_runs", "pipeline_source", "stop", "submit"]
+__all__ = ["FINISHED", "get_run", "list_runs", "pipeline_source", "seconds", "stop", "submit"]
 
 FINISHED = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
-
-
-@dataclass(frozen=True)
-class RunRow:
-    """A run, as listed.
-
-    Args:
-        id: The run's ID.
-        name: Its display name, which need not be unique.
-        state: One of the API's states.
-        created: When it was submitted.
-        seconds: How long it took, or has taken so far.
-    """
-
-    id: str
-    name: str
-    state: str
-    created: datetime | None
-    seconds: float | None
 
 
 def submit(
@@ -125,13 +105,16 @@ def get_run(backend: Backend, run_id: str) -> Any:
     return run
 
 
-def list_runs(backend: Backend, experiment: str | None = None, limit: int = 20) -> list[RunRow]:
+def list_runs(backend: Backend, experiment: str | None, limit: int) -> list[Any]:
     """Lists the most recent runs, newest first.
 
     Args:
         backend: The backend.
-        experiment: List only the runs of this experiment.
+        experiment: List only the runs of this experiment; None lists those of all.
         limit: The maximum number of runs.
+
+    Returns:
+        A ``V2beta1Run`` each, without its tasks.
 
     Raises:
         UserError: The experiment does not exist.
@@ -147,7 +130,7 @@ def list_runs(backend: Backend, experiment: str | None = None, limit: int = 20) 
     found = backend.pages(
         backend.runs.run_service_list_runs, "runs", sort_by="created_at desc", **where
     )
-    return [_row(run) for run in islice(found, limit)]
+    return list(islice(found, limit))
 
 
 def stop(backend: Backend, run_id: str) -> str:
@@ -170,14 +153,9 @@ def _run(backend: Backend, run_id: str) -> Any:
     return backend.call(backend.runs.run_service_get_run, run_id=run_id)
 
 
-def _row(run: Any) -> RunRow:
+def seconds(run: Any) -> float | None:
+    """How long a run took, or has taken so far; None if the backend does not know."""
     created, finished = moment(run.created_at), moment(run.finished_at)
     if run.state not in FINISHED:
         finished = datetime.now(UTC)
-    return RunRow(
-        id=run.run_id,
-        name=run.display_name,
-        state=run.state or "PENDING",
-        created=created,
-        seconds=(finished - created).total_seconds() if finished and created else None,
-    )
+    return (finished - created).total_seconds() if finished and created else None
