@@ -172,7 +172,9 @@ def schedule_command(
         typer.echo(f"Pipeline: {backend.version_url(made.version)}")
     for old in made.disabled:
         typer.echo(f"Disabled the earlier schedule of that name: {old}")
-    times = ", ".join(f"{each:%a %Y-%m-%d %H:%M:%S}" for each in next_times(line, _now()))
+    times = ", ".join(
+        f"{each:%a %Y-%m-%d %H:%M:%S}" for each in next_times(line, datetime.now(UTC))
+    )
     typer.echo(f"Next runs, if the backend's clock is set to UTC: {times}")
 
 
@@ -275,7 +277,3 @@ def _follow(
 
 def _follow_it(connection: Connection, run_id: str) -> str:
     return f"srccore runs status {run_id} --wait{connection.options()}"
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

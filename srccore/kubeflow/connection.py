@@ -78,7 +78,7 @@ def open_client(connection: Connection) -> tuple[ApiClient, str, str | None]:
     from kfp_server_api import ApiClient
 
     configuration, ui, credential = _configure(connection)
-    cookies = _cookies(connection)
+    cookies = _secret(connection.cookies_file, "cookies", "KFP_COOKIES")
     client = ApiClient(configuration, cookie=cookies)
     if connection.user_header is not None:
         client.set_default_header(*_header(connection.user_header))
@@ -155,32 +155,18 @@ def _load_kubeconfig(configuration: Configuration) -> None:
 
 def _set_token(configuration: Configuration, file: Path | None) -> str | None:
     """Adds the token to requests; returns what to call it, or None without a token."""
-    if file is not None:
+    token = _secret(file, "token", "KFP_TOKEN")
+    if token is None:
+        return "the kubeconfig's user" if "authorization" in configuration.api_key else None
 
-        def refresh(target: Configuration) -> None:
-            token = _secret(_read(file, "token"), f"The token file {file}")
-            target.api_key["authorization"] = token
+    def refresh(target: Configuration) -> None:
+        target.api_key["authorization"] = _secret(file, "token", "KFP_TOKEN")
 
-        refresh(configuration)
-        # Projected tokens expire after an hour, and runs take days.
-        configuration.refresh_api_key_hook = refresh
-        configuration.api_key_prefix["authorization"] = "Bearer"
-        return f"the token in {file}"
-    if os.environ.get("KFP_TOKEN"):
-        token = _secret(os.environ["KFP_TOKEN"], "KFP_TOKEN")
-        configuration.refresh_api_key_hook = None
-        configuration.api_key["authorization"] = token
-        configuration.api_key_prefix["authorization"] = "Bearer"
-        return "the token in KFP_TOKEN"
-    return "the kubeconfig's user" if "authorization" in configuration.api_key else None
-
-
-def _cookies(connection: Connection) -> str | None:
-    if connection.cookies_file is not None:
-        text = _read(connection.cookies_file, "cookies")
-        return _secret(text, f"The cookies file {connection.cookies_file}")
-    given = os.environ.get("KFP_COOKIES")
-    return _secret(given, "KFP_COOKIES") if given else None
+    configuration.api_key["authorization"] = token
+    configuration.api_key_prefix["authorization"] = "Bearer"
+    # Projected tokens expire after an hour, and runs take days.
+    configuration.refresh_api_key_hook = refresh
+    return f"the token in {file or 'KFP_TOKEN'}"
 
 
 def _header(text: str) -> tuple[str, str]:
@@ -219,7 +205,14 @@ def _read(path: Path, what: str) -> str:
         ) from None
 
 
-def _secret(text: str, where: str) -> str:
+def _secret(file: Path | None, what: str, variable: str) -> str | None:
+    """The secret in a file, or else in an environment variable; None if there is neither."""
+    if file is not None:
+        text, where = _read(file, what), f"The {what} file {file}"
+    elif os.environ.get(variable):
+        text, where = os.environ[variable], variable
+    else:
+        return None
     secret = text.strip()
     # The HTTP library would quote anything else in its error, which is printed.
     if not (secret and secret.isascii() and secret.isprintable()):
