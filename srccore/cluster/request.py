@@ -12,7 +12,6 @@ an operator, write a function for the spec of its jobs and add a `Launcher` to `
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pydantic import Field
 from srccore.config import Section
 from srccore.containers.names import CACHE, USER_ID
 from srccore.errors import UserError
+from srccore.hashing import hash_text
 
 __all__ = [
     "ARGO",
@@ -180,12 +180,12 @@ class TrainingJobRequest(Section):
         labels, spec = self.labels(), launcher.spec(self)
         if self.settings.queue:
             labels["kueue.x-k8s.io/queue-name"] = self.settings.queue
-        digest = _digest([launcher.api_version, launcher.kind, labels, spec])
+        identity = [launcher.api_version, launcher.kind, labels, spec]
         metadata: dict[str, Any] = {
             "name": self.name(attempt),
             "namespace": self.namespace,
             "labels": labels,
-            "annotations": {SPEC_HASH: digest},
+            "annotations": {SPEC_HASH: hash_text(json.dumps(identity, sort_keys=True))[:32]},
         }
         if self.owner:
             workflow = {"apiVersion": ARGO, "kind": "Workflow", **self.owner.model_dump()}
@@ -470,8 +470,3 @@ TRAINJOB = Launcher(
 LAUNCHERS = {each.name: each for each in (PYTORCHJOB, TRAINJOB)}
 INPROCESS = "inprocess"
 """The launcher that creates no job: the stage trains in the pod of its step."""
-
-
-def _digest(value: object) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -9,7 +9,6 @@ times that docker sets.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from typing import Literal, get_args
 
 from srccore.containers.names import BASES, IMAGES, Base, Images
 from srccore.errors import UserError
+from srccore.hashing import hash_file
 
 __all__ = [
     "DEFAULT_BASE_IMAGE",
@@ -255,7 +255,7 @@ def image_build(name: str, contexts: Path, checkout: Checkout, source: str) -> B
         contexts / "stage",
         arguments={
             "BASE": LOCAL.of(f"base-{IMAGES[name]}"),
-            "WHEEL_SHA256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
+            "WHEEL_SHA256": hash_file(wheel),
         },
         labels={label: value for label, value in labels.items() if value},
         stamp=checkout.committed,

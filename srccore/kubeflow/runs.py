@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from itertools import islice
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from srccore.errors import UserError
+from srccore.hashing import hash_text
 from srccore.kubeflow.client import Backend, MissingError
 from srccore.kubeflow.package import Package
 from srccore.kubeflow.tasks import moment
@@ -85,9 +85,9 @@ def pipeline_source(
     if not upload:
         return {"pipeline_spec": spec}
     text = yaml.safe_dump_all(spec.values() if "platform_spec" in spec else [spec])
-    digest = hashlib.sha256(text.encode()).hexdigest()
     pipeline_id = backend.create_pipeline(package.name)
-    version_id = backend.create_version(pipeline_id, f"{package.version}-{digest[:12]}", text)
+    name = f"{package.version}-{hash_text(text)[:12]}"
+    version_id = backend.create_version(pipeline_id, name, text)
     reference = V2beta1PipelineVersionReference(
         pipeline_id=pipeline_id, pipeline_version_id=version_id
     )
