@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from srccore.errors import UserError
+from srccore.files import writable
 
 __all__ = ["LOG", "run_locally"]
 
@@ -51,12 +52,8 @@ def run_locally(
             "Choose an --out without it.",
         )
     root = out.resolve() / "kubeflow"
-    try:
+    with writable(out):
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write to the folder {out} ({error.strerror}).", "Choose another --out."
-        ) from None
     before = set(root.iterdir())
     log = out / LOG
     with (

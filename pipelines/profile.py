@@ -157,16 +157,12 @@ def load_profile(path: Path | None, config: RunConfig, **changes: Any) -> Profil
 
 
 def _read(path: Path) -> dict[str, Any]:
+    fix = "Pass a YAML file with the fields that docs/pipelines.md lists."
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"Cannot read the profile {path}: {' '.join(str(error).split())}.",
-            "Pass a YAML file with the fields that docs/pipelines.md lists.",
-        ) from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"Cannot read the profile {path}: {reason}.", fix) from None
     if not isinstance(values, dict):
-        raise UserError(
-            f"The profile {path} is not a YAML mapping.",
-            "Pass a YAML file with the fields that docs/pipelines.md lists.",
-        )
+        raise UserError(f"The profile {path} is not a YAML mapping.", fix)
     return values

@@ -24,7 +24,7 @@ from srccore.cluster.request import (
 )
 from srccore.config import OptimizerSettings, explain
 from srccore.errors import UserError
-from srccore.steps.step import Finished, finished_stage, run_stage
+from srccore.steps.step import Finished, explained, finished_stage, run_stage
 
 if TYPE_CHECKING:
     from srccore.cluster.api import Api
@@ -90,22 +90,27 @@ def train(
     from srccore.cluster.launch import JobFailed, Stopped
     from srccore.cluster.task import StageTask
 
-    try:
+    given = {
+        "node_selector": node_selector,
+        "tolerations": tolerations,
+        "memory": memory,
+        "gpus": gpus,
+    }
+    overrides = {name: value for name, value in given.items() if value}
+    with explained():
         chosen = _chosen(launcher, artifact_root)
-        wanted = _settings(chosen, job, node_selector, tolerations, memory, gpus)
+        wanted = _settings(chosen, {**(job or {}), **overrides})
         _check_share(settings.get("config") or {}, wanted)
         task = StageTask.of(
             stage, artifact_root, inputs=inputs, settings=settings, device=device, threads=threads
         )
-        return _train_as_job(chosen, task, wanted, round_number)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except JobFailed as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(2 if error.exit_code == 2 else 1) from None
-    except Stopped:
-        raise SystemExit(143) from None
+        try:
+            return _train_as_job(chosen, task, wanted, round_number)
+        except JobFailed as error:
+            print(f"Error: {error}", file=sys.stderr)
+            raise SystemExit(2 if error.exit_code == 2 else 1) from None
+        except Stopped:
+            raise SystemExit(143) from None
 
 
 def _chosen(launcher: str, artifact_root: str) -> Launcher:
@@ -120,21 +125,7 @@ def _chosen(launcher: str, artifact_root: str) -> Launcher:
     return LAUNCHERS[launcher]
 
 
-def _settings(
-    launcher: Launcher,
-    job: Mapping[str, Any] | None,
-    node_selector: Mapping[str, str] | None,
-    tolerations: Sequence[Mapping[str, Any]] | None,
-    memory: str,
-    gpus: str,
-) -> JobSettings:
-    given = {
-        "node_selector": node_selector,
-        "tolerations": tolerations,
-        "memory": memory,
-        "gpus": gpus,
-    }
-    values = {**(job or {}), **{name: value for name, value in given.items() if value}}
+def _settings(launcher: Launcher, values: Mapping[str, Any]) -> JobSettings:
     try:
         settings = JobSettings.model_validate(values)
     except ValidationError as error:

@@ -108,13 +108,11 @@ def read_digests(path: Path, registry: str) -> dict[str, str]:
     Raises:
         UserError: The file cannot be read or is empty, or a line is not an image with its digest.
     """
+    fix = f"Make it with srccore images push --registry {registry} -o {path}."
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"Cannot read the list of digests {path}: {error}.",
-            f"Make it with srccore images push --registry {registry} -o {path}.",
-        ) from None
+        raise UserError(f"Cannot read the list of digests {path}: {error}.", fix) from None
     found = {}
     for number, line in enumerate(lines, start=1):
         text = line.strip()
@@ -130,8 +128,5 @@ def read_digests(path: Path, registry: str) -> dict[str, str]:
             )
         found[name] = digest
     if not found:
-        raise UserError(
-            f"The list of digests {path} has no images.",
-            f"Make it with srccore images push --registry {registry} -o {path}.",
-        )
+        raise UserError(f"The list of digests {path} has no images.", fix)
     return found
