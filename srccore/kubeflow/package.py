@@ -10,7 +10,6 @@ the file was compiled.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 import srccore
 from srccore.config import RunConfig, apply_overrides, validate_config
@@ -32,6 +32,13 @@ ARTIFACT_ROOT = "artifact_root"
 COMPILE = "Compile it with srccore compile."
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """In C if PyYAML has it, which reads a shipped pipeline six times faster."""
+_TYPES: Mapping[str, Any] = {
+    "NUMBER_INTEGER": int,
+    "NUMBER_DOUBLE": float,
+    "BOOLEAN": bool,
+    "LIST": list,
+    "STRUCT": dict,
+}
 _MADE_BY = re.compile(r"srccore ([^\s,]+)(?:,|\s|$)")
 
 
@@ -307,21 +314,10 @@ def _typed(name: str, text: str, kind: str) -> Any:
     """The value of a parameter from the command line, in its type."""
     if kind == "STRING":
         return text
-    wanted: dict[str, type | tuple[type, ...]] = {
-        "NUMBER_INTEGER": int,
-        "NUMBER_DOUBLE": (int, float),
-        "BOOLEAN": bool,
-        "LIST": list,
-        "STRUCT": dict,
-    }
     try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    is_number = not isinstance(value, bool) or kind == "BOOLEAN"
-    if not (isinstance(value, wanted.get(kind, object)) and is_number):
+        return TypeAdapter(_TYPES.get(kind, Any)).validate_json(text, strict=True)
+    except ValidationError:
         raise UserError(
             f"--param {name}={text} is not a value of type {kind.lower().replace('_', ' ')}.",
             "Write the value as JSON.",
-        )
-    return value
+        ) from None
