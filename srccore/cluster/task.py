@@ -23,7 +23,7 @@ from srccore.errors import UserError
 from srccore.models.policy import parse_policy
 from srccore.steps.step import Finished, Reference, locate_stage, run_stage
 
-__all__ = ["StageTask"]
+__all__ = ["StageTask", "read_artifacts"]
 
 LARGEST = 2**16
 """How many bytes of an artifact are read; references and policies are far smaller."""
@@ -31,7 +31,10 @@ Given = str | Sequence[str] | None
 
 
 class StageTask(Section):
-    """A stage for the pods of a job to run, as the arguments of `srccore.steps.step.run_stage`."""
+    """A stage for the pods of a job to run, as the arguments of `srccore.steps.step.run_stage`.
+
+    The artifact root must be in a bucket: the pods share no disk with the step.
+    """
 
     stage: str
     artifact_root: str
@@ -40,46 +43,6 @@ class StageTask(Section):
     settings: dict[str, Any]
     device: str = "auto"
     threads: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        stage: str,
-        artifact_root: str,
-        *,
-        inputs: Mapping[str, Given],
-        settings: Mapping[str, Any],
-        device: str = "auto",
-        threads: int = 0,
-    ) -> StageTask:
-        """Reads the artifacts of a step.
-
-        Args:
-            stage: The stage's name, as for `run_stage`; so are the other arguments.
-            artifact_root: The ``s3://...`` to write below.
-            inputs: The paths of Kubeflow's artifacts.
-            settings: The stage function's other arguments, as JSON values.
-            device: ``cpu``, ``cuda`` or ``auto``.
-            threads: CPU threads of torch; 0 keeps torch's default.
-
-        Returns:
-            The task.
-
-        Raises:
-            UserError: An artifact is neither a reference nor a policy, or names something that
-                the pods cannot access.
-        """
-        return cls(
-            stage=stage,
-            artifact_root=artifact_root,
-            inputs={
-                name: _each(given, functools.partial(_read, stage, name))
-                for name, given in inputs.items()
-            },
-            settings=dict(settings),
-            device=device,
-            threads=threads,
-        )
 
     def uri(self) -> str:
         """The URI of the stage's output folder.
@@ -133,6 +96,25 @@ class StageTask(Section):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise explain("task", error, "Start the pod as srccore starts it.") from None
+
+
+def read_artifacts(stage: str, paths: Mapping[str, Given]) -> dict[str, str | list[str] | None]:
+    """Reads the artifacts of a step.
+
+    Args:
+        stage: The stage that they are inputs of.
+        paths: The paths of Kubeflow's artifacts, by the stage function's argument.
+
+    Returns:
+        Their texts, as `StageTask.inputs`.
+
+    Raises:
+        UserError: An artifact is neither a reference nor a policy, or names something that the
+            pods of a job cannot access.
+    """
+    return {
+        name: _each(given, functools.partial(_read, stage, name)) for name, given in paths.items()
+    }
 
 
 def _each(given: Given, do: Callable[[str], str]) -> str | list[str] | None:

@@ -88,7 +88,7 @@ def train(
             stage, artifact_root, inputs=inputs, settings=settings, device=device, threads=threads
         )
     from srccore.cluster.launch import JobFailed, Stopped
-    from srccore.cluster.task import StageTask
+    from srccore.cluster.task import StageTask, read_artifacts
 
     given = {
         "node_selector": node_selector,
@@ -101,8 +101,13 @@ def train(
         chosen = _chosen(launcher, artifact_root)
         wanted = _settings(chosen, {**(job or {}), **overrides})
         _check_share(settings.get("config") or {}, wanted)
-        task = StageTask.of(
-            stage, artifact_root, inputs=inputs, settings=settings, device=device, threads=threads
+        task = StageTask(
+            stage=stage,
+            artifact_root=artifact_root,
+            inputs=read_artifacts(stage, inputs),
+            settings=dict(settings),
+            device=device,
+            threads=threads,
         )
         try:
             return _train_as_job(chosen, task, wanted, round_number)

@@ -17,7 +17,7 @@ from shrunken import shrunken
 from torch.testing import assert_close
 
 from srccore import storage
-from srccore.cluster.task import StageTask
+from srccore.cluster.task import StageTask, read_artifacts
 from srccore.steps.step import finished_stage, import_output
 
 jobs = pods.jobs
@@ -105,10 +105,10 @@ def dpo_task(finished: Path, bucket: S3Server, folder: Path) -> StageTask:
         inputs[name] = str(folder / name)
         import_output(storage.join(uri, file), inputs[name])
     config = shrunken("dpo.epochs=10", "dpo.checkpoint_steps=3")
-    return StageTask.of(
-        "train-dpo",
-        f"{bucket.uri}/artifacts",
-        inputs=inputs,
+    return StageTask(
+        stage="train-dpo",
+        artifact_root=f"{bucket.uri}/artifacts",
+        inputs=read_artifacts("train-dpo", inputs),
         settings={"config": config.dpo.model_dump(mode="json"), "seed": config.seed},
         device="cpu",
         threads=1,

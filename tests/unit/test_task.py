@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3_server
 from s3_server import S3Server
 
-from srccore.cluster.task import StageTask
+from srccore.cluster.task import StageTask, read_artifacts
 from srccore.errors import UserError
 from srccore.steps.step import Reference, finished_stage, locate_stage, run_stage
 
@@ -48,14 +50,26 @@ def policy(path: Path, *adapters: str, base: str = "embedded:lvlm") -> str:
     return str(path)
 
 
+def made_of(
+    stage: str, root: str, inputs: Mapping[str, Any], settings: Mapping[str, Any], threads: int = 0
+) -> StageTask:
+    return StageTask(
+        stage=stage,
+        artifact_root=root,
+        inputs=read_artifacts(stage, inputs),
+        settings=dict(settings),
+        threads=threads,
+    )
+
+
 def task(**inputs: object) -> StageTask:
-    return StageTask.of("train-dpo", ROOT, inputs=inputs, settings={})  # type: ignore[arg-type]
+    return made_of("train-dpo", ROOT, inputs, {})
 
 
 def test_a_task_runs_far_away_what_the_step_would_have_run(root: str, tmp_path: Path) -> None:
     split = prepared(root, tmp_path / "train")
     inputs = {"data": split}
-    made = StageTask.of("augment-rationales", root, inputs=inputs, settings=TEACHER, threads=1)
+    made = made_of("augment-rationales", root, inputs, TEACHER, threads=1)
     # The step's disk is not the pod's.
     Path(split).unlink()
     told = StageTask.from_json(made.model_dump_json())
@@ -87,7 +101,7 @@ def test_the_place_is_that_of_the_step(root: str, tmp_path: Path) -> None:
         "policy": policy(tmp_path / "policy.json", f"{root}/tune-rationale/key/adapter"),
     }
     settings = {"config": {"learning_rate": 1.0, "lora": {"rank": 2.0, "alpha": 4.0}}, "seed": 0.0}
-    made = StageTask.of("train-dpo", root, inputs=inputs, settings=settings)
+    made = made_of("train-dpo", root, inputs, settings)
     assert made.uri() == locate_stage("train-dpo", root, inputs=inputs, settings=settings)
     assert made.uri().startswith(f"{root}/train-dpo/")
     # How often it saves its state makes it no other training.
@@ -133,12 +147,13 @@ def test_a_task_is_made_and_located_without_torch_and_pyarrow(root: str, tmp_pat
 import sys
 for name in ("torch", "pyarrow", "transformers", "datasets", "PIL"):
     sys.modules[name] = None
-from srccore.cluster.task import StageTask
+from srccore.cluster.task import StageTask, read_artifacts
 from srccore.steps.step import finished_stage
-task = StageTask.of(
-    "train-dpo",
-    "{root}",
-    inputs={{"data": "{split}", "preferences": "{split}", "policy": "{start}"}},
+paths = {{"data": "{split}", "preferences": "{split}", "policy": "{start}"}}
+task = StageTask(
+    stage="train-dpo",
+    artifact_root="{root}",
+    inputs=read_artifacts("train-dpo", paths),
     settings={{"config": {{"learning_rate": 1, "lora": {{"rank": 2, "alpha": 4}}}}, "seed": 0}},
 )
 assert finished_stage(task.stage, task.uri()) is None
