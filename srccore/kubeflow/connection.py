@@ -75,18 +75,34 @@ def open_client(connection: Connection) -> tuple[ApiClient, str, str | None]:
     Raises:
         UserError: No host is known, or a credential or certificate cannot be read.
     """
-    from kfp_server_api import ApiClient
+    from kfp_server_api import ApiClient, Configuration
+    from urllib3 import Retry
 
-    configuration, ui, credential = _configure(connection)
+    configuration = Configuration()
+    # One attempt: callers that can wait retry on their own, and a redirect is an answer.
+    configuration.retries = Retry(total=0, redirect=0, raise_on_redirect=False)
+    configuration.ssl_ca_cert = _ca_bundle(connection.ca_bundle)
+    ui = "/pipeline"
+    token = connection.token_file
+    if connection.host is not None:
+        configuration.host = ui = _address(connection.host)
+    elif os.environ.get("KUBERNETES_SERVICE_HOST"):
+        configuration.host = IN_CLUSTER_HOST
+        pod_token = Path(os.environ.get("KF_PIPELINES_SA_TOKEN_PATH") or POD_TOKEN)
+        # Single-user installations mount no token.
+        if token is None and pod_token.exists():
+            token = pod_token
+    else:
+        _load_kubeconfig(configuration)
+    credential = _set_token(configuration, token)
     cookies = _secret(connection.cookies_file, "cookies", "KFP_COOKIES")
     client = ApiClient(configuration, cookie=cookies)
+    if cookies is not None:
+        credential = credential or "the cookies"
     if connection.user_header is not None:
         client.set_default_header(*_header(connection.user_header))
-    if credential is None and cookies is not None:
-        credential = "the cookies"
-    if credential is None and connection.user_header is not None:
-        credential = "the user of --user-header"
-    return client, ui, credential
+        credential = credential or "the user of --user-header"
+    return client, _address(connection.ui_url) if connection.ui_url else ui, credential
 
 
 def pod_namespace() -> str | None:
@@ -95,30 +111,6 @@ def pod_namespace() -> str | None:
         return POD_NAMESPACE.read_text(encoding="utf-8").strip() or None
     except OSError:
         return None
-
-
-def _configure(connection: Connection) -> tuple[Configuration, str, str | None]:
-    """The configuration, what links start with, and what to call the token."""
-    from kfp_server_api import Configuration
-    from urllib3 import Retry
-
-    configuration = Configuration()
-    # One attempt: callers that can wait retry on their own, and a redirect is an answer.
-    configuration.retries = Retry(total=0, redirect=0, raise_on_redirect=False)
-    configuration.ssl_ca_cert = _ca_bundle(connection.ca_bundle)
-    ui = "/pipeline"
-    token: Path | None = None
-    if connection.host is not None:
-        configuration.host = ui = _address(connection.host)
-    elif os.environ.get("KUBERNETES_SERVICE_HOST"):
-        configuration.host = IN_CLUSTER_HOST
-        token = Path(os.environ.get("KF_PIPELINES_SA_TOKEN_PATH") or POD_TOKEN)
-        # Single-user installations mount no token.
-        token = token if token.exists() else None
-    else:
-        _load_kubeconfig(configuration)
-    credential = _set_token(configuration, connection.token_file or token)
-    return configuration, _address(connection.ui_url) if connection.ui_url else ui, credential
 
 
 def _address(text: str) -> str:
