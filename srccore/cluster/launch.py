@@ -319,8 +319,7 @@ class Launch:
             return
         if outcome.pod and outcome.pod != log.pod:
             self._tail(outcome.pod)
-        makers = (job["metadata"]["name"], self._maker(job))
-        for warning in self._warnings(job, *makers, outcome.pod)[-LAST_EVENTS:]:
+        for warning in self._warnings(job, *self._makers(job), outcome.pod)[-LAST_EVENTS:]:
             self.say(f"Event: {warning['involvedObject']['name']}: {warning['message']}")
         if not condition(job, "Failed"):
             self._delete(job)
@@ -408,7 +407,7 @@ class Launch:
 
         The API server reads all events of the namespace for this, and a queue may last for hours.
         """
-        missing = (job["metadata"]["name"], self._maker(job)) if len(pods) < wanted else ()
+        missing = self._makers(job) if len(pods) < wanted else ()
         set_up = [each["metadata"]["name"] for each in pods if _is_starting(each)]
         names = (*missing, *sorted(set_up)[:1])
         if condition(job, "Suspended") or not names:
@@ -420,9 +419,10 @@ class Launch:
             self._last_warnings = self._warnings(job, *names)
         return self._last_warnings
 
-    def _maker(self, job: Object) -> str:
-        """The object that creates the pods of a job: not the job itself for some launchers."""
-        return f"{job['metadata']['name']}{self.launcher.maker}"
+    def _makers(self, job: Object) -> tuple[str, str]:
+        """The job, and the object that creates its pods: for some launchers, a different one."""
+        name = job["metadata"]["name"]
+        return name, f"{name}{self.launcher.maker}"
 
     def _warnings(self, job: Object, *names: str | None) -> list[Object]:
         """Warnings about objects of those names since the job was created, the oldest first."""

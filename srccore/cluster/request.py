@@ -213,7 +213,7 @@ class TrainingJobRequest(Section):
             container: The name that the operator expects of the container.
         """
         settings = self.settings
-        pod: dict[str, Any] = {
+        pod = {
             "automountServiceAccountToken": False,
             "terminationGracePeriodSeconds": GRACE_SECONDS,
             "securityContext": {
@@ -226,21 +226,16 @@ class TrainingJobRequest(Section):
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             "containers": [self._container(container)],
-            "volumes": [volume for volume, _ in self._volumes()],
+            "volumes": [{"name": name, **source} for name, source, _ in self._volumes()],
         }
-        if settings.service_account:
-            pod["serviceAccountName"] = settings.service_account
-        if settings.priority_class:
-            pod["priorityClassName"] = settings.priority_class
-        if settings.node_selector:
-            pod["nodeSelector"] = dict(settings.node_selector)
-        if settings.tolerations:
-            pod["tolerations"] = [
-                each.model_dump(exclude_none=True) for each in settings.tolerations
-            ]
-        if settings.image_pull_secrets:
-            pod["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
-        return pod
+        chosen = {
+            "serviceAccountName": settings.service_account,
+            "priorityClassName": settings.priority_class,
+            "nodeSelector": dict(settings.node_selector),
+            "tolerations": [each.model_dump(exclude_none=True) for each in settings.tolerations],
+            "imagePullSecrets": [{"name": name} for name in settings.image_pull_secrets],
+        }
+        return pod | {name: value for name, value in chosen.items() if value}
 
     def _container(self, name: str) -> dict[str, Any]:
         settings = self.settings
@@ -266,7 +261,9 @@ class TrainingJobRequest(Section):
                 "capabilities": {"drop": ["ALL"]},
                 "readOnlyRootFilesystem": True,
             },
-            "volumeMounts": [mount for _, mount in self._volumes()],
+            "volumeMounts": [
+                {"name": name, "mountPath": path} for name, _, path in self._volumes()
+            ],
         }
 
     def _environment(self) -> list[dict[str, Any]]:
@@ -285,8 +282,8 @@ class TrainingJobRequest(Section):
             ),
         ]
 
-    def _volumes(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Volumes, each with its mount."""
+    def _volumes(self) -> list[tuple[str, dict[str, Any], str]]:
+        """Volumes: their names, what they are, and where they are mounted."""
         settings = self.settings
         claim = {"persistentVolumeClaim": {"claimName": settings.cache_claim}}
         volumes: list[tuple[str, dict[str, Any], str]] = [
@@ -299,10 +296,7 @@ class TrainingJobRequest(Section):
         if settings.ca_bundle:
             bundle = {"configMap": {"name": settings.ca_bundle.config_map}}
             volumes.append(("ca-bundle", bundle, CA_FOLDER))
-        return [
-            ({"name": name, **source}, {"name": name, "mountPath": path})
-            for name, source, path in volumes
-        ]
+        return volumes
 
 
 @dataclass(frozen=True)

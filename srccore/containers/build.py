@@ -64,13 +64,11 @@ class Checkout:
         root: The folder of the checkout.
         revision: The commit, with ``-dirty`` if files differ from it.
         committed: The time of the commit, in seconds since 1970.
-        version: The version of srccore.
     """
 
     root: Path
     revision: str
     committed: int
-    version: str = LOCAL.tag
 
 
 @dataclass(frozen=True)
@@ -245,7 +243,7 @@ def image_build(name: str, contexts: Path, checkout: Checkout, source: str) -> B
     (wheel,) = (contexts / "stage").glob("*.whl")
     labels = {
         "title": f"srccore/{name}",
-        "version": checkout.version,
+        "version": LOCAL.tag,
         "revision": checkout.revision,
         "licenses": "Apache-2.0",
         "source": source,
