@@ -16,7 +16,7 @@ strategy, which every template has with the defaults of the 2.17 installation, <
 of all attempts, and its content is under <path>(0), then under <path>(1) after a retry, and so on.
 This includes the root, whose path is the workflow's name. A task is therefore the node of its name
 with a child whose ID is the hash of a path under the task's own. If the run has no pipeline (its
-uploaded version has been deleted), the tree follows ``parent_task_id``.
+uploaded version has been deleted), its nodes are shown as they are listed.
 """
 
 from __future__ import annotations
@@ -227,20 +227,10 @@ def _made(name: str, node: Any | None, children: tuple[Task, ...]) -> Task:
 
 
 def _listed(details: Sequence[Any]) -> tuple[Task, ...]:
-    """The nodes as listed, under their parents."""
-    known = {each.task_id for each in details}
-    under: dict[str | None, list[Any]] = defaultdict(list)
-    for each in sorted(
-        details, key=lambda each: moment(each.start_time) or datetime.max.replace(tzinfo=UTC)
-    ):
-        if not _is_inner(each.display_name):
-            parent = each.parent_task_id if each.parent_task_id in known else None
-            under[parent].append(each)
-
-    def below(parent: str | None) -> tuple[Task, ...]:
-        return tuple(_made(each.display_name, each, below(each.task_id)) for each in under[parent])
-
-    return below(None)
+    """The nodes as listed, by their start: the backend does not report which are inside others."""
+    shown = (each for each in details if not _is_inner(each.display_name))
+    tasks = [_made(each.display_name, each, ()) for each in shown]
+    return tuple(sorted(tasks, key=lambda task: task.started or datetime.max.replace(tzinfo=UTC)))
 
 
 def _details(run: Any) -> list[Any]:

@@ -364,17 +364,17 @@ def test_node_ids_are_those_of_argo() -> None:
 
 def test_a_run_without_its_pipeline_is_shown_as_the_backend_lists_it() -> None:
     nodes = [
-        ("1", "src-round", None),
-        ("2", "train", "1"),
-        ("3", "train-driver", "1"),
-        ("4", "executor", "2"),
+        ("report", None),
+        ("train", datetime(2026, 3, 1, 3, tzinfo=UTC)),
+        ("src-round", datetime(2026, 3, 1, 2, tzinfo=UTC)),
+        ("train-driver", datetime(2026, 3, 1, 2, tzinfo=UTC)),
+        ("executor", datetime(2026, 3, 1, 3, tzinfo=UTC)),
     ]
     details = [
-        api.V2beta1PipelineTaskDetail(task_id=number, display_name=name, parent_task_id=parent)
-        for number, name, parent in nodes
+        api.V2beta1PipelineTaskDetail(display_name=name, start_time=start) for name, start in nodes
     ]
     run = api.V2beta1Run(run_details=api.V2beta1RunDetails(task_details=details))
-    assert [name for name, _ in walk(task_tree(run))] == ["src-round / train"]
+    assert [name for name, _ in walk(task_tree(run))] == ["src-round", "train", "report"]
 
 
 def test_runs_are_listed_newest_first_over_all_pages(server: KfpServer) -> None:
