@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from srccore import components
 from srccore.config import load_config, preset_names
 from srccore.containers.names import Images
 from srccore.pipelines.compiling import compile_pipeline
@@ -73,8 +73,8 @@ def generated() -> Iterator[tuple[Path, str]]:
         A path below the repository's root, and the text that belongs there.
     """
     for stage in STAGES:
-        folder = Path("components") / STAGES[stage].python_name
-        component = _component(stage)
+        name = STAGES[stage].python_name
+        folder, component = Path("components") / name, getattr(components, name)
         yield folder / "component.yaml", _compiled(component)
         yield folder / "README.md", _page(stage, component)
     for preset in preset_names():
@@ -82,12 +82,6 @@ def generated() -> Iterator[tuple[Path, str]]:
         profile = load_profile(None, config, shards=SHARDS.get(preset))
         text = compile_pipeline(config, profile, Images())
         yield Path("pipelines/compiled") / f"{preset}.yaml", text
-
-
-def _component(stage: str) -> Any:
-    name = STAGES[stage].python_name
-    module = importlib.import_module(f"srccore.components.{name}.component")
-    return getattr(module, name)
 
 
 def _compiled(component: Any) -> str:
