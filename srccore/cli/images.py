@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from srccore.cli.options import repeated
 from srccore.containers.names import DEFAULT_REGISTRY, IMAGES, Images, read_digests
 from srccore.errors import UserError
 
@@ -39,14 +40,7 @@ def _say(text: str) -> None:
 )
 def build(
     names: Annotated[
-        list[str],
-        typer.Option(
-            "--image",
-            metavar="NAME",
-            show_default=False,
-            default_factory=list,
-            help="Build only this image; may be repeated.",
-        ),
+        list[str], repeated("--image", "NAME", "Build only this image; may be repeated.")
     ],
     extra: Annotated[
         list[str],

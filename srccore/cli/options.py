@@ -11,31 +11,32 @@ import typer
 
 from srccore.kubeflow.connection import Connection
 
-__all__ = ["Overrides", "Parameters", "Preset", "with_connection"]
+__all__ = ["Overrides", "Parameters", "Preset", "repeated", "with_connection"]
 
 Preset = Annotated[
     str,
     typer.Option("--preset", help="The name of a preset (see srccore presets), or a YAML file."),
 ]
+
+
+def repeated(name: str, metavar: str, text: str) -> Any:
+    """An option for a list, which is empty without it.
+
+    Args:
+        name: The option.
+        metavar: What its values look like.
+        text: Its help.
+    """
+    return typer.Option(name, metavar=metavar, default_factory=list, show_default=False, help=text)
+
+
 Overrides = Annotated[
     list[str],
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        default_factory=list,
-        show_default=False,
-        help="Override a setting by its dotted name: --set search.width=6.",
-    ),
+    repeated("--set", "NAME=VALUE", "Override a setting by its dotted name: --set search.width=6."),
 ]
 Parameters = Annotated[
     list[str],
-    typer.Option(
-        "--param",
-        metavar="NAME=VALUE",
-        default_factory=list,
-        show_default=False,
-        help="Set a pipeline parameter that is not a setting.",
-    ),
+    repeated("--param", "NAME=VALUE", "Set a pipeline parameter that is not a setting."),
 ]
 CONNECTION: dict[str, Any] = {
     "host": typer.Option(
