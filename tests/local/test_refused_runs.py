@@ -37,9 +37,7 @@ def foreign(tmp_path: Path) -> Path:
 def test_the_teacher_facts_is_refused_on_data_without_facts(foreign: Path, tmp_path: Path) -> None:
     observer = Recorder()
     config = shrunken(f"data.source={foreign}")
-    with pytest.raises(
-        UserError, match=r"teacher is facts, but no sample of .*foreign"
-    ):
+    with pytest.raises(UserError, match=r"teacher is facts, but no sample of .*foreign"):
         run(config, tmp_path / "run", observer)
     assert not observer.worked
     assert not (tmp_path / "run").exists()
