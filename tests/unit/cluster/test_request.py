@@ -35,7 +35,7 @@ from srccore.errors import UserError
 from srccore.stages.table import STAGES
 
 GOLDENS = Path(__file__).parent / "goldens" / "jobs"
-RUNTIME = Path(__file__).parents[2] / "manifests/components/trainjob/training-runtime.yaml"
+RUNTIME = Path(__file__).parents[3] / "manifests/components/trainjob/training-runtime.yaml"
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 """What the name of a Service must be; the operator creates a Service for each pod."""
 

@@ -13,7 +13,7 @@ from srccore.cli.images import app
 from srccore.containers.names import BASES, IMAGES, Images, read_digests
 from srccore.errors import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONTAINERFILES = sorted((ROOT / "images").glob("*/Containerfile"))
 LOCKS = sorted((ROOT / "images").rglob("*.lock"))
 ONE = "sha256:" + "1" * 64
