@@ -66,14 +66,12 @@ def test_more_rounds_do_only_the_new_ones(finished: Path, tmp_path: Path) -> Non
     assert (copy / "figures.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("where", ["sample-responses", "score-candidates", "train-dpo"])
-def test_an_interrupted_run_goes_on_to_the_same_preferences(
-    finished: Path, tmp_path: Path, where: str
-) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_preferences(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = shrunken()
-    with pytest.raises(KeyboardInterrupt):
-        run(config, out, Recorder(interrupt_at=where))
+    for where in ("sample-responses", "score-candidates", "train-dpo"):
+        with pytest.raises(KeyboardInterrupt):
+            run(config, out, Recorder(interrupt_at=where))
     run(config, out, Recorder())
     assert _preferences(out) == _preferences(finished)
     assert (out / "figures.json").read_text() == (finished / "figures.json").read_text()
