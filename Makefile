@@ -8,7 +8,6 @@ STAMP := .venv/.stamp
 RESOLVE := $(UV) pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 RESOLVE_IMAGE = $(RESOLVE) --no-annotate --python-platform linux -c requirements.lock
 # Tests that need no root, no GPU and no cluster.
-# tests/compile first: kfp takes several times as long once torch and similar packages are loaded.
 TESTS := $(wildcard tests/compile tests/unit tests/local)
 # Tests that need root and containers, and tests that find more servers once their programs are
 # built. tests/kubeflow needs a Kubeflow: KFP_HOST=... python -m pytest tests/kubeflow.
@@ -32,7 +31,7 @@ run: $(STAMP) ## Run the preset `tiny`, up to its report in runs/tiny
 	$(BIN)/srccore run --preset tiny --out runs/tiny
 
 test: $(STAMP) ## Run the tests that need no root, GPU or cluster, except the long ones
-	$(BIN)/python -m pytest -m "not long" $(TESTS)
+	$(BIN)/python tests/run.py -m "not long"
 
 test-cluster: $(STAMP) ## Run the tests that need root, Go and containers, and the long ones; installs what is missing
 	@test "$$(id -u)" = 0 || { echo "make test-cluster needs root"; exit 1; }
