@@ -192,15 +192,15 @@ def test_an_error_is_told_and_forgotten_once_a_watch_is_open_again(
     known = threading.Event()
 
     def changed() -> None:
-        if known.is_set():
-            errors.append(mirror.error)
+        known.wait()
+        errors.append(mirror.error)
 
     server.add(fault, path=f"{LIST}$", times=1, watch="true")
     mirror = follows(changed)
     known.set()
     wait_until("there is an error", lambda: any(errors))
     wait_until("it is forgotten", lambda: mirror.error is None)
-    # Nothing more is said, and nothing is lost.
+    # No other error is reported, and no object is lost.
     assert names(mirror) == ["one", "two"]
     assert server.count(watch="true") == 2
     assert server.count(path=f"{LIST}$") == 3
