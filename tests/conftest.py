@@ -2,6 +2,6 @@
 
 from hypothesis import settings
 
-# A loaded machine is slow, and slowness is no failure.
+# On a busy machine, an example may take long; that is not a failure.
 settings.register_profile("srccore", deadline=None)
 settings.load_profile("srccore")

@@ -17,13 +17,13 @@ MANIFESTS = Path(__file__).parents[1] / "manifests"
 ADMIN = ("admin", "admin/kueue")
 OVERLAYS = tuple(sorted(f"overlays/{path.name}" for path in (MANIFESTS / "overlays").iterdir()))
 FOLDERS = (*ADMIN, "base", *OVERLAYS)
-"""All that can be rendered; components cannot be, alone."""
+"""All that can be rendered; components cannot be rendered alone."""
 
 Manifest = dict[str, Any]
 
 
 def kubectl() -> str:
-    """The tests' own kubectl, else the machine's; a test that needs one is skipped without."""
+    """The tests' own kubectl, or else the machine's; without one, the test is skipped."""
     found = program("kubectl") or shutil.which("kubectl")
     if found is None:
         pytest.skip("there is no kubectl: python -m tests.cluster.build kubernetes")
@@ -35,24 +35,24 @@ def render(folder: Path) -> list[Manifest]:
     command = [kubectl(), "kustomize", str(folder)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert not done.stderr, done.stderr  # kustomize warns of what it will no longer take
+    assert not done.stderr, done.stderr  # kustomize warns about deprecated fields
     return [each for each in yaml.safe_load_all(done.stdout) if each]
 
 
 @functools.cache
 def rendered(name: str) -> list[Manifest]:
-    """The objects of a folder of manifests/; not to be changed."""
+    """The objects of a folder of manifests/, shared by all tests: do not change them."""
     return render(MANIFESTS / name)
 
 
 def copied(to: Path, overlay: str = "eks", text: str = "", namespace: str = "srccore") -> Path:
-    """A site's own overlay, made as the page says: a copy, changed.
+    """A site's own overlay, made as the page describes: a changed copy.
 
     Args:
         to: Where all of manifests/ goes.
-        overlay: What the site's, ``overlays/site``, is a copy of.
-        text: What is added to it.
-        namespace: Of everything.
+        overlay: The overlay that ``overlays/site`` is copied from.
+        text: Added to its kustomization.
+        namespace: The namespace of all objects.
 
     Returns:
         The site's overlay.

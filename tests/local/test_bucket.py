@@ -1,4 +1,4 @@
-"""Steps whose policy lies in a bucket: adapters travel by URI, from cache to cache."""
+"""Steps whose policy is in a bucket: adapters are passed on by URI, from cache to cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_policy_trained_in_one_pod_is_evaluated_in_another(
     bucket = moto.with_new_bucket()
     for name, value in bucket.environment.items():
         monkeypatch.setenv(name, value)
-    # Policies of a team may lie in a bucket of their own.
+    # A team may keep its policies in a separate bucket.
     root, mine = f"{bucket.uri}/artifacts", f"{moto.with_new_bucket().uri}/tune-rationale"
     storage.publish(finished / "tune-rationale", mine)
     before, after, page = (str(tmp_path / name) for name in ("before", "after", "evaluation"))

@@ -1,4 +1,4 @@
-"""The commands of the pages exist, and the quick ones run; their links and quotes are true."""
+"""The commands of the pages exist, the quick ones run, and links and quoted messages are right."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGES = (
     *sorted((ROOT / "manifests").rglob("README.md")),
 )
 FILLED_IN = "\0"
-"""Stands for what a message is filled in with."""
+"""Stands for a value that is filled in."""
 
 
 def _commands() -> list[list[str]]:
@@ -40,7 +40,7 @@ def _commands() -> list[list[str]]:
 
 @functools.cache
 def _help(*words: str) -> str:
-    """What a command says of itself; many pages have the same one."""
+    """The help of a command, cached: many pages have the same commands."""
     done = _run(*words, "--help")
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -66,7 +66,7 @@ def test_a_documented_command_exists_with_its_options(words: list[str]) -> None:
         return
     module = words[2:] if words[0] == "python" else words
     assert words[0] in ("srccore", "python"), words
-    if "--" in module:  # what follows is another program's
+    if "--" in module:  # the rest is for another program
         module = module[: module.index("--")]
     depth = 2 if module[1] in GROUPS else 1
     subcommand = [word for word in module[1:] if not word.startswith("-")][:depth]
@@ -79,7 +79,7 @@ def test_a_documented_command_exists_with_its_options(words: list[str]) -> None:
         (preset,) = _values(module, "--preset")
         config = load_config(preset, _values(module, "--set"))
         for profile in map(Path, _values(module, "--profile")):
-            # Another one is a site's own.
+            # Any other profile is a site's own.
             if profile.is_relative_to("manifests"):
                 load_profile(ROOT / profile, config)
 
@@ -110,7 +110,7 @@ def test_what_operators_are_told_to_look_for_is_what_the_code_says() -> None:
     messages = "\n".join(_messages())
 
     def is_said(quote: str) -> bool:
-        # In the place of the dots is what is filled in, or a part of the message.
+        # The dots stand for a value that is filled in, or for a part of the message.
         parts = [re.escape(part) for part in quote.split("...") if part]
         return re.search(r"[^\n]*".join(parts), messages) is not None
 
@@ -118,7 +118,7 @@ def test_what_operators_are_told_to_look_for_is_what_the_code_says() -> None:
 
 
 def _messages() -> set[str]:
-    """All texts of the code, each on a line."""
+    """All string literals of the code, each on one line."""
     found = set()
     for path in (ROOT / "srccore").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

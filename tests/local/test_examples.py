@@ -1,4 +1,4 @@
-"""The examples compile as their first lines say, and run on this machine."""
+"""The examples compile with the command in their first lines, and run on this machine."""
 
 from __future__ import annotations
 

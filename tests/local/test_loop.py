@@ -1,4 +1,4 @@
-"""The whole loop on a shrunken `tiny`, through the real stages and the real command line."""
+"""The whole loop on a shrunken `tiny`, with the real stages and the real command line."""
 
 from __future__ import annotations
 

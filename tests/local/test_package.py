@@ -1,4 +1,4 @@
-"""What a release is made of: an sdist and a wheel, each installed where nothing else is."""
+"""A release: an sdist and a wheel, each installed into an empty environment."""
 
 from __future__ import annotations
 

@@ -305,7 +305,7 @@ def test_a_profile_names_what_the_cluster_then_has(folder: str) -> None:
 
 
 def named_on_the_page(folder: str, profile: Profile) -> None:
-    """Whatever a profile needs and no manifest creates, a command in the overlay's page does."""
+    """A command on the overlay's page creates what a profile needs and no manifest creates."""
     page = (MANIFESTS / folder / "README.md").read_text()
     names = list(profile.image_pull_secrets)
     if profile.ca_bundle:

@@ -354,7 +354,7 @@ def test_a_second_fetch_downloads_nothing(s3: S3Server, tmp_path: Path, requests
     assert requests.keys("GetObject")[-1] == f"run/tune/{MANIFEST}"
     requests.made.clear()
     storage.fetch(f"{s3.uri}/run/tune")
-    # Nor does a part of it, or more than it.
+    # A part of it, or more than it, is not downloaded again either.
     storage.fetch(f"{s3.uri}/run/tune/adapter")
     storage.fetch(s3.uri)
     assert requests.made == [("ListObjectsV2", "")] * 3

@@ -1,4 +1,4 @@
-"""What a training pod makes of the environment that its operator sets."""
+"""How a training pod reads the environment that its operator sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks: what the pods of a job get to know about a stage."""
+"""Tasks: what the pods of a job receive about a stage."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_place_is_that_of_the_step(root: str, tmp_path: Path) -> None:
     made = made_of("train-dpo", root, inputs, settings)
     assert made.uri() == locate_stage("train-dpo", root, inputs=inputs, settings=settings)
     assert made.uri().startswith(f"{root}/train-dpo/")
-    # How often it saves its state makes it no other training.
+    # How often a training saves its state does not make it a different one.
     config = {**settings["config"], "checkpoint_steps": 7}  # type: ignore[dict-item]
     other = made.model_copy(update={"settings": {**settings, "config": config}})
     assert other.uri() == made.uri()

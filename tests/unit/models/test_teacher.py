@@ -431,7 +431,7 @@ def test_many_refusals_at_once_leave_no_task_behind(
     server.script = refuse
     with pytest.raises(UserError):
         list(teacher(server, concurrency=4).rationales(requests(4)))
-    gc.collect()  # a task whose error nobody took says so when it is collected
+    gc.collect()  # asyncio reports a task's unretrieved error when it is collected
     assert "never retrieved" not in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""The report: it loads nothing, trusts no text, and renders whatever a run has so far."""
+"""The report: it loads nothing, escapes all text, and renders whatever a run has so far."""
 
 from html.parser import HTMLParser
 from typing import Literal

@@ -1,4 +1,4 @@
-"""A stage's folder: begun, finished, skipped, refused."""
+"""A stage's folder: started, finished, skipped, refused."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_changed_input_is_another_stage(tmp_path: Path) -> None:
 def test_a_folder_counts_by_its_files_and_not_by_its_card(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
-    # A manifest of somebody else's is a file like any other.
+    # Someone else's manifest is a file like any other.
     for name in ("model.safetensors", "manifest.json"):
         (model / name).write_text("a")
     StageFolder(STAGE, tmp_path / "out", inputs={"source": model}).finish({})

@@ -17,7 +17,7 @@ from srccore.stages import inputs as identify
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """What looks like a checkpoint from outside: its weights are never loaded here."""
+    """A folder that looks like a checkpoint; its weights are never loaded here."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}", encoding="utf-8")
@@ -73,7 +73,7 @@ def test_a_file_is_read_once_and_again_when_it_has_changed(
     path.write_bytes(b"a")
     assert hash_file(path) == hash_file(path)
     assert len(reads) == 1
-    # Same size and same time, but another inode, as a tool leaves it that replaces files.
+    # Same size and time but a different inode, as after a tool that replaces files.
     status = path.stat()
     new = tmp_path / "new"
     new.write_bytes(b"b")

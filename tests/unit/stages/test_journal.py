@@ -9,7 +9,7 @@ import pytest
 from srccore.data.records import Rationale
 from srccore.stages.journal import Journal
 
-# Separators that end a line for some readers, and a letter of two bytes.
+# Separators that some readers take for the end of a line, and a two-byte letter.
 TEXTS = ("a\u2028b", "c\u0085d", "é")
 RECORDS = [Rationale(sample_id=f"s{number}", rationale=text) for number, text in enumerate(TEXTS)]
 
@@ -26,7 +26,7 @@ def test_a_record_that_an_interruption_cut_is_not_there_and_the_next_one_follows
 ) -> None:
     journal = Journal(tmp_path, Rationale)
     journal.append(*RECORDS)
-    # Among the cuts are such within the letter of two bytes.
+    # Some of the cuts are within the two-byte letter.
     journal.path.write_bytes(journal.path.read_bytes()[:-cut])
     assert journal.records() == RECORDS[:2]
     journal.append(RECORDS[2])

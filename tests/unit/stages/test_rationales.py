@@ -1,4 +1,4 @@
-"""The rationales that stages read."""
+"""Which rationales a stage reads."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def refer(done: Finished, name: str, path: Path) -> Path:
 
 @pytest.fixture
 def s3(no_aws: None, moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """An empty bucket; the environment leads to it. Storage itself is tested on more servers."""
+    """An empty bucket that the environment points to. Storage itself is tested on more servers."""
     it = moto.with_new_bucket()
     for name, value in it.environment.items():
         monkeypatch.setenv(name, value)
@@ -179,7 +179,7 @@ def test_torchrun_starts_training_stages_only(
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stopped:
         prepare(root)
-    # Whoever calls it from a program may want the error itself.
+    # A program that calls it may need the error itself.
     assert isinstance(stopped.value.__cause__, UserError)
     assert "prepare-data runs in a single process" in capsys.readouterr().err
 
@@ -249,7 +249,7 @@ def test_two_processes_on_one_folder_wait_for_each_other(tmp_path: Path) -> None
         for other in others:
             stack.callback(other.kill)
         for other in others:
-            # Reads no further than this line, so that the first one is let go once both wait.
+            # Reads only up to this line: the first process is released once both wait.
             assert any("Another process is working on" in line for line in other.stderr)
         first.stdin.close()
         for process in (first, *others):
@@ -268,7 +268,7 @@ def test_what_another_pod_published_meanwhile_is_kept(
 
     @functools.wraps(real)
     def slow(*arguments: Any, **keywords: Any) -> Any:
-        """Works on while another pod, with a cache of its own, does it all."""
+        """Is still working while another pod, with a separate cache, does the same work."""
         monkeypatch.setattr(data_stages, "prepare_data", real)
         with monkeypatch.context() as other:
             other.setenv("SRCCORE_CACHE", str(tmp_path / "another pod"))
