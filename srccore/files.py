@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +32,8 @@ def atomically(path: Path) -> Iterator[Path]:
     Yields:
         The temporary file to write, in the same folder.
     """
-    # By process: two may write one file of a cache at the same time.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Random: pods that write one file of a shared volume are all process 1.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -18,6 +18,17 @@ def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     assert '"n": 1' in path.read_text(encoding="utf-8")
 
 
+def test_two_writers_of_one_file_have_a_temporary_file_each(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    with atomically(path) as first, atomically(path) as second:
+        assert first != second
+        assert first.suffix == second.suffix == ".tmp"
+        first.write_text("first", encoding="utf-8")
+        second.write_text("second", encoding="utf-8")
+    assert [each.name for each in tmp_path.iterdir()] == ["figures.json"]
+    assert path.read_text(encoding="utf-8") == "first"
+
+
 def test_a_value_that_is_not_json_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     write_json(path, {"n": 1})
