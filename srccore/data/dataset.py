@@ -155,12 +155,11 @@ class DataSet:
         return total.hexdigest()
 
 
-def open_data(path: Path, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> DataSet:
+def open_data(path: Path) -> DataSet:
     """Opens a data set and checks every row; of the images it checks only the headers.
 
     Args:
         path: A Parquet file, a folder of them, a JSON Lines file or a folder with one.
-        max_image_pixels: Width times height above which an image is rejected.
 
     Returns:
         The data set, with its samples in the order of the rows.
@@ -168,7 +167,7 @@ def open_data(path: Path, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> DataSe
     Raises:
         UserError: The path is not a data set, or a row is bad; the first bad row is reported.
     """
-    images = _Images(max_image_pixels)
+    images = _Images()
     samples: list[Sample] = []
     places: dict[str, _Place] = {}
     for row, sample, reasons in _checked_rows(path, images, decode=False):
@@ -179,12 +178,11 @@ def open_data(path: Path, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> DataSe
     return DataSet(path, samples, places, images)
 
 
-def validate(path: Path, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> ValidationReport:
+def validate(path: Path) -> ValidationReport:
     """Checks a data set like `open_data`, but also decodes every image and lists every problem.
 
     Args:
         path: As for `open_data`.
-        max_image_pixels: As for `open_data`.
 
     Returns:
         The counts and the problems.
@@ -195,7 +193,7 @@ def validate(path: Path, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Validat
     rows = 0
     by_category: Counter[Category] = Counter()
     problems: list[RowProblem] = []
-    for row, _, reasons in _checked_rows(path, _Images(max_image_pixels), decode=True):
+    for row, _, reasons in _checked_rows(path, _Images(), decode=True):
         rows += 1
         category, sample_id = row.values.get("category"), row.values.get("id")
         if isinstance(category, str) and category in list(Category):
@@ -273,8 +271,7 @@ class _ImageError(Exception):
 class _Images:
     """Opens images by their places, and rejects large ones before they are decoded."""
 
-    def __init__(self, max_pixels: int) -> None:
-        self._max_pixels = max_pixels
+    def __init__(self) -> None:
         self._group = lru_cache(maxsize=1)(_read_images)
 
     def keep(self, largest_group: int) -> None:
@@ -304,16 +301,16 @@ class _Images:
                 warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
                 with PIL.Image.open(file, formats=_FORMATS) as image:
                     width, height = image.size
-                    if width * height > self._max_pixels:
+                    if width * height > MAX_IMAGE_PIXELS:
                         raise _ImageError(
                             f"image is too large: {width} x {height} pixels, "
-                            f"more than {self._max_pixels}"
+                            f"more than {MAX_IMAGE_PIXELS}"
                         )
                     yield image
         except (_ImageError, UserError, MemoryError):
             raise
         except PIL.Image.DecompressionBombError:
-            raise _ImageError(f"image is too large: more than {self._max_pixels} pixels") from None
+            raise _ImageError(f"image is too large: more than {MAX_IMAGE_PIXELS} pixels") from None
         except PIL.UnidentifiedImageError:
             names = ", ".join(_FORMATS)
             raise _ImageError(f"image is corrupt or in none of the formats {names}") from None

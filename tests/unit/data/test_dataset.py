@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from srccore.data import dataset
 from srccore.data.dataset import (
     DataSet,
     RowProblem,
@@ -64,8 +65,13 @@ def noisy_jpeg() -> bytes:
 TRUNCATED = noisy_jpeg()[:600]
 
 
-def reasons(path: Path, **limits: int) -> list[tuple[int, str]]:
-    return [(problem.row, problem.reason) for problem in validate(path, **limits).problems]
+@pytest.fixture
+def small_images_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "MAX_IMAGE_PIXELS", 10_000)
+
+
+def reasons(path: Path) -> list[tuple[int, str]]:
+    return [(problem.row, problem.reason) for problem in validate(path).problems]
 
 
 # Reading and writing
@@ -209,6 +215,7 @@ def test_the_hash_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
 # Bad rows
 
 
+@pytest.mark.usefixtures("small_images_only")
 def test_every_bad_row_of_json_lines_is_told_with_its_number_and_reason(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -250,7 +257,7 @@ def test_every_bad_row_of_json_lines_is_told_with_its_number_and_reason(tmp_path
     (folder / "circle.png").symlink_to(folder / "circle.png")
     (folder / "inside.png").symlink_to(folder / "good.png")
 
-    report = validate(folder, max_image_pixels=10_000)
+    report = validate(folder)
     expected = [
         (2, "image file 'none.png' is missing"),
         (3, "image is corrupt or in none of the formats PNG, JPEG, WEBP, GIF, BMP"),
@@ -289,6 +296,7 @@ def test_every_bad_row_of_json_lines_is_told_with_its_number_and_reason(tmp_path
     assert report.problems[16].id is None
 
 
+@pytest.mark.usefixtures("small_images_only")
 def test_every_bad_row_of_parquet_is_told_with_its_number_across_files(tmp_path: Path) -> None:
     def cell(encoded: bytes | None, path: str | None = None) -> dict[str, Any]:
         return {"bytes": encoded, "path": path}
@@ -308,7 +316,7 @@ def test_every_bad_row_of_parquet_is_told_with_its_number_across_files(tmp_path:
         tmp_path / "b.parquet",
     )
     pq.write_table(pa.Table.from_pylist([line(9, image=..., answer=3)]), tmp_path / "c.parquet")
-    found = reasons(tmp_path, max_image_pixels=10_000)
+    found = reasons(tmp_path)
     assert found[:2] == [
         (2, "image has no bytes, only a path, which is not opened; embed the images"),
         (3, "image is corrupt or in none of the formats PNG, JPEG, WEBP, GIF, BMP"),
