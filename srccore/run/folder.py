@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from srccore.errors import UserError
 from srccore.files import MANIFEST
@@ -52,6 +52,13 @@ class RunFolder:
     def figures(self) -> Path:
         """The figures of all rounds evaluated so far."""
         return self.path / "figures.json"
+
+    def known_figures(self) -> list[dict[str, Any]]:
+        """Reads the figures of all rounds evaluated so far."""
+        if not self.figures.exists():
+            return []
+        known: list[dict[str, Any]] = json.loads(self.figures.read_text(encoding="utf-8"))
+        return known
 
     @property
     def report(self) -> Path:

@@ -228,10 +228,8 @@ class _Wiring:
         split = self.out.split("heldout")
         found = self._evaluate(policy, number, self.out.evaluation(number), split, previous)
         self.figures.append(found)
-        path = self.out.figures
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        if known[: len(self.figures)] != self.figures:
-            write_json(path, self.figures)
+        if self.out.known_figures()[: len(self.figures)] != self.figures:
+            write_json(self.out.figures, self.figures)
         self.observer.figures(self.figures)
 
     def _evaluate(

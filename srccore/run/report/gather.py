@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,22 +62,17 @@ def collect(run: Path) -> page.ReportData:
     config = load_run(run)
     folder = RunFolder(run)
     manifests = dict(_manifests(folder))
-    rounds = _figures(folder)
+    rounds = folder.known_figures()
     scorer = manifests.get(folder.scorer)
     return page.ReportData(
         title=config.name,
         created=datetime.now(UTC),
         finished=len(rounds) == config.rounds + 1,
         rounds_planned=config.rounds,
-        rounds=tuple(page.RoundFigures.model_validate(figures) for figures in rounds),
-        overall_change={
-            name: page.Change.model_validate(change.model_dump())
-            for name, change in overall_change(run, config, len(rounds) - 1).items()
-        }
-        if len(rounds) > 1
-        else None,
+        rounds=tuple(evaluation.Figures.model_validate(figures) for figures in rounds),
+        overall_change=overall_change(run, config, len(rounds) - 1) if len(rounds) > 1 else {},
         curation=tuple(_curation(folder, manifests)),
-        scorer=page.ScorerHealth.model_validate(scorer.figures["validation"]) if scorer else None,
+        scorer=scorer.figures["validation"] if scorer else None,
         scoring=tuple(_scoring(folder, manifests)),
         samples=tuple(_cards(folder, manifests)),
         stages=tuple(
@@ -113,13 +107,6 @@ def _manifests(run: RunFolder) -> Iterator[tuple[Path, Manifest]]:
 
     for output in sorted(found, key=place):
         yield output, found[output]
-
-
-def _figures(run: RunFolder) -> list[dict[str, object]]:
-    found: list[dict[str, object]] = (
-        json.loads(run.figures.read_text(encoding="utf-8")) if run.figures.exists() else []
-    )
-    return found
 
 
 def overall_change(run: Path, config: RunConfig, last: int) -> dict[str, evaluation.Change]:

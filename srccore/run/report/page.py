@@ -14,26 +14,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from srccore.method import response, sentences
-from srccore.method.evaluation import FIGURE_NAMES, HEADLINE, SHOWN, Figure
+from srccore.method.curation import CurationFigures
+from srccore.method.evaluation import HEADLINE, SHOWN, Change, Figure, Figures, FigureSet
 from srccore.run.report.charts import PLOT, Panel, Point, Series, histograms, line_charts
-from srccore.run.report.format import FILTERS, Interval, visible
+from srccore.run.report.format import FILTERS, visible
 
 __all__ = [
-    "CategoryFigures",
-    "Change",
     "RatingRow",
     "ReportData",
     "RoundCuration",
-    "RoundFigures",
     "RoundScoring",
     "SampleCard",
-    "ScorerHealth",
     "StageTime",
     "render",
 ]
@@ -45,57 +41,6 @@ class Part(BaseModel):
     """Base class: frozen, and fields that the report does not show are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
-
-
-class Change(Part):
-    """The difference of a figure between two policies, as a fraction (0.1 is 10 points)."""
-
-    difference: float
-    interval: Interval | None = None
-    """Bootstrap 95% interval of the difference."""
-
-
-class CategoryFigures(Part):
-    """The figures of `srccore.method.evaluation` over some samples."""
-
-    values: dict[str, float | None]
-    """By figure; None where it is undefined on these samples."""
-    n: int = Field(ge=0)
-    interval: dict[str, Interval | None] = {}
-    """Bootstrap 95% interval by figure."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _gather_values(cls, given: Any) -> Any:
-        """Accepts the format of ``figures.json``, where each figure is a field."""
-        if not isinstance(given, dict) or "values" in given:
-            return given
-        return {**given, "values": {name: given.get(name) for name in FIGURE_NAMES}}
-
-    def value(self, figure: str) -> float | None:
-        """The value of a figure by its key."""
-        return self.values.get(figure)
-
-    def bounds(self, figure: str) -> Interval | None:
-        """The interval of a figure; the value twice if none was computed."""
-        value = self.value(figure)
-        if value is None:
-            return None
-        return self.interval.get(figure) or (value, value)
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump() if isinstance(value, BaseModel) else value
-
-
-class RoundFigures(CategoryFigures):
-    """The figures of one policy, in the format of ``figures.json``."""
-
-    round: int = Field(ge=0)
-    """0 is the policy after stage 1."""
-    change: dict[str, Change | None] | None = None
-    """By figure, against the policy of the previous round."""
-    by_category: dict[str, CategoryFigures] = {}
 
 
 class RatingRow(Part):
@@ -130,32 +75,12 @@ class SampleCard(Part):
     """R-Scorer's ratings of the pair, in both orders."""
 
 
-class RoundCuration(Part):
+class RoundCuration(CurationFigures):
     """The outcome of one round's curation."""
 
     round: int
-    samples: int = Field(ge=0)
-    preferences: int = Field(ge=0)
-    reasons: dict[str, int] = {}
+    reasons: dict[str, int]
     """Number of samples without a preference, by reason."""
-    margins: tuple[float, ...] = ()
-    confidences: tuple[float, ...] = ()
-    length_difference: float | None = None
-    """Mean length of chosen minus rejected responses, in tokens."""
-
-
-class ScorerHealth(Part):
-    """How R-Scorer does on its validation pairs."""
-
-    teacher_agreement: float | None = None
-    """Share of pairs where it picks the teacher's side: first, equal or second."""
-    teacher_agreement_both_right: float | None = None
-    """The same over pairs whose answers are both right, so that only the rationales differ."""
-    swap_consistency: float | None = None
-    length_slope: float | None = None
-    """Expected rating per word of length difference."""
-    rating_mass: float | None = None
-    validation_pairs: int | None = None
 
 
 class RoundScoring(Part):
@@ -182,11 +107,13 @@ class ReportData(Part):
     created: datetime
     finished: bool = False
     rounds_planned: int | None = None
-    rounds: tuple[Annotated[RoundFigures, BeforeValidator(_plain)], ...] = ()
-    overall_change: dict[str, Change | None] | None = None
-    """By figure, the last policy against round 0; without it, the page shows no interval."""
+    rounds: tuple[Figures, ...] = ()
+    """In order; round 0 is the policy after stage 1."""
+    overall_change: dict[str, Change] = {}
+    """By figure, the last policy against that of round 0."""
     curation: tuple[RoundCuration, ...] = ()
-    scorer: ScorerHealth | None = None
+    scorer: dict[str, int | float | None] | None = None
+    """R-Scorer on its validation pairs, as `srccore.method.scoring.validate` measures it."""
     scoring: tuple[RoundScoring, ...] = ()
     samples: tuple[SampleCard, ...] = ()
     stages: tuple[StageTime, ...] = ()
@@ -220,16 +147,14 @@ def render(data: ReportData) -> str:
         finalize=visible,
     )
     environment.filters.update(FILTERS)
-    rounds = sorted(data.rounds, key=lambda figures: figures.round)
-    last = max([data.rounds_planned or 0, 1, *(figures.round for figures in rounds)])
+    last = max([data.rounds_planned or 0, 1, *(figures.round for figures in data.rounds)])
     page = environment.get_template("report.html.j2").render(
         data=data,
-        rounds=rounds,
+        rounds=data.rounds,
         figures=SHOWN,
         fractions=FRACTIONS,
-        overall={figure.key: _overall(data, rounds, figure.key) for figure in SHOWN},
-        figure_charts=line_charts(_figure_panels(rounds), last),
-        category_charts=line_charts(_category_panels(rounds), last),
+        figure_charts=line_charts(_figure_panels(data.rounds), last),
+        category_charts=line_charts(_category_panels(data.rounds), last),
         margin_charts=histograms(
             "Margin", [(part.round, part.margins) for part in data.curation], widest=2.0
         ),
@@ -246,26 +171,10 @@ def render(data: ReportData) -> str:
     return page.lstrip()
 
 
-def _overall(data: ReportData, rounds: Sequence[RoundFigures], key: str) -> Change | None:
-    """The last policy against the first one, with an interval only if one was computed."""
-    if len(rounds) < 2:
-        return None
-    if data.overall_change and (change := data.overall_change.get(key)):
-        return change
-    first, last = rounds[0].value(key), rounds[-1].value(key)
-    if first is None or last is None:
-        return None
-    if len(rounds) == 2 and rounds[-1].change and (change := rounds[-1].change.get(key)):
-        return change
-    return Change(difference=last - first)
-
-
-def _verdict(change: Change | None, figure: Figure) -> str:
+def _verdict(change: Change, figure: Figure) -> str:
     """``better`` or ``worse`` if the interval excludes zero, otherwise ``open``."""
-    if change is None or change.interval is None or figure.better is None:
-        return "open"
     low, high = change.interval
-    if low <= 0 <= high:
+    if figure.better is None or low <= 0 <= high:
         return "open"
     return "better" if (low > 0) == (figure.better == "higher") else "worse"
 
@@ -279,7 +188,7 @@ def _compare(text: str, other: str) -> list[tuple[str, bool]]:
     return list(zip(own, differs, strict=True))
 
 
-def _figure_panels(rounds: Sequence[RoundFigures]) -> list[Panel]:
+def _figure_panels(rounds: Sequence[Figures]) -> list[Panel]:
     """One panel per figure that has a value."""
     panels = [
         Panel(figure.heading, (_series(figure, [(part.round, part) for part in rounds]),))
@@ -288,7 +197,7 @@ def _figure_panels(rounds: Sequence[RoundFigures]) -> list[Panel]:
     return [panel for panel in panels if panel.series[0].points]
 
 
-def _category_panels(rounds: Sequence[RoundFigures]) -> list[Panel]:
+def _category_panels(rounds: Sequence[Figures]) -> list[Panel]:
     """One panel per category: aligned accuracy and accuracy."""
     figures = [figure for figure in FRACTIONS if figure.key in (HEADLINE, "accuracy")]
     panels = []
@@ -300,11 +209,10 @@ def _category_panels(rounds: Sequence[RoundFigures]) -> list[Panel]:
     return panels
 
 
-def _series(figure: Figure, parts: Sequence[tuple[int, CategoryFigures]]) -> Series:
+def _series(figure: Figure, parts: Sequence[tuple[int, FigureSet]]) -> Series:
     points = [
-        Point(number, value, bounds)
+        Point(number, getattr(part, figure.key), part.interval[figure.key])
         for number, part in parts
-        if (value := part.value(figure.key)) is not None
-        and (bounds := part.bounds(figure.key)) is not None
+        if figure.key in part.interval
     ]
     return Series(figure.heading, tuple(points))

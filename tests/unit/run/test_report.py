@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from srccore.method.evaluation import FIGURES, Figure
+from srccore.method.evaluation import FIGURES, Change, Figure
 from srccore.run.report import charts
 from srccore.run.report import page as report
 from srccore.run.report.format import duration
-from srccore.run.report.page import Change, ReportData, RoundFigures, SampleCard, render
+from srccore.run.report.page import ReportData, SampleCard, render
 
 SECTIONS = [
     "summary",
@@ -81,7 +81,7 @@ def figures(number: int, aligned: float, **changes: object) -> dict[str, object]
     interval = {
         name: [max(0, value - 0.04), min(1, value + 0.04)] for name, value in values.items()
     }
-    part = {**values, "n": 100, "mean_tokens": 30.5, "interval": interval}
+    part = {**values, "n": 100, "judged": 100, "mean_tokens": 30.5, "interval": interval}
     whole = {"round": number, "change": None, "by_category": {"chart": part}, **part}
     return {**whole, **changes}
 
@@ -106,6 +106,21 @@ def card(**changes: object) -> SampleCard:
     return SampleCard.model_validate({**values, **changes})
 
 
+def curated(**changes: object) -> dict[str, object]:
+    values: dict[str, object] = {
+        "round": 1,
+        "samples": 10,
+        "by_category": {"chart": 4},
+        "length_difference": -1.5,
+        "mean_margin": 0.65,
+        "mean_confidence": 0.68,
+        "swap_consistency": 0.9,
+        "margins": [0.3, 0.4, 0.8, 1.1],
+        "confidences": [0.5, 0.6, 0.7, 0.9],
+    }
+    return {**values, **changes}
+
+
 def full(**changes: object) -> ReportData:
     values: dict[str, object] = {
         "title": "tiny",
@@ -120,18 +135,16 @@ def full(**changes: object) -> ReportData:
                 change={"aligned_accuracy": {"difference": 0.09, "interval": [0.02, 0.16]}},
             ),
         ],
-        "curation": [
-            {
-                "round": 1,
-                "samples": 10,
-                "preferences": 4,
-                "reasons": {"margin_too_small": 6},
-                "margins": [0.3, 0.4, 0.8, 1.1],
-                "confidences": [0.5, 0.6, 0.7, 0.9],
-                "length_difference": -1.5,
-            }
-        ],
-        "scorer": {"teacher_agreement": 0.84, "length_slope": -0.003, "validation_pairs": 50},
+        "overall_change": {"aligned_accuracy": {"difference": 0.09, "interval": [0.02, 0.16]}},
+        "curation": [curated(preferences=4, reasons={"margin_too_small": 6})],
+        "scorer": {
+            "teacher_agreement": 0.84,
+            "teacher_agreement_both_right": 0.7,
+            "swap_consistency": 0.9,
+            "length_slope": -0.003,
+            "rating_mass": 0.99,
+            "validation_pairs": 50,
+        },
         "scoring": [{"round": 1, "swap_consistency": 0.93, "rating_mass": 0.99}],
         "samples": [card()],
         "stages": [{"name": "train-dpo", "round": 1, "seconds": 61, "peak_memory_mb": 2048}],
@@ -206,7 +219,6 @@ def test_a_run_in_progress_says_so() -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_stays_text(text: str) -> None:
     calm = Page(render(full()))
-    part = figures(1, 0.5)["by_category"]["chart"]
     page = Page(
         render(
             full(
@@ -215,8 +227,7 @@ def test_hostile_text_stays_text(text: str) -> None:
                 config_yaml=text,
                 versions={text: text},
                 hashes={text: text},
-                rounds=[figures(0, 0.41), figures(1, 0.5, by_category={text: part})],
-                curation=[{"round": 1, "samples": 1, "preferences": 0, "reasons": {text: 1}}],
+                curation=[curated(preferences=0, reasons={text: 1})],
                 stages=[{"name": text, "seconds": 1}],
                 samples=[
                     card(
@@ -258,12 +269,9 @@ def test_a_long_word_may_break_anywhere() -> None:
 
 
 def test_a_null_figure_is_a_dash_and_no_dot() -> None:
-    change = {"spurious_correctness": None}
-    rounds = [
-        figures(0, 0.0, spurious_correctness=None),
-        figures(1, 0.5, change=change, interval={"spurious_correctness": None}),
-    ]
-    data = full(rounds=rounds)
+    without = figures(0, 0.0, spurious_correctness=None)
+    del without["interval"]["spurious_correctness"]
+    data = full(rounds=[without, figures(1, 0.5, change={})])
     page = Page(render(data))
     found = charts.line_charts(report._figure_panels(data.rounds), last=1)
     by_title = {chart.title: chart for chart in found}
@@ -296,27 +304,21 @@ def test_sentences_that_the_other_text_lacks_are_marked() -> None:
         ((-0.01, 0.05), "higher", "open"),
         ((0.0, 0.05), "higher", "open"),
         ((0.01, 0.05), None, "open"),
-        (None, "higher", "open"),
     ],
 )
 def test_a_change_is_called_only_where_its_interval_excludes_zero(
-    interval: tuple[float, float] | None, better: Literal["higher", "lower"] | None, expected: str
+    interval: tuple[float, float], better: Literal["higher", "lower"] | None, expected: str
 ) -> None:
     figure = Figure("f", "F", "f", "", lambda _: (0, 1), better)
     assert report._verdict(Change(difference=0.02, interval=interval), figure) == expected
 
 
-def test_first_to_last_has_an_interval_only_where_one_was_computed() -> None:
-    three = full(rounds=[figures(0, 0.4), figures(1, 0.45), figures(2, 0.6)])
-    change = report._overall(three, three.rounds, "aligned_accuracy")
-    assert change is not None
-    assert change.difference == pytest.approx(0.2)
-    assert change.interval is None
-    assert "no interval was computed for this difference" in Page(render(three)).text
-    given_one = full(overall_change={"aligned_accuracy": {"difference": 0.2, "interval": [0, 1]}})
-    assert report._overall(given_one, given_one.rounds, "aligned_accuracy") == Change(
-        difference=0.2, interval=(0, 1)
-    )
+def test_the_summary_compares_the_last_policy_with_the_first() -> None:
+    overall = {"aligned_accuracy": {"difference": 0.2, "interval": [-0.05, 0.45]}}
+    three = [figures(0, 0.4), figures(1, 0.45), figures(2, 0.6)]
+    text = " ".join(Page(render(full(rounds=three, overall_change=overall))).text.split())
+    assert "+20.0 −5.0 to +45.0 points" in text  # noqa: RUF001 - a minus sign
+    assert "From round 0 to round 2; the 95% interval includes zero." in text
 
 
 def test_axes_take_the_finest_step_that_holds_all_intervals() -> None:
@@ -360,11 +362,6 @@ def test_equal_and_zero_values_still_make_a_histogram() -> None:
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-def test_figures_come_as_models_or_as_dicts() -> None:
-    model = RoundFigures.model_validate(figures(0, 0.41))
-    assert full(rounds=[model]) == full(rounds=[figures(0, 0.41)])
 
 
 def test_a_value_that_is_no_number_is_refused() -> None:
