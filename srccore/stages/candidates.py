@@ -98,7 +98,7 @@ def _search(
     sets = {record.sample_id: record for record in journal.records()}
     ordered = [sets[sample.id] for sample in samples]
     write_records(out / "candidates.jsonl", CandidateSet, ordered)
-    figures = folder.finish(
+    return folder.finish(
         {
             "samples": len(ordered),
             "candidates": sum(len(record.candidates) for record in ordered),
@@ -106,8 +106,6 @@ def _search(
             "unfinished": sum(record.unfinished for record in ordered),
         }
     )
-    journal.delete()
-    return figures
 
 
 def sample_responses(
@@ -212,7 +210,7 @@ def score_candidates(
         for first, second in scoring.pair_schedule(record.candidates)
     ]
     write_records(out / "ratings.jsonl", Rating, ordered)
-    figures = folder.finish(
+    return folder.finish(
         {
             "samples": len(sets),
             "ratings": len(ordered),
@@ -220,5 +218,3 @@ def score_candidates(
             "swap_consistency": scoring.swap_consistency(ordered),
         }
     )
-    journal.delete()
-    return figures

@@ -87,9 +87,7 @@ def evaluate(
         outcomes, round=round_number, previous=before, resamples=config.resamples, seed=seed
     ).model_dump(mode="json")
     write_json(out / "figures.json", figures)
-    figures = folder.finish(figures)
-    journal.delete()
-    return figures
+    return folder.finish(figures)
 
 
 def _ask_judge(

@@ -103,7 +103,7 @@ class StageFolder:
         return read_manifest(self.path) if path.exists() else None
 
     def finish(self, figures: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes the manifest, last of all.
+        """Writes the manifest, last of all, and deletes the journal.
 
         Args:
             figures: What the stage measured of its work.
@@ -130,6 +130,8 @@ class StageFolder:
             peak_memory_mb=_peak_memory_mb(),
         )
         write_json(self.path / MANIFEST, self.manifest.model_dump(mode="json"))
+        # Not before: until then its records are the stage's only ones.
+        (self.path / JOURNAL).unlink(missing_ok=True)
         return self.manifest.figures
 
 

@@ -14,7 +14,10 @@ R = TypeVar("R", bound=Record)
 
 
 class Journal(Generic[R]):
-    """Records that are durable as soon as they are appended; a later attempt reads them back."""
+    """Records that are durable as soon as they are appended; a later attempt reads them back.
+
+    `StageFolder.finish` deletes it.
+    """
 
     def __init__(self, folder: Path, kind: type[R]) -> None:
         """Opens a stage's journal, which need not exist.
@@ -40,7 +43,3 @@ class Journal(Generic[R]):
         if whole != data:
             self.path.write_bytes(whole)
         return [self.kind.model_validate_json(line) for line in whole.split(b"\n")[:-1]]
-
-    def delete(self) -> None:
-        """Comes after the manifest: until then the records are the stage's only ones."""
-        self.path.unlink(missing_ok=True)

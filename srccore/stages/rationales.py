@@ -69,9 +69,7 @@ def augment_rationales(
     made = sorted(journal.records(), key=lambda record: record.sample_id)
     write_records(out / RATIONALES, Rationale, [*given, *made])
     machine.progress(len(opened.samples), len(opened.samples))
-    figures = folder.finish({"given": len(given), "made": len(made), "problems": problems})
-    journal.delete()
-    return figures
+    return folder.finish({"given": len(given), "made": len(made), "problems": problems})
 
 
 def tune_rationale(

@@ -92,9 +92,7 @@ def annotate_ratings(
     rated = sorted(journal.records(), key=lambda pair: (pair.sample_id, pair.first, pair.second))
     write_records(out / "labelled_pairs.jsonl", LabelledPair, rated)
     counts = {level: sum(pair.rating == level for pair in rated) for level in range(1, 6)}
-    figures = folder.finish({"pairs": len(rated), "ratings": counts, "problems": problems})
-    journal.delete()
-    return figures
+    return folder.finish({"pairs": len(rated), "ratings": counts, "problems": problems})
 
 
 def _some_pairs(record: CandidateSet, count: int, seed: int) -> list[tuple[Candidate, Candidate]]:
