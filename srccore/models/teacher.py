@@ -23,7 +23,7 @@ import unicodedata
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -42,13 +42,10 @@ __all__ = [
     "EndpointTeacher",
     "FactsTeacher",
     "JudgeRequest",
-    "JudgeResult",
     "PairRequest",
     "Problem",
-    "RatingResult",
     "RationaleRequest",
-    "RationaleResult",
-    "Teacher",
+    "Result",
     "make_teacher",
 ]
 
@@ -109,8 +106,9 @@ JUDGE_REMINDER = (
 _CONTROL_TOKEN = re.compile(r"<\|[^|\n]*\|>|</?s>|<image>|\[/?INST\]", re.IGNORECASE)
 _ANSWER_MARK = re.compile(r"\banswer\s*:", re.IGNORECASE)
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+Request = TypeVar("Request")
+Found = TypeVar("Found")
+Form = TypeVar("Form", bound=BaseModel)
 
 
 class Problem(StrEnum):
@@ -154,51 +152,15 @@ class JudgeRequest:
     image: Callable[[], Image]
 
 
-class JudgeResult(NamedTuple):
-    """A judgement of a sample's response, or the problem that prevented it; the other is None."""
-
-    sample_id: str
-    judgement: Judgement | None
-    problem: str | None
-
-
-class RationaleResult(NamedTuple):
-    """A rationale, or the problem that prevented it; the other is None."""
-
-    sample_id: str
-    rationale: str | None
-    problem: str | None
-
-
-class RatingResult(NamedTuple):
-    """A rating of ``requests[position]``, or the problem that prevented it; the other is None."""
+class Result(NamedTuple, Generic[Found]):
+    """What was found for ``requests[position]``, or the problem that prevented it."""
 
     position: int
-    rating: int | None
+    found: Found | None
     problem: str | None
 
 
-class Teacher(Protocol):
-    """Writes rationales and rates pairs of responses."""
-
-    def rationales(self, requests: Sequence[RationaleRequest]) -> Iterator[RationaleResult]:
-        """Yields one result per request, in the order in which they are finished.
-
-        Raises:
-            UserError: The teacher cannot work at all.
-        """
-        ...
-
-    def ratings(self, requests: Sequence[PairRequest]) -> Iterator[RatingResult]:
-        """Yields one result per request, in the order in which they are finished.
-
-        Raises:
-            UserError: The teacher cannot work at all.
-        """
-        ...
-
-
-def make_teacher(name: TeacherName, endpoint: EndpointConfig) -> Teacher:
+def make_teacher(name: TeacherName, endpoint: EndpointConfig) -> FactsTeacher | EndpointTeacher:
     """Makes the teacher that a configuration names.
 
     Args:
@@ -217,26 +179,25 @@ def make_teacher(name: TeacherName, endpoint: EndpointConfig) -> Teacher:
 class FactsTeacher:
     """Computes rationales and ratings from the facts of a sample (reconstruction)."""
 
-    def rationales(self, requests: Sequence[RationaleRequest]) -> Iterator[RationaleResult]:
+    def rationales(self, requests: Sequence[RationaleRequest]) -> Iterator[Result[str]]:
         """Yields the rationale that states the needed facts of each sample."""
-        for request in requests:
+        for position, request in enumerate(requests):
             rationale = facts.gold_rationale(request.sample.facts) or None
-            problem = None if rationale else Problem.NO_FACTS
-            yield RationaleResult(request.sample.id, rationale, problem)
+            yield Result(position, rationale, None if rationale else Problem.NO_FACTS)
 
-    def ratings(self, requests: Sequence[PairRequest]) -> Iterator[RatingResult]:
+    def ratings(self, requests: Sequence[PairRequest]) -> Iterator[Result[int]]:
         """Yields the rating that follows from the difference of the responses' quality.
 
         Swapping a pair mirrors its rating: ``r`` becomes ``6 - r``.
         """
         for position, request in enumerate(requests):
             if not request.sample.facts:
-                yield RatingResult(position, None, Problem.NO_FACTS)
+                yield Result(position, None, Problem.NO_FACTS)
                 continue
             difference = facts.quality(request.first, request.sample) - facts.quality(
                 request.second, request.sample
             )
-            yield RatingResult(position, _rating_of(difference), None)
+            yield Result(position, _rating_of(difference), None)
 
 
 def _rating_of(difference: float) -> int:
@@ -291,7 +252,7 @@ class EndpointTeacher:
                 "Set the variable to the key and nothing else.",
             )
 
-    def rationales(self, requests: Sequence[RationaleRequest]) -> Iterator[RationaleResult]:
+    def rationales(self, requests: Sequence[RationaleRequest]) -> Iterator[Result[str]]:
         """Yields rationales whose own answer equals the reference; all others become problems.
 
         Args:
@@ -304,17 +265,13 @@ class EndpointTeacher:
             UserError: The endpoint cannot be used.
         """
 
-        async def ask(session: _Session, request: RationaleRequest) -> RationaleResult:
-            try:
-                text = await session.complete([_rationale_message(request)])
-                rationale = _read_rationale(text, request.sample)
-            except _ItemError as error:
-                return RationaleResult(request.sample.id, None, error.problem)
-            return RationaleResult(request.sample.id, rationale, None)
+        async def ask(session: _Session, request: RationaleRequest) -> str:
+            text = await session.complete([_rationale_message(request)])
+            return _read_rationale(text, request.sample)
 
         return self._run(ask, requests)
 
-    def ratings(self, requests: Sequence[PairRequest]) -> Iterator[RatingResult]:
+    def ratings(self, requests: Sequence[PairRequest]) -> Iterator[Result[int]]:
         """Yields the endpoint's ratings; after a reply that is not strict JSON it asks once again.
 
         Args:
@@ -327,19 +284,14 @@ class EndpointTeacher:
             UserError: The endpoint cannot be used.
         """
 
-        async def ask(session: _Session, item: tuple[int, PairRequest]) -> RatingResult:
-            position, request = item
-            try:
-                reply = await session.ask(_rating_message(request), _RatingReply, RATING_REMINDER)
-            except _ItemError as error:
-                return RatingResult(position, None, error.problem)
-            if reply is None:
-                return RatingResult(position, None, Problem.NO_RATING)
-            return RatingResult(position, reply.rating, None)
+        async def ask(session: _Session, request: PairRequest) -> int:
+            message = _rating_message(request)
+            reply = await session.ask(message, _RatingReply, RATING_REMINDER, Problem.NO_RATING)
+            return reply.rating
 
-        return self._run(ask, list(enumerate(requests)))
+        return self._run(ask, requests)
 
-    def judgements(self, requests: Sequence[JudgeRequest]) -> Iterator[JudgeResult]:
+    def judgements(self, requests: Sequence[JudgeRequest]) -> Iterator[Result[Judgement]]:
         """Yields judgements of rationales; after a reply that is not strict JSON it asks again.
 
         Args:
@@ -352,43 +304,44 @@ class EndpointTeacher:
             UserError: The endpoint cannot be used.
         """
 
-        async def ask(session: _Session, request: JudgeRequest) -> JudgeResult:
-            name = request.sample.id
-            try:
-                reply = await session.ask(_judge_message(request), _JudgeReply, JUDGE_REMINDER)
-            except _ItemError as error:
-                return JudgeResult(name, None, error.problem)
-            if reply is None:
-                return JudgeResult(name, None, Problem.NO_JUDGEMENT)
-            return JudgeResult(name, Judgement(sample_id=name, **reply.model_dump()), None)
+        async def ask(session: _Session, request: JudgeRequest) -> Judgement:
+            message = _judge_message(request)
+            reply = await session.ask(message, _JudgeReply, JUDGE_REMINDER, Problem.NO_JUDGEMENT)
+            return Judgement(sample_id=request.sample.id, **reply.model_dump())
 
         return self._run(ask, requests)
 
     def _run(
-        self, ask: Callable[[_Session, Item], Awaitable[Result]], items: Sequence[Item]
-    ) -> Iterator[Result]:
+        self,
+        ask: Callable[[_Session, Request], Awaitable[Found]],
+        requests: Sequence[Request],
+    ) -> Iterator[Result[Found]]:
         with asyncio.Runner() as runner:
             # If the caller fails, its traceback keeps this generator alive until late in the
             # interpreter's shutdown, where a loop with open requests hangs: close it earlier.
             atexit.register(runner.close)
             try:
-                results = self._results(ask, items)
-                # None marks the end: no result is ever None.
+                results = self._results(ask, requests)
                 while (result := runner.run(_next(results))) is not None:
                     yield result
             finally:
                 atexit.unregister(runner.close)
 
     async def _results(
-        self, ask: Callable[[_Session, Item], Awaitable[Result]], items: Sequence[Item]
-    ) -> AsyncGenerator[Result]:
+        self,
+        ask: Callable[[_Session, Request], Awaitable[Found]],
+        requests: Sequence[Request],
+    ) -> AsyncGenerator[Result[Found]]:
         from openai import AsyncOpenAI
 
         limit = asyncio.Semaphore(self._config.concurrency)
 
-        async def limited(item: Item) -> Result:
+        async def result(position: int, request: Request) -> Result[Found]:
             async with limit:
-                return await ask(session, item)
+                try:
+                    return Result(position, await ask(session, request), None)
+                except _ItemError as error:
+                    return Result(position, None, error.problem)
 
         async with AsyncOpenAI(
             base_url=self._url,
@@ -397,7 +350,7 @@ class EndpointTeacher:
             timeout=self._config.timeout,
         ) as client:
             session = _Session(client, self._config, self._url, self._model, self._key)
-            tasks = [asyncio.create_task(limited(item)) for item in items]
+            tasks = [asyncio.create_task(result(*each)) for each in enumerate(requests)]
             try:
                 for finished in asyncio.as_completed(tasks):
                     yield await finished
@@ -407,7 +360,7 @@ class EndpointTeacher:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _next(results: AsyncGenerator[Result]) -> Result | None:
+async def _next(results: AsyncGenerator[Result[Found]]) -> Result[Found] | None:
     return await anext(results, None)
 
 
@@ -458,9 +411,17 @@ class _Session:
         return _read_completion(completion)
 
     async def ask(
-        self, message: ChatCompletionMessageParam, form: type[Form], reminder: str
-    ) -> Form | None:
-        """Asks for strict JSON of a given form, at most twice; None if neither reply has it."""
+        self,
+        message: ChatCompletionMessageParam,
+        form: type[Form],
+        reminder: str,
+        problem: Problem,
+    ) -> Form:
+        """Asks for strict JSON of a given form, at most twice.
+
+        Raises:
+            _ItemError: With the given problem, if neither reply has that form.
+        """
         messages = [message]
         text = await self.complete(messages)
         reply = _read_json(text, form)
@@ -469,6 +430,8 @@ class _Session:
             messages.append({"role": "assistant", "content": text})
             messages.append({"role": "user", "content": reminder})
             reply = _read_json(await self.complete(messages), form)
+        if reply is None:
+            raise _ItemError(problem)
         return reply
 
     def _status_fault(self, error: APIStatusError) -> Exception:
@@ -602,9 +565,6 @@ class _JudgeReply(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     rationale_right: bool
     derived_answer: str
-
-
-Form = TypeVar("Form", bound=BaseModel)
 
 
 def _read_json(text: str, form: type[Form]) -> Form | None:

@@ -60,9 +60,9 @@ def augment_rationales(
     ]
     problems: dict[str, int] = {}
     answers = make_teacher(config.teacher, config.endpoint).rationales(asked) if asked else ()
-    for done, (sample_id, text, problem) in enumerate(answers, start=1):
+    for done, (position, text, problem) in enumerate(answers, start=1):
         if text:
-            journal.append(Rationale(sample_id=sample_id, rationale=text))
+            journal.append(Rationale(sample_id=asked[position].sample.id, rationale=text))
         else:
             problems[str(problem)] = problems.get(str(problem), 0) + 1
         machine.progress(done, len(asked))

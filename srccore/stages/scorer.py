@@ -75,8 +75,8 @@ def annotate_ratings(
     ]
     problems: dict[str, int] = {}
     answers = make_teacher(config.teacher, config.endpoint).ratings(todo) if todo else ()
-    for done, (number, rating, problem) in enumerate(answers, start=1):
-        request = todo[number]
+    for done, (position, rating, problem) in enumerate(answers, start=1):
+        request = todo[position]
         if rating is None:
             problems[str(problem)] = problems.get(str(problem), 0) + 1
         else:

@@ -85,8 +85,8 @@ def teacher(server: Server, **settings: Any) -> EndpointTeacher:
 def test_facts_teacher_states_the_needed_facts_and_reports_samples_without() -> None:
     asked = [RationaleRequest(sample("a"), image), RationaleRequest(sample("b", ()), image)]
     assert list(FactsTeacher().rationales(asked)) == [
-        ("a", "The red bar is 3. The blue bar is 5.", None),
-        ("b", None, Problem.NO_FACTS),
+        (0, "The red bar is 3. The blue bar is 5.", None),
+        (1, None, Problem.NO_FACTS),
     ]
 
 
@@ -190,7 +190,7 @@ def test_without_a_key_a_placeholder_is_sent(
 
 def test_a_request_carries_the_image_the_question_and_the_settings(server: Server) -> None:
     asked = teacher(server, temperature=0.3, max_tokens=77).rationales(requests(1))
-    assert list(asked) == [("s0", "The red bar is 3. The blue bar is 5.", None)]
+    assert list(asked) == [(0, "The red bar is 3. The blue bar is 5.", None)]
     (body,) = server.seen
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("a-model", 0.3, 77)
     picture, text = body["messages"][0]["content"]
@@ -241,7 +241,7 @@ def test_a_bad_reply_is_the_problem_of_its_item_alone(
     server.script = lambda body, attempt: reply if name_of(body) == "1" else says(GOOD)
     results = sorted(teacher(server).rationales(requests(3)))
     assert [result.problem for result in results] == [None, problem, None]
-    assert results[1].rationale is None
+    assert results[1].found is None
 
 
 def test_faults_of_the_server_are_retried(server: Server) -> None:
@@ -268,8 +268,8 @@ def test_a_slow_reply_times_out_alone(server: Server) -> None:
 
     server.script = slow_for_the_first
     results = list(teacher(server, timeout=1.5).rationales(requests(3)))
-    assert results[-1] == ("s0", None, Problem.TIMEOUT)
-    assert sorted(result.sample_id for result in results if result.rationale) == ["s1", "s2"]
+    assert results[-1] == (0, None, Problem.TIMEOUT)
+    assert sorted(result.position for result in results if result.found) == [1, 2]
 
 
 # The endpoint teacher: many requests
@@ -316,19 +316,19 @@ def test_results_do_not_depend_on_the_order_of_replies(server: Server) -> None:
         results.append(result)
         if len(results) == 7:
             first_may_go.set()
-    assert results[-1].sample_id == "s0"
-    assert sorted(results) == [(f"s{number}", f"I see {number}.", None) for number in range(8)]
+    assert results[-1].position == 0
+    assert sorted(results) == [(number, f"I see {number}.", None) for number in range(8)]
 
 
 def test_an_interrupted_run_goes_on_with_what_is_missing(server: Server) -> None:
     everything = requests(6)
     results = teacher(server, concurrency=1).rationales(everything)
-    done = [next(results).sample_id for _ in range(2)]
+    done = [everything[next(results).position] for _ in range(2)]
     results.close()  # as a stage that is killed
     sent = len(server.seen)
-    missing = [request for request in everything if request.sample.id not in done]
-    done += [result.sample_id for result in teacher(server).rationales(missing)]
-    assert sorted(done) == [f"s{number}" for number in range(6)]
+    missing = [request for request in everything if request not in done]
+    done += [missing[result.position] for result in teacher(server).rationales(missing)]
+    assert sorted(request.sample.id for request in done) == [f"s{number}" for number in range(6)]
     assert len(server.seen) == sent + 4
 
 
@@ -380,8 +380,8 @@ def test_results_before_a_refusal_are_kept(server: Server) -> None:
     kept = []
     with pytest.raises(UserError):
         for result in teacher(server, concurrency=1).rationales(requests(5)):
-            kept.append(result.sample_id)
-    assert kept == ["s0", "s1"]
+            kept.append(result.position)
+    assert kept == [0, 1]
 
 
 def test_an_endpoint_that_is_not_there_ends_the_run() -> None:
@@ -500,11 +500,8 @@ def judge_requests(count: int) -> list[JudgeRequest]:
 def test_a_judge_sees_image_and_rationale_and_not_the_answer_given(server: Server) -> None:
     server.script = lambda body, attempt: says('{"rationale_right": true, "derived_answer": "8"}')
     (result,) = teacher(server).judgements(judge_requests(1))
-    assert result == (
-        "s0",
-        Judgement(sample_id="s0", rationale_right=True, derived_answer="8"),
-        None,
-    )
+    judgement = Judgement(sample_id="s0", rationale_right=True, derived_answer="8")
+    assert result == (0, judgement, None)
     picture, words = server.seen[0]["messages"][0]["content"]
     assert picture["image_url"]["url"].startswith("data:image/png;base64,")
     material, _ = json.JSONDecoder().raw_decode(words["text"][words["text"].index("{\n") :])
@@ -516,7 +513,5 @@ def test_a_judgement_in_another_form_is_asked_for_once_more_and_then_a_problem(
     server: Server,
 ) -> None:
     server.script = lambda body, attempt: says('{"rationale_right": "yes", "derived_answer": "8"}')
-    assert list(teacher(server).judgements(judge_requests(1))) == [
-        ("s0", None, Problem.NO_JUDGEMENT)
-    ]
+    assert list(teacher(server).judgements(judge_requests(1))) == [(0, None, Problem.NO_JUDGEMENT)]
     assert len(server.seen) == 2
