@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from srccore.config import DpoConfig
-from srccore.models.policy import Policy, prompt_text, response_text
+from srccore.models.policy import Policy
 from srccore.training.machine import Machine
 from srccore.training.resume import resumable
 from srccore.training.trainer import (
@@ -82,20 +82,12 @@ def train_dpo(
 
     outcome, trainer = train_adapter(
         policy,
-        lambda processor: [
-            Row(
-                prompt_text(processor, example.question),
-                {
-                    "chosen": response_text(processor, example.chosen),
-                    "rejected": response_text(processor, example.rejected),
-                },
-                example.image,
-            )
-            for example in examples
+        [
+            Row(each.question, {"chosen": each.chosen, "rejected": each.rejected}, each.image)
+            for each in examples
         ],
         config,
         out,
-        lora=config.lora,
         seed=seed,
         machine=machine,
         trainer=lambda arguments, **parts: _token_normalised(resumable(DPOTrainer))(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srccore.config import RationaleTuningConfig
-from srccore.models.policy import Policy, prompt_text, response_text
+from srccore.models.policy import Policy
 from srccore.training.machine import Machine
 from srccore.training.resume import resumable
 from srccore.training.trainer import ImageLoader, Row, TrainingOutcome, train_adapter
@@ -56,17 +56,9 @@ def tune_rationale(
 
     outcome, _ = train_adapter(
         policy,
-        lambda processor: [
-            Row(
-                prompt_text(processor, example.question),
-                {"completion": response_text(processor, example.response)},
-                example.image,
-            )
-            for example in examples
-        ],
+        [Row(each.question, {"completion": each.response}, each.image) for each in examples],
         config,
         out,
-        lora=config.lora,
         seed=seed,
         machine=machine,
         trainer=lambda arguments, **parts: resumable(SFTTrainer)(

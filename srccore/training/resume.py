@@ -185,13 +185,16 @@ def resumable(trainer: type[Any]) -> type[Any]:
     return Resumable
 
 
-def step_callback(every: int, seed: int, processes: Processes) -> Any:
-    """Makes the callback that seeds each optimiser step and requests checkpoints.
+def step_callback(
+    every: int, seed: int, processes: Processes, progress: Callable[[int, int], None]
+) -> Any:
+    """Makes the callback that seeds each optimiser step, requests checkpoints, reports progress.
 
     Args:
         every: Optimiser steps between two checkpoints; 0 means none.
         seed: The run's seed.
         processes: The processes that train together; each drops out different units.
+        progress: Receives the optimiser steps done, and how many there are.
 
     Returns:
         A ``TrainerCallback``.
@@ -205,6 +208,7 @@ def step_callback(every: int, seed: int, processes: Processes) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             done = state.global_step
+            progress(done, state.max_steps)
             control.should_save = bool(every) and done % every == 0 and done < state.max_steps
 
     return Steps()

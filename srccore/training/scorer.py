@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +10,16 @@ from typing import Any
 from srccore.config import LoraSettings, ScorerConfig, TextModelConfig
 from srccore.data.records import RATING_LEVELS
 from srccore.errors import UserError
-from srccore.models.engines import choose_device
 from srccore.models.policy import resolve_model_path
 from srccore.training.machine import Machine
-from srccore.training.ranks import joined
-from srccore.training.resume import CHECKPOINTS, Checkpoints, resumable
+from srccore.training.resume import resumable
 from srccore.training.trainer import (
     TrainingOutcome,
     final_mean,
     lora_config,
-    progress_callback,
-    quiet,
     sample_order,
     step_figures,
-    train,
-    training_arguments,
-    training_device,
+    training,
 )
 
 __all__ = ["RatingExample", "ScorerOutcome", "train_scorer"]
@@ -91,58 +84,34 @@ def train_scorer(
     path = resolve_model_path(base.path)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=base.revision, trust_remote_code=False)
     ratings = {level: single_token(tokenizer, str(level)) for level in RATING_LEVELS}
-    device = choose_device(machine.device)
-    on_gpu = device.startswith("cuda")
-    dtype = getattr(torch, base.dtype) if on_gpu and config.lora else torch.float32
-    kept = machine.checkpoints or Checkpoints(out / CHECKPOINTS)
-    with (
-        joined(device) as processes,
-        quiet(),
-        tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch,
-    ):
-        arguments = training_arguments(
-            config,
-            out=Path(scratch),
-            seed=seed,
-            device=device,
-            dtype=base.dtype,
-            processes=processes,
-        )
+    with training(config, out, dtype=base.dtype, seed=seed, machine=machine) as session:
+        on_gpu = session.device.startswith("cuda")
         model = AutoModelForCausalLM.from_pretrained(
             path,
             revision=base.revision,
-            dtype=dtype,
+            dtype=getattr(torch, base.dtype) if on_gpu and config.lora else torch.float32,
             trust_remote_code=False,
             use_safetensors=True,
         )
-        model.to(training_device(device))
+        model.to(session.device)
         rows = _rows(examples, tokenizer, ratings, model.config.max_position_embeddings)
         samples = len(rows["input_ids"])
-        processes.agree(map(str, rows["input_ids"]), "prompts")
+        session.processes.agree(map(str, rows["input_ids"]), "prompts")
         trainer = resumable(SFTTrainer)(
             model=model,
-            args=SFTConfig(**arguments),
+            args=SFTConfig(**session.arguments),
             train_dataset=Dataset.from_dict(rows).select(sample_order(samples, config, seed)),
             processing_class=tokenizer,
             peft_config=lora_config(config.lora, _targets(config.lora)) if config.lora else None,
-            callbacks=[progress_callback(machine)],
         )
-        outcome = train(
-            trainer,
-            config,
-            samples=samples,
-            skipped=len(examples) - samples,
-            seed=seed,
-            processes=processes,
-            checkpoints=kept,
-        )
-        if processes.is_first:
+        outcome = session.run(trainer, samples=samples, skipped=len(examples) - samples)
+        if session.processes.is_first:
             trained = trainer.accelerator.unwrap_model(trainer.model)
             if config.lora:
                 trained = trained.merge_and_unload()
             trained.to(getattr(torch, base.dtype)).save_pretrained(out / "model")
             tokenizer.save_pretrained(out / "model")
-            kept.remove()
+            session.checkpoints.remove()
     return ScorerOutcome(
         training=outcome,
         rating_accuracy=final_mean(step_figures(trainer, "mean_token_accuracy")),

@@ -21,10 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srccore.config import LoraSettings, ModelConfig, OptimizerSettings
+from srccore.config import (
+    DpoConfig,
+    LoraSettings,
+    ModelConfig,
+    OptimizerSettings,
+    RationaleTuningConfig,
+)
 from srccore.errors import UserError
 from srccore.models.engines import choose_device
-from srccore.models.policy import Policy, load_policy
+from srccore.models.policy import Policy, load_policy, prompt_text, response_text
 from srccore.training.machine import Machine
 from srccore.training.ranks import Processes, joined, local_share
 from srccore.training.resume import CHECKPOINTS, Checkpoints, step_callback
@@ -35,17 +41,14 @@ if TYPE_CHECKING:
 __all__ = [
     "ImageLoader",
     "Row",
+    "Session",
     "TrainingOutcome",
     "final_mean",
     "lora_config",
-    "progress_callback",
-    "quiet",
     "sample_order",
     "step_figures",
-    "train",
     "train_adapter",
-    "training_arguments",
-    "training_device",
+    "training",
 ]
 
 ImageLoader = Callable[[], "Image"]
@@ -57,9 +60,9 @@ FINAL_STEPS = 10
 
 @dataclass(frozen=True)
 class Row:
-    """What a policy is trained on: a prompt with its image, and one or two responses."""
+    """What a policy is trained on: a question about an image, and one or two responses."""
 
-    prompt: str
+    question: str
     responses: dict[str, str]
     """By TRL's column names."""
     image: ImageLoader
@@ -82,13 +85,100 @@ class TrainingOutcome:
     """Of training only, without loading; of the last attempt if it was interrupted."""
 
 
+@dataclass(frozen=True)
+class Session:
+    """A training, as seen from one of its processes.
+
+    Attributes:
+        arguments: The keyword arguments that ``SFTConfig`` and ``DPOConfig`` share. They expect a
+            data set in `sample_order`, which is read once from start to end.
+        device: The device of this process.
+        processes: The processes that train together.
+        checkpoints: Where to keep checkpoints.
+        callback: The trainer's callback for every optimiser step.
+    """
+
+    arguments: dict[str, Any]
+    device: str
+    processes: Processes
+    checkpoints: Checkpoints
+    callback: Any
+
+    def run(self, trainer: Any, *, samples: int, skipped: int) -> TrainingOutcome:
+        """Runs a trainer to its end, from its newest checkpoint, without the lines it would print.
+
+        Args:
+            trainer: The trainer, of a class made by `resumable`.
+            samples: The number of samples it trains on.
+            skipped: The number of samples already left out.
+
+        Returns:
+            The result.
+        """
+        from transformers.trainer_callback import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self.callback)
+        trainer.checkpoints, trainer.processes = self.checkpoints, self.processes
+        newest = self.checkpoints.newest() if self.processes.is_first else None
+        step = self.processes.from_first(newest or 0)
+        if step and self.processes.is_first:
+            print(f"Training resumes from step {step}.", file=sys.stderr)
+        began = time.monotonic()
+        resumed = str(self.checkpoints.bring(step)) if step else None
+        trainer.train(resume_from_checkpoint=resumed)
+        seconds = time.monotonic() - began
+        loss = step_figures(trainer, "loss")
+        return TrainingOutcome(
+            steps=trainer.state.global_step,
+            samples=samples,
+            skipped=skipped,
+            first_loss=final_mean(loss[::-1]),
+            last_loss=final_mean(loss),
+            seconds=seconds,
+        )
+
+
+@contextlib.contextmanager
+def training(
+    config: OptimizerSettings, out: Path, *, dtype: str, seed: int, machine: Machine
+) -> Iterator[Session]:
+    """Joins the other processes of a training, and silences the libraries meanwhile.
+
+    Args:
+        config: The stage's section of the preset.
+        out: An existing folder. What the trainer writes below it is removed at the end.
+        dtype: The checkpoint's; only used on a GPU.
+        seed: Seeds adapter, order and dropout.
+        machine: How to train; progress counts optimiser steps.
+
+    Yields:
+        The training.
+
+    Raises:
+        UserError: The processes cannot share a batch evenly.
+    """
+    device = choose_device(machine.device)
+    with (
+        joined(device) as processes,
+        _quiet(),
+        tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch,
+    ):
+        yield Session(
+            arguments=_arguments(config, Path(scratch), seed, device, dtype, processes),
+            device=_own_device(device),
+            processes=processes,
+            checkpoints=machine.checkpoints or Checkpoints(out / CHECKPOINTS),
+            callback=step_callback(config.checkpoint_steps, seed, processes, machine.progress),
+        )
+
+
 def train_adapter(
     policy: Policy,
-    rows: Callable[[Any], list[Row]],
-    config: OptimizerSettings,
+    rows: Sequence[Row],
+    config: RationaleTuningConfig | DpoConfig,
     out: Path,
     *,
-    lora: LoraSettings,
     seed: int,
     machine: Machine,
     trainer: Callable[..., Any],
@@ -97,10 +187,9 @@ def train_adapter(
 
     Args:
         policy: The policy to start from; trained in float32 on a CPU.
-        rows: Makes the rows, given the policy's processor.
+        rows: What to learn from.
         config: The stage's section of the preset.
         out: An existing folder.
-        lora: The adapter's settings.
         seed: Seeds adapter, order and dropout.
         machine: How to train; progress counts optimiser steps.
         trainer: Makes a trainer of `resumable` from TRL's arguments as a dict and from keyword
@@ -112,53 +201,29 @@ def train_adapter(
     Raises:
         UserError: No row fits into the context, or the policy cannot be loaded.
     """
-    device = choose_device(machine.device)
-    dtype = policy.base.dtype if device.startswith("cuda") else "float32"
-    base = policy.base.model_copy(update={"dtype": dtype})
-    kept = machine.checkpoints or Checkpoints(out / CHECKPOINTS)
-    with (
-        joined(device) as processes,
-        quiet(),
-        tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch,
-    ):
-        arguments = training_arguments(
-            config,
-            out=Path(scratch),
-            seed=seed,
-            device=device,
-            dtype=policy.base.dtype,
-            processes=processes,
-        )
-        loaded = load_policy(policy.model_copy(update={"base": base}), training_device(device))
-        made = rows(loaded.processor)
-        fitting = _within_context(loaded.model, loaded.processor, made)
+    with training(config, out, dtype=policy.base.dtype, seed=seed, machine=machine) as session:
+        dtype = policy.base.dtype if session.device.startswith("cuda") else "float32"
+        base = policy.base.model_copy(update={"dtype": dtype})
+        loaded = load_policy(policy.model_copy(update={"base": base}), session.device)
+        fitting = _within_context(loaded.model, loaded.processor, rows)
 
         def read(number: int) -> dict[str, Any]:
-            row = fitting[number]
-            return {"prompt": row.prompt, **row.responses, "images": [row.image()]}
+            columns, image = fitting[number]
+            return {**columns, "images": [image()]}
 
         order = sample_order(len(fitting), config, seed)
-        processes.agree((f"{row.prompt} {row.responses}" for row in fitting), "samples")
+        session.processes.agree((str(columns) for columns, _ in fitting), "samples")
         ready = trainer(
-            arguments,
+            session.arguments,
             model=loaded.model,
             train_dataset=_image_dataset(order, read),
             processing_class=loaded.processor,
-            peft_config=lora_config(lora),
-            callbacks=[progress_callback(machine)],
+            peft_config=lora_config(config.lora),
         )
-        outcome = train(
-            ready,
-            config,
-            samples=len(fitting),
-            skipped=len(made) - len(fitting),
-            seed=seed,
-            processes=processes,
-            checkpoints=kept,
-        )
-        if processes.is_first:
+        outcome = session.run(ready, samples=len(fitting), skipped=len(rows) - len(fitting))
+        if session.processes.is_first:
             _save_adapter(ready, policy.base, out / "adapter")
-            kept.remove()
+            session.checkpoints.remove()
     return outcome, ready
 
 
@@ -188,7 +253,7 @@ def sample_order(count: int, config: OptimizerSettings, seed: int) -> list[int]:
     return order[: math.ceil(config.epochs * steps) * batch]
 
 
-def training_device(device: str) -> str:
+def _own_device(device: str) -> str:
     """Returns the device of this process: its own GPU if torchrun started several processes.
 
     Raises:
@@ -207,33 +272,10 @@ def training_device(device: str) -> str:
     return f"cuda:{rank or 0}"
 
 
-def training_arguments(
-    config: OptimizerSettings,
-    *,
-    out: Path,
-    seed: int,
-    device: str,
-    dtype: str,
-    processes: Processes,
+def _arguments(
+    config: OptimizerSettings, out: Path, seed: int, device: str, dtype: str, processes: Processes
 ) -> dict[str, Any]:
-    """Makes the arguments that ``SFTConfig`` and ``DPOConfig`` share.
-
-    They expect a data set in `sample_order`, which is read once from start to end.
-
-    Args:
-        config: The stage's section of the preset.
-        out: A folder for what the trainer may write; nothing in it is kept.
-        seed: Seeds adapters, order and dropout.
-        device: ``cpu`` or ``cuda``.
-        dtype: The checkpoint's; only used on a GPU.
-        processes: The processes that share each batch.
-
-    Returns:
-        Keyword arguments.
-
-    Raises:
-        UserError: The processes cannot share a batch evenly.
-    """
+    """Makes `Session.arguments`; nothing that the trainer writes into ``out`` is kept."""
     samples, passes = local_share(config, processes.count)
     if "tensorboard" in config.report_to:
         # The trainer's own folder is removed at the end, but the curves are to be kept.
@@ -314,8 +356,13 @@ class _Rows:
         return self
 
 
-def _within_context(model: Any, processor: Any, rows: Sequence[Row]) -> list[Row]:
-    """Keeps the rows whose prompt, image and longest response fit into the model's context.
+def _within_context(
+    model: Any, processor: Any, rows: Sequence[Row]
+) -> list[tuple[dict[str, str], ImageLoader]]:
+    """Writes prompts and responses, and keeps what fits into the model's context.
+
+    Returns:
+        The text columns of each row that fits, and its image.
 
     Raises:
         UserError: No row fits.
@@ -324,13 +371,15 @@ def _within_context(model: Any, processor: Any, rows: Sequence[Row]) -> list[Row
     encode = processor.tokenizer.encode
     kept = []
     for row in rows:
+        prompt = prompt_text(processor, row.question)
+        responses = {name: response_text(processor, said) for name, said in row.responses.items()}
         width, height = row.image().size
         # The prompt's own placeholder already counts as one token.
         length = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
-        tokens = length.num_image_tokens[0] - 1 + len(encode(row.prompt, add_special_tokens=False))
-        tokens += max(len(encode(t, add_special_tokens=False)) for t in row.responses.values())
+        tokens = length.num_image_tokens[0] - 1 + len(encode(prompt, add_special_tokens=False))
+        tokens += max(len(encode(text, add_special_tokens=False)) for text in responses.values())
         if tokens <= limit:
-            kept.append(row)
+            kept.append(({"prompt": prompt, **responses}, row.image))
     if not kept:
         raise UserError(
             f"None of {len(rows)} training samples fits into the model's context of {limit} "
@@ -341,7 +390,7 @@ def _within_context(model: Any, processor: Any, rows: Sequence[Row]) -> list[Row
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Limits the output of transformers, TRL and datasets to errors, without progress bars."""
     import datasets
     from transformers.utils import logging
@@ -359,64 +408,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
         if bars:
             datasets.enable_progress_bars()
-
-
-def progress_callback(machine: Machine) -> Any:
-    """Makes the trainer's callback that reports progress after every optimiser step."""
-    from transformers import TrainerCallback
-
-    class Report(TrainerCallback):  # type: ignore[misc]  # transformers is read without types
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            machine.progress(state.global_step, state.max_steps)
-
-    return Report()
-
-
-def train(
-    trainer: Any,
-    config: OptimizerSettings,
-    *,
-    samples: int,
-    skipped: int,
-    seed: int,
-    processes: Processes,
-    checkpoints: Checkpoints,
-) -> TrainingOutcome:
-    """Runs a trainer to its end, from its newest checkpoint, without the lines it would print.
-
-    Args:
-        trainer: The trainer, of a class made by `resumable`.
-        config: The stage's section of the preset.
-        samples: The number of samples it trains on.
-        skipped: The number of samples already left out.
-        seed: Seeds dropout.
-        processes: The processes that train together.
-        checkpoints: Where to keep checkpoints.
-
-    Returns:
-        The result.
-    """
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(step_callback(config.checkpoint_steps, seed, processes))
-    trainer.checkpoints, trainer.processes = checkpoints, processes
-    newest = checkpoints.newest() if processes.is_first else None
-    step = processes.from_first(newest or 0)
-    if step and processes.is_first:
-        print(f"Training resumes from step {step}.", file=sys.stderr)
-    began = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoints.bring(step)) if step else None)
-    seconds = time.monotonic() - began
-    loss = step_figures(trainer, "loss")
-    return TrainingOutcome(
-        steps=trainer.state.global_step,
-        samples=samples,
-        skipped=skipped,
-        first_loss=final_mean(loss[::-1]),
-        last_loss=final_mean(loss),
-        seconds=seconds,
-    )
 
 
 def step_figures(trainer: Any, name: str) -> list[float]:
