@@ -30,6 +30,21 @@ PATCH = 12
 WIDTH = 128
 LAYERS = 4
 MEAN, STD = [0.5, 0.5, 0.5], [0.3, 0.3, 0.3]
+LAYER_SHAPE = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 3 * WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+}
+TOKEN_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+LANGUAGE_SHAPE = {
+    **LAYER_SHAPE,
+    **TOKEN_IDS,
+    "vocab_size": VOCABULARY,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+}
+"""Of both language models."""
 
 # Both templates write BOS and EOS, so that the model learns to end a response, and training and
 # inference see the same token ids.
@@ -126,37 +141,17 @@ def build_vision_language_model() -> Any:
     )
 
     vision = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=3 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH,
-        projection_dim=WIDTH,
-    )
-    text = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=3 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
+        **LAYER_SHAPE, image_size=IMAGE_SIZE, patch_size=PATCH, projection_dim=WIDTH
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=text,
+        text_config=LlamaConfig(**LANGUAGE_SHAPE),
         image_token_id=IMAGE,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=(IMAGE_SIZE // PATCH) ** 2,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
         tie_word_embeddings=False,
+        **TOKEN_IDS,
     )
     return LlavaForConditionalGeneration(config)
 
@@ -165,17 +160,4 @@ def build_rating_model() -> Any:
     """Builds the untrained text model of R-Scorer: Qwen2 4 x 128, about 1.2 M parameters."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=3 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-    )
-    return Qwen2ForCausalLM(config)
+    return Qwen2ForCausalLM(Qwen2Config(**LANGUAGE_SHAPE, tie_word_embeddings=True))
