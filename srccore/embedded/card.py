@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 from srccore.data.records import LabelledPair, Response
@@ -9,11 +10,13 @@ from srccore.embedded import flaws
 from srccore.embedded.model import MODELS
 from srccore.embedded.world import Item, make_item
 from srccore.method import evaluation, scoring
-from srccore.method.engine import Draw, Prompt
+from srccore.method.engine import Prompt
 from srccore.models.teacher import FactsTeacher, PairRequest
 
 __all__ = ["write_cards"]
 
+COUNT = 600
+"""How many items of the held-out split to measure on."""
 HEAD = """---
 license: apache-2.0
 library_name: transformers
@@ -45,20 +48,15 @@ RATING = (
 )
 
 
-def write_cards(*, count: int = 600) -> None:
-    """Writes ``README.md`` beside both checkpoints.
-
-    Args:
-        count: How many items of the held-out split to measure on.
-    """
-    items = [make_item(0, "heldout", number) for number in range(count)]
+def write_cards() -> None:
+    """Writes ``README.md`` beside both checkpoints."""
+    items = [make_item(0, "heldout", number) for number in range(COUNT)]
     _write(
         "lvlm",
         title="The embedded vision-language model",
         command="python -m srccore.embedded pretrain",
         what=LVLM,
         figures=_lvlm_figures(items),
-        count=count,
     )
     _write(
         "rating",
@@ -66,7 +64,6 @@ def write_cards(*, count: int = 600) -> None:
         command="python -m srccore.embedded pretrain-rating",
         what=RATING,
         figures=_rating_figures(items),
-        count=count,
     )
 
 
@@ -74,14 +71,10 @@ def _write(name: str, *, what: str, **fields: object) -> None:
     from safetensors import safe_open
 
     folder = MODELS / name
-    parameters = 0
     with safe_open(folder / "model.safetensors", "pt") as weights:
-        for key in weights.keys():  # noqa: SIM118 - not a dict
-            size = 1
-            for length in weights.get_slice(key).get_shape():
-                size *= length
-            parameters += size
-    text = HEAD.format(what=what.format(parameters=parameters / 1e6), **fields)
+        shapes = [weights.get_slice(key).get_shape() for key in weights.keys()]  # noqa: SIM118
+    parameters = sum(math.prod(shape) for shape in shapes)
+    text = HEAD.format(what=what.format(parameters=parameters / 1e6), count=COUNT, **fields)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -97,20 +90,13 @@ def _lvlm_figures(items: list[Item]) -> str:
         "| --- | --- | --- | --- |",
     ]
     for title, suffix in (("the question", ""), ("the question and `Explain.`", " Explain.")):
-        responses = {}
+        responses: dict[str, Response] = {}
         for start in range(0, len(items), 200):
-            batch = items[start : start + 200]
-            nodes = engine.open([Prompt(i.image, i.sample.question + suffix) for i in batch])
-            drawn = engine.extend(
-                [Draw(node, greedy=True) for node in nodes], max_tokens=80, whole=True
-            )
-            for item, found in zip(batch, drawn, strict=True):
-                responses[item.sample.id] = Response(
-                    sample_id=item.sample.id,
-                    text=found.text.strip(),
-                    token_count=found.token_count,
-                    finished=found.stop == "end",
-                )
+            prompts = [
+                (item.sample.id, Prompt(item.image, item.sample.question + suffix))
+                for item in items[start : start + 200]
+            ]
+            responses |= evaluation.answer(engine, prompts, max_tokens=80)
         outcomes = evaluation.judge_responses([item.sample for item in items], responses)
         found_figures = evaluation.figures(outcomes, round=0, previous=None, resamples=100, seed=0)
         rows.append(

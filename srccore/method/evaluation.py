@@ -1,4 +1,4 @@
-"""Computes the metrics of docs/method.md ("figures" in code and files) from responses. Pure.
+"""Responses to a split, and the metrics of docs/method.md ("figures" in code and files). Pure.
 
 Rationales are checked by program against the sample's facts, or else by the verdict of a judge. A
 sample with neither is left out of the figures that look at rationales: ``judged`` says how many
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from srccore.data.records import Category, Judgement, Response, Sample
 from srccore.errors import UserError
+from srccore.method.engine import Draw, Prompt, SamplingEngine
 from srccore.method.facts import check_rationale
 from srccore.method.response import ParsedResponse, parse, same_answer
 
@@ -34,6 +35,7 @@ __all__ = [
     "FigureSet",
     "Figures",
     "Outcome",
+    "answer",
     "figures",
     "judge_responses",
     "paired_change",
@@ -189,6 +191,33 @@ class Figures(FigureSet):
     change: dict[str, Change] | None
     """By figure defined for both, against the previous policy; null if there is no previous one."""
     by_category: dict[Category, FigureSet]
+
+
+def answer(
+    engine: SamplingEngine, prompts: Sequence[tuple[str, Prompt]], max_tokens: int
+) -> dict[str, Response]:
+    """Answers prompts greedily, in one batch.
+
+    Args:
+        engine: Writes the policy's responses.
+        prompts: Sample ids with their prompts.
+        max_tokens: The maximum number of tokens in one response.
+
+    Returns:
+        The responses by sample id.
+    """
+    nodes = engine.open([prompt for _, prompt in prompts])
+    draws = [Draw(node, greedy=True) for node in nodes]
+    drawn = engine.extend(draws, max_tokens=max_tokens, whole=True)
+    return {
+        sample_id: Response(
+            sample_id=sample_id,
+            text=found.text.strip(),
+            token_count=found.token_count,
+            finished=found.stop == "end",
+        )
+        for (sample_id, _), found in zip(prompts, drawn, strict=True)
+    }
 
 
 def judge_responses(

@@ -11,7 +11,7 @@ from srccore.data import dataset
 from srccore.data.records import Judgement, Response, Sample, read_records, write_records
 from srccore.files import write_json
 from srccore.method import evaluation, response
-from srccore.method.engine import Draw, Prompt
+from srccore.method.engine import Prompt
 from srccore.models.engines import sampling_engine
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
@@ -61,17 +61,8 @@ def evaluate(
     responses: dict[str, Response] = {}
     for start in range(0, len(order), config.batch_size):
         batch = order[start : start + config.batch_size]
-        nodes = engine.open([Prompt(opened.image(s.id), s.question) for s in batch])
-        drawn = engine.extend(
-            [Draw(node, greedy=True) for node in nodes], max_tokens=config.max_tokens, whole=True
-        )
-        for sample, continuation in zip(batch, drawn, strict=True):
-            responses[sample.id] = Response(
-                sample_id=sample.id,
-                text=continuation.text.strip(),
-                token_count=continuation.token_count,
-                finished=continuation.stop == "end",
-            )
+        prompts = [(each.id, Prompt(opened.image(each.id), each.question)) for each in batch]
+        responses |= evaluation.answer(engine, prompts, config.max_tokens)
         machine.progress(start + len(batch), len(order))
     write_records(
         out / "responses.jsonl", Response, [responses[sample.id] for sample in opened.samples]
