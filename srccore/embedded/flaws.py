@@ -21,19 +21,8 @@ from srccore.method import response
 __all__ = ["MISCONCEPTIONS", "brief_turn", "flawed_response", "perception_turns"]
 
 SKIP = {
-    "capital": 0.30,
-    "continent": 0.58,
-    "kind": 0.58,
-    "count": 0.30,
-    "highest": 0.58,
-    "lowest": 0.30,
-    "difference": 0.30,
-    "sum": 0.58,
-    "trend": 0.58,
-    "total": 0.30,
-    "product": 0.58,
-    "larger": 0.58,
-    "parity": 0.30,
+    **dict.fromkeys(("continent", "kind", "highest", "sum", "trend", "product", "larger"), 0.58),
+    **dict.fromkeys(("capital", "count", "lowest", "difference", "total", "parity"), 0.30),
 }
 """How often a task's middle step is left out."""
 WRONG_AFTER_SKIP = 0.35

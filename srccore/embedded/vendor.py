@@ -36,39 +36,20 @@ CONTINENTS = {
     "OC": "Oceania",
 }
 OBJECTS = {
-    "animal": {
-        "cat": "cat2",
-        "dog": "dog2",
-        "elephant": "elephant",
-        "penguin": "penguin",
-        "fish": "tropical_fish",
-        "horse": "racehorse",
-    },
-    "food": {
-        "apple": "apple",
-        "banana": "banana",
-        "pizza": "pizza",
-        "carrot": "carrot",
-        "bread": "bread",
-        "grapes": "grapes",
-    },
-    "vehicle": {
-        "car": "blue_car",
-        "bus": "bus",
-        "bike": "bike",
-        "airplane": "airplane",
-        "helicopter": "helicopter",
-        "boat": "boat",
-    },
-    "instrument": {
-        "guitar": "guitar",
-        "trumpet": "trumpet",
-        "violin": "violin",
-        "drum": "drum_with_drumsticks",
-        "saxophone": "saxophone",
-        "accordion": "accordion",
-    },
+    "animal": ("cat", "dog", "elephant", "penguin", "fish", "horse"),
+    "food": ("apple", "banana", "pizza", "carrot", "bread", "grapes"),
+    "vehicle": ("car", "bus", "bike", "airplane", "helicopter", "boat"),
+    "instrument": ("guitar", "trumpet", "violin", "drum", "saxophone", "accordion"),
 }
+SHORT_NAMES = {
+    "cat": "cat2",
+    "dog": "dog2",
+    "fish": "tropical_fish",
+    "horse": "racehorse",
+    "car": "blue_car",
+    "drum": "drum_with_drumsticks",
+}
+"""Names of emoji that are not those of their objects."""
 
 
 def vendor() -> None:
@@ -124,9 +105,10 @@ def _write_images(emoji: tarfile.TarFile, countries: dict[str, dict[str, object]
     _write_csv(ASSETS / "countries.csv", ["iso", "name", "capital", "continent"], rows)
     objects = []
     for kind, names in OBJECTS.items():
-        for name, short_name in names.items():
+        for name in names:
+            image = by_name[SHORT_NAMES.get(name, name)]
             (ASSETS / "objects" / f"{name}.png").write_bytes(
-                _member(emoji, f"package/img/google/64/{by_name[short_name]}").read()
+                _member(emoji, f"package/img/google/64/{image}").read()
             )
             objects.append([name, kind])
     _write_csv(ASSETS / "objects.csv", ["name", "kind"], objects)
