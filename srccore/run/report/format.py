@@ -73,16 +73,8 @@ def measured(value: float | None, figure: Figure) -> str:
 
 
 FILTERS: dict[str, Callable[..., str]] = {
-    "measured": measured,
-    "percent": percent,
-    "points": points,
-    "span": span,
-    "duration": duration,
-    "memory": memory,
-    "words": words,
-    "signed": signed,
-    "moment": moment,
-    "data_uri": data_uri,
+    each.__name__: each
+    for each in (measured, percent, points, span, duration, memory, words, signed, moment, data_uri)
 }
 
 
