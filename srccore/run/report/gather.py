@@ -168,23 +168,16 @@ def _cards(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.Sam
             for rating in read_records(shard / "ratings.jsonl", Rating)
         }
         for preference in _some(preferences, samples):
-            sample = samples[preference.sample_id]
-            chosen, rejected = preference.chosen, preference.rejected
+            chosen, rejected = preference.chosen.id, preference.rejected.id
             orders = (
-                ("chosen", "rejected", ratings.get((chosen.id, rejected.id))),
-                ("rejected", "chosen", ratings.get((rejected.id, chosen.id))),
+                ("chosen", "rejected", ratings.get((chosen, rejected))),
+                ("rejected", "chosen", ratings.get((rejected, chosen))),
             )
             yield page.SampleCard(
-                sample_id=sample.id,
-                category=sample.category,
                 round=number,
-                image_png=_thumbnail(data.image(sample.id)),
-                question=sample.question,
-                reference_answer=sample.answer,
-                chosen=chosen.text,
-                rejected=rejected.text,
-                margin=preference.margin,
-                confidence=preference.confidence,
+                sample=samples[preference.sample_id],
+                image_png=_thumbnail(data.image(preference.sample_id)),
+                preference=preference,
                 ratings=tuple(
                     page.RatingRow(first=first, second=second, probabilities=rating.probabilities)
                     for first, second, rating in orders

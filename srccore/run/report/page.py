@@ -18,6 +18,7 @@ from datetime import datetime
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field
 
+from srccore.data.records import Preference, Sample
 from srccore.method import response, sentences
 from srccore.method.curation import CurationFigures
 from srccore.method.evaluation import HEADLINE, SHOWN, Change, Figure, Figures, FigureSet
@@ -61,16 +62,10 @@ class RatingRow(Part):
 class SampleCard(Part):
     """One preference with its sample and ratings."""
 
-    sample_id: str
-    category: str
     round: int
-    image_png: bytes | None = None
-    question: str
-    reference_answer: str
-    chosen: str
-    rejected: str
-    margin: float
-    confidence: float
+    sample: Sample
+    image_png: bytes
+    preference: Preference
     ratings: tuple[RatingRow, ...] = ()
     """R-Scorer's ratings of the pair, in both orders."""
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from srccore.data.records import Sample
 from srccore.method.evaluation import FIGURES, Change, Figure
 from srccore.run.report import charts
 from srccore.run.report import page as report
@@ -86,18 +87,31 @@ def figures(number: int, aligned: float, **changes: object) -> dict[str, object]
     return {**whole, **changes}
 
 
-def card(**changes: object) -> SampleCard:
+CHOSEN = "The red bar is 3. It is highest.\nAnswer: red"
+REJECTED = "The red bar is 3. Blue is highest.\nAnswer: blue"
+
+
+def card(
+    chosen: str = CHOSEN,
+    rejected: str = REJECTED,
+    sample: Sample | None = None,
+    **changes: object,
+) -> SampleCard:
+    texts = {"chosen": chosen, "rejected": rejected}
     values: dict[str, object] = {
-        "sample_id": "chart-1",
-        "category": "chart",
         "round": 1,
+        "sample": sample
+        or Sample(id="chart-1", category="chart", question="Which bar is highest?", answer="red"),
         "image_png": b"\x89PNG",
-        "question": "Which bar is highest?",
-        "reference_answer": "red",
-        "chosen": "The red bar is 3. It is highest.\nAnswer: red",
-        "rejected": "The red bar is 3. Blue is highest.\nAnswer: blue",
-        "margin": 0.8,
-        "confidence": 0.7,
+        "preference": {
+            "sample_id": "chart-1",
+            "margin": 0.8,
+            "confidence": 0.7,
+            **{
+                name: {"id": name, "text": text, "log_probability": -1, "token_count": 9}
+                for name, text in texts.items()
+            },
+        },
         "ratings": [
             {"first": "chosen", "second": "rejected", "probabilities": (0, 0, 0, 0.5, 0.5)},
             {"first": "rejected", "second": "chosen", "probabilities": (1, 0, 0, 0, 0)},
@@ -231,10 +245,7 @@ def test_hostile_text_stays_text(text: str) -> None:
                 stages=[{"name": text, "seconds": 1}],
                 samples=[
                     card(
-                        sample_id=text,
-                        category=text,
-                        question=text,
-                        reference_answer=text,
+                        sample=Sample(id=text, category="chart", question=text, answer=text),
                         chosen=f"{text} One. Two.\nAnswer: {text}",
                         rejected=text,
                         ratings=[
@@ -282,8 +293,7 @@ def test_a_null_figure_is_a_dash_and_no_dot() -> None:
 
 def test_sentences_that_the_other_text_lacks_are_marked() -> None:
     # The first sentence is shared, the second and the answer line are not.
-    sample = card()
-    assert report._compare(sample.chosen, sample.rejected) == [
+    assert report._compare(CHOSEN, REJECTED) == [
         ("The red bar is 3.", False),
         ("It is highest.", True),
         ("Answer: red", True),
@@ -366,4 +376,4 @@ def test_durations_read_well(seconds: float, text: str) -> None:
 
 def test_a_value_that_is_no_number_is_refused() -> None:
     with pytest.raises(ValidationError):
-        card(margin=float("nan"))
+        full(stages=[{"name": "train-dpo", "seconds": float("nan")}])
