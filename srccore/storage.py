@@ -15,7 +15,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from urllib.parse import unquote, urlsplit
 
 from srccore.errors import UserError
 from srccore.files import JOURNAL, MANIFEST, atomically
+from srccore.hashing import hash_text
 
 if TYPE_CHECKING:
     from botocore.exceptions import BotoCoreError, ClientError
@@ -276,8 +276,7 @@ def fingerprint(uri: str) -> str:
     Raises:
         UserError: There is nothing.
     """
-    text = json.dumps([astuple(file) for file in listing(uri)])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hash_text(json.dumps([astuple(file) for file in listing(uri)]))
 
 
 def read_text(uri: str) -> str:
@@ -286,23 +285,20 @@ def read_text(uri: str) -> str:
     Raises:
         UserError: There is no such file, or it is not UTF-8 text.
     """
-    try:
-        return _read(uri).decode()
-    except UnicodeDecodeError:
-        raise UserError(f"{uri} is not UTF-8 text.", "Check the address.") from None
-
-
-def _read(uri: str) -> bytes:
     if is_remote(uri):
         address = _parse(uri)
         if not address.key:
             raise _nothing(uri)
         with _store_explained(address):
-            return _client().get_object(Bucket=address.bucket, Key=address.key)["Body"].read()
-    path = _local(uri)
-    if not path.is_file():
+            found = _client().get_object(Bucket=address.bucket, Key=address.key)["Body"].read()
+    elif _local(uri).is_file():
+        found = _local(uri).read_bytes()
+    else:
         raise _nothing(uri)
-    return path.read_bytes()
+    try:
+        return found.decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{uri} is not UTF-8 text.", "Check the address.") from None
 
 
 def _nothing(uri: str) -> UserError:
@@ -420,7 +416,7 @@ def _mirror(address: _Address, path: Path) -> None:
 @contextlib.contextmanager
 def _one_by_one(address: _Address) -> Iterator[None]:
     """Makes the processes that share a cache download an address one after the other."""
-    path = _cache() / "locks" / hashlib.sha256(str(address).encode()).hexdigest()
+    path = _cache() / "locks" / hash_text(str(address))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         # Some network file systems have no locks; there, each process downloads for itself.
@@ -482,8 +478,7 @@ def _record(path: Path, content: Path, etag: str, staging: Path) -> None:
 
 
 def _record_path(path: Path) -> Path:
-    name = hashlib.sha256(str(path.relative_to(_cache())).encode()).hexdigest()
-    return _cache() / "etags" / name
+    return _cache() / "etags" / hash_text(str(path.relative_to(_cache())))
 
 
 def _state(etag: str, state: os.stat_result) -> str:

@@ -7,14 +7,13 @@ adding samples to a data set does not move others to another split or shard.
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from srccore.data.records import Category, Sample
 from srccore.errors import UserError
-from srccore.hashing import stable_hash
+from srccore.hashing import hash_text, stable_hash
 
 __all__ = ["MIXTURE", "draw", "shard", "split"]
 
@@ -49,7 +48,7 @@ def draw(samples: Iterable[Sample], count: int, *, seed: int, start: int = 0) ->
         )
 
     def order(sample: Sample) -> str:
-        return hashlib.sha256(f"{seed}/{sample.id}".encode()).hexdigest()
+        return hash_text(f"{seed}/{sample.id}")
 
     ordered = sorted(samples, key=order)
     if not ordered:

@@ -8,14 +8,13 @@ the text of the beam, never on a batch or a shard.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from srccore.config import SearchConfig
 from srccore.data.records import Candidate, CandidateSet
-from srccore.hashing import stable_hash
+from srccore.hashing import hash_text, stable_hash
 from srccore.method.engine import Continuation, Draw, Node, Prompt, SamplingEngine
 
 __all__ = ["Beam", "candidate_id", "search_candidates", "select", "similarity"]
@@ -256,4 +255,4 @@ def similarity(first: str, second: str) -> float:
 
 def candidate_id(sample_id: str, text: str) -> str:
     """Returns the id of a candidate: the same text for the same sample always has the same id."""
-    return hashlib.sha256(f"{sample_id}\n{text}".encode()).hexdigest()[:16]
+    return hash_text(f"{sample_id}\n{text}")[:16]
