@@ -112,19 +112,21 @@ def rate_candidates(
     Raises:
         UserError: A sample has more candidates than `pair_schedule` accepts.
     """
-    pairs = [
-        (sample, first, second)
-        for sample, candidate_set in samples_and_sets
-        for first, second in pair_schedule(candidate_set.candidates)
-    ]
-    if not pairs:
-        return []
-    return _rate(engine, pairs)
+    return _rate(
+        engine,
+        [
+            (sample, first, second)
+            for sample, candidate_set in samples_and_sets
+            for first, second in pair_schedule(candidate_set.candidates)
+        ],
+    )
 
 
 def _rate(
     engine: RatingEngine, pairs: Sequence[tuple[Sample, Candidate, Candidate]]
 ) -> list[Rating]:
+    if not pairs:
+        return []
     distributions = engine.next_token_distribution(
         [rating_prompt(sample, first.text, second.text) for sample, first, second in pairs],
         [str(level) for level in RATING_LEVELS],
@@ -164,7 +166,7 @@ def validate(
         sample = samples[pair.sample_id]
         first, second = (_response_as_candidate(text) for text in (pair.first, pair.second))
         asked += [(sample, first, second), (sample, second, first)]
-    ratings = _rate(engine, asked) if asked else []
+    ratings = _rate(engine, asked)
     agrees, agrees_both_right, lengths, means = [], [], [], []
     for number, (sample, first, second) in enumerate(asked):
         pair = pairs[number // 2]

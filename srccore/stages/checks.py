@@ -29,11 +29,8 @@ def check_run(config: RunConfig) -> None:
     check_settings(STAGES, dict(config))
     if config.data.source != "embedded":
         opened = open_source(config.data)
-        for stage, section in (
-            ("augment-rationales", config.augmentation),
-            ("annotate-ratings", config.annotation),
-        ):
-            check_facts(stage, section, opened.samples, config.data.source)
+        check_facts("augment-rationales", config.augmentation, opened.samples, config.data.source)
+        check_facts("annotate-ratings", config.annotation, opened.samples, config.data.source)
 
 
 def check_settings(stages: Iterable[str], sections: Mapping[str, Any]) -> None:
@@ -52,10 +49,12 @@ def check_settings(stages: Iterable[str], sections: Mapping[str, Any]) -> None:
         if section is None:
             continue
         choice = next(each for each in _CHOICES if hasattr(section, each))
+        if getattr(section, choice) != "endpoint":
+            continue
         endpoint: EndpointConfig = section.endpoint
         where = f"{stage.teacher}.endpoint"
         missing = [each for each in ("url", "model") if not getattr(endpoint, each)]
-        if getattr(section, choice) == "endpoint" and missing:
+        if missing:
             raise UserError(
                 f"{name} would ask an endpoint ({stage.teacher}.{choice}), but "
                 f"{' and '.join(f'{where}.{each}' for each in missing)} "
@@ -63,9 +62,7 @@ def check_settings(stages: Iterable[str], sections: Mapping[str, Any]) -> None:
                 f"Pass --set {where}.url=https://HOST/v1 and --set {where}.model=NAME, or do "
                 f"without it: {stage.without_teacher}.",
             )
-        if getattr(section, choice) == "endpoint" and not str(endpoint.url).startswith(
-            ("http://", "https://")
-        ):
+        if not str(endpoint.url).startswith(("http://", "https://")):
             raise UserError(
                 f"{where}.url must start with http:// or https://, got {endpoint.url!r}.",
                 f"Pass --set {where}.url=https://HOST/v1.",

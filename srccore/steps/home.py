@@ -100,7 +100,8 @@ def _places(run: RunFolder, root: str, evaluation: str) -> Iterator[tuple[str, P
         yield found.parent("data"), run.data
         policy = found.input("policy")
         if policy and found.round == 0:
-            yield from _tuning(run, root, policy)
+            yield policy, run.tuning
+            yield from _rationales(run, root, _Step(root, policy), "train")
         elif policy:
             yield from _alignment(run, root, policy, found.round)
         current = found.input("previous")
@@ -130,11 +131,6 @@ def _scorer(run: RunFolder, root: str, uri: str) -> Iterator[tuple[str, Path]]:
         yield pairs, run.labelled_pairs
         if sampled := _Step(root, pairs).input("candidates"):
             yield sampled, run.responses
-
-
-def _tuning(run: RunFolder, root: str, policy: str) -> Iterator[tuple[str, Path]]:
-    yield policy, run.tuning
-    yield from _rationales(run, root, _Step(root, policy), "train")
 
 
 def _rationales(run: RunFolder, root: str, step: _Step, split: str) -> Iterator[tuple[str, Path]]:
