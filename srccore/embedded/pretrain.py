@@ -54,7 +54,6 @@ def pretrain(
     vision_steps: int,
     seeing_steps: int,
     steps: int,
-    report: Callable[[str], None] = print,
 ) -> None:
     """Trains the LVLM from scratch and saves it in Hugging Face layout (float16).
 
@@ -65,7 +64,6 @@ def pretrain(
         vision_steps: Optimiser steps of the first phase, with 64 images each.
         seeing_steps: Optimiser steps of the second phase, with `BATCH` images each.
         steps: Optimiser steps of the third phase, with `BATCH` images each.
-        report: Called with each line of progress.
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(seed)
@@ -74,21 +72,20 @@ def pretrain(
     began = time.monotonic()
     world = [make_item(seed, "pretrain", number) for number in range(items)]
     images = np.stack([np.asarray(item.image) for item in world])
-    report(f"{items} items made in {time.monotonic() - began:.0f} s")
-    _train_vision(model, world, images, vision_steps, seed, report)
+    print(f"{items} items made in {time.monotonic() - began:.0f} s")
+    _train_vision(model, world, images, vision_steps, seed)
     # After seeing: first to say what is visible, then to talk the way models in the wild do.
     for phase, count, write in ((1, seeing_steps, seeing), (2, steps, talking)):
-        _train_language(model, tokenizer, world, images, count, seed + phase, write, report)
+        _train_language(model, tokenizer, world, images, count, seed + phase, write)
     out.mkdir(parents=True, exist_ok=True)
     save_in_public_names(model.half(), out)
     processor.save_pretrained(out)
 
 
-def _pixels(images: np.ndarray, chosen: list[int], rng: random.Random | None = None) -> Tensor:
+def _pixels(images: np.ndarray, chosen: list[int], rng: random.Random) -> Tensor:
     pixels = torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).float() / 255
-    if rng is not None:
-        # Shifted by up to 3 pixels: more arrangements from the same items.
-        pixels = torch.roll(pixels, (rng.randint(-3, 3), rng.randint(-3, 3)), (2, 3))
+    # Shifted by up to 3 pixels: more arrangements from the same items.
+    pixels = torch.roll(pixels, (rng.randint(-3, 3), rng.randint(-3, 3)), (2, 3))
     mean = torch.tensor(MEAN).view(1, 3, 1, 1)
     std = torch.tensor(STD).view(1, 3, 1, 1)
     return (pixels - mean) / std
@@ -187,14 +184,7 @@ class _Heads(nn.Module):
         return results
 
 
-def _train_vision(
-    model: Any,
-    world: list[Item],
-    images: np.ndarray,
-    steps: int,
-    seed: int,
-    report: Callable[[str], None],
-) -> None:
+def _train_vision(model: Any, world: list[Item], images: np.ndarray, steps: int, seed: int) -> None:
     rng = random.Random(seed)
     heads = _Heads(model.config.text_config.hidden_size)
     sights = [_sights(item) for item in world]
@@ -229,7 +219,7 @@ def _train_vision(
                 for kind in heads.names
                 if kind in counts
             )
-            report(f"vision {step}/{steps}: named correctly: {shares}")
+            print(f"vision {step}/{steps}: named correctly: {shares}")
             counts = {}
 
 
@@ -241,7 +231,6 @@ def _train_language(
     steps: int,
     seed: int,
     write: Callable[[Item, random.Random], list[Turn]],
-    report: Callable[[str], None],
 ) -> None:
     """Trains the whole model on conversations that ``write`` writes about the items."""
     rng = random.Random(seed)
@@ -286,7 +275,7 @@ def _train_language(
         rights.append((hits & counted).sum().item() / counted.sum().item())
         if step % 100 == 0:
             rate = (time.monotonic() - began) / step
-            report(
+            print(
                 f"{write.__name__} {step}/{steps}: loss {np.mean(losses[-100:]):.4f}, "
                 f"tokens right {np.mean(rights[-100:]):.3f}, {rate:.2f} s/step"
             )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,9 +59,7 @@ class _Row:
     """For each place: 1 if the sentence is supported or the answer is right, else 0."""
 
 
-def pretrain_rating(
-    out: Path, *, seed: int, items: int, steps: int, report: Callable[[str], None] = print
-) -> None:
+def pretrain_rating(out: Path, *, seed: int, items: int, steps: int) -> None:
     """Trains the rating model from scratch and saves it in Hugging Face layout (float16).
 
     Args:
@@ -70,7 +67,6 @@ def pretrain_rating(
         seed: The seed of data, order and initial weights.
         items: How many items of the pretraining split to make and draw from.
         steps: Optimiser steps, with `BATCH` pairs each.
-        report: Called with each line of progress.
     """
     from transformers import AutoTokenizer
 
@@ -118,7 +114,7 @@ def pretrain_rating(
         judged.append((said.argmax(-1) == verdicts).float().mean().item())
         if step % 100 == 0:
             rate = (time.monotonic() - began) / step
-            report(
+            print(
                 f"rating {step}/{steps}: loss {np.mean(losses[-100:]):.4f}, "
                 f"right {np.mean(right[-100:]):.3f}, "
                 f"sentences judged correctly {np.mean(judged[-100:]):.3f}, {rate:.2f} s/step"
