@@ -201,22 +201,19 @@ def train_adapter(
     Raises:
         UserError: No row fits into the context, or the policy cannot be loaded.
     """
+    from datasets import Dataset
+
     with training(config, out, dtype=policy.base.dtype, seed=seed, machine=machine) as session:
         dtype = policy.base.dtype if session.device.startswith("cuda") else "float32"
         base = policy.base.model_copy(update={"dtype": dtype})
         loaded = load_policy(policy.model_copy(update={"base": base}), session.device)
         fitting = _within_context(loaded.model, loaded.processor, rows)
-
-        def read(number: int) -> dict[str, Any]:
-            columns, image = fitting[number]
-            return {**columns, "images": [image()]}
-
         order = sample_order(len(fitting), config, seed)
         session.processes.agree((str(columns) for columns, _ in fitting), "samples")
         ready = trainer(
             session.arguments,
             model=loaded.model,
-            train_dataset=_image_dataset(order, read),
+            train_dataset=Dataset.from_dict({"row": order}).with_transform(_Rows(fitting)),
             processing_class=loaded.processor,
             peft_config=lora_config(config.lora),
         )
@@ -323,31 +320,20 @@ def lora_config(lora: LoraSettings, target_modules: str | None = None) -> Any:
     )
 
 
-def _image_dataset(numbers: list[int], row: Callable[[int], dict[str, Any]]) -> Any:
-    """Makes a ``datasets.Dataset`` whose rows are made when they are read.
-
-    Args:
-        numbers: The indices of the rows, in order.
-        row: Makes the row with a given index; it reads the image.
-    """
-    from datasets import Dataset
-
-    return Dataset.from_dict({"row": numbers}).with_transform(_Rows(row))
-
-
 class _Rows:
-    """The transform behind `_image_dataset`.
+    """A transform of a data set of row numbers, which reads a row's image when the row is read.
 
     The datasets library pickles a transform to name its cache, and copies it; the images behind
     this one must be neither pickled nor copied.
     """
 
-    def __init__(self, row: Callable[[int], dict[str, Any]]) -> None:
-        self.row = row
+    def __init__(self, rows: Sequence[tuple[dict[str, str], ImageLoader]]) -> None:
+        self.rows = rows
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        rows = [self.row(number) for number in batch["row"]]
-        return {name: [row[name] for row in rows] for name in rows[0]}
+        rows = [self.rows[number] for number in batch["row"]]
+        texts = {name: [columns[name] for columns, _ in rows] for name in rows[0][0]}
+        return {**texts, "images": [[image()] for _, image in rows]}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_Rows, ())
