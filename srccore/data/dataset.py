@@ -447,12 +447,10 @@ def _parquet_rows(files: Sequence[Path], images: _Images) -> Iterator[_Row]:
         with _reading_parquet(path), pq.ParquetFile(path, memory_map=True) as file:
             names = file.schema_arrow.names
             texts = file.read_row_group(group, columns=[n for n in names if n != "image"])
+        reasons = () if "image" in names else ("image is missing",)
         for index, values in enumerate(texts.to_pylist()):
-            if "image" in names:
-                row = _Row(next(number), _without_nulls(values), _Cell(path, group, index))
-            else:
-                row = _Row(next(number), _without_nulls(values), None, ("image is missing",))
-            yield row
+            place = None if reasons else _Cell(path, group, index)
+            yield _Row(next(number), _without_nulls(values), place, reasons)
 
 
 def _without_nulls(value: Any) -> Any:
