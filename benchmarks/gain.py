@@ -93,7 +93,7 @@ def control(arm: str, config: RunConfig, folder: Path) -> list[dict]:
     source, out = RunFolder(folder / "src"), RunFolder(folder / arm)
     heldout, calibration = (source.split(name) for name in ("heldout", "calibration"))
     policy = source.trained_policy(0)
-    evaluations = [source.evaluation(0)]
+    evaluations = [source.output("evaluate", 0)]
     for number in range(1, config.rounds + 1):
         place = out.round(number)
         preferences = place / "preferences"
@@ -116,7 +116,7 @@ def control(arm: str, config: RunConfig, folder: Path) -> list[dict]:
                     config.scoring,
                     data=calibration,
                     candidates=place / "search",
-                    scorer=source.scorer,
+                    scorer=source.output("train-scorer"),
                     rationales=source.rationales("calibration"),
                     out=place / "score",
                     machine=Machine(config.device),
@@ -134,13 +134,13 @@ def control(arm: str, config: RunConfig, folder: Path) -> list[dict]:
             config.evaluation,
             data=heldout,
             policy=policy,
-            out=out.evaluation(number),
+            out=out.output("evaluate", number),
             seed=config.seed,
             round_number=number,
             previous=evaluations[-1],
             machine=Machine(config.device),
         )
-        evaluations.append(out.evaluation(number))
+        evaluations.append(out.output("evaluate", number))
     return [read_manifest(path).figures for path in evaluations]
 
 
@@ -280,7 +280,7 @@ def headroom(config: RunConfig, folder: Path) -> dict:
         "headroom",
         folder / "headroom",
         config=config.search,
-        inputs={"policy": source.tuning},
+        inputs={"policy": source.output("tune-rationale")},
     )
     if step.figures is not None:
         return step.figures
@@ -369,7 +369,7 @@ def aligned(out: Path, seed: int, arm: str, number: int) -> np.ndarray:
     """For each held-out sample, 1.0 if an arm's answer and rationale are right after a round."""
     folder = out / f"seed-{seed}"
     samples = dataset.open_data(RunFolder(folder / "src").split("heldout")).samples
-    outcomes = read_outcomes(samples, RunFolder(folder / arm).evaluation(number))
+    outcomes = read_outcomes(samples, RunFolder(folder / arm).output("evaluate", number))
     return np.array([float(o.answer_right and bool(o.rationale_right)) for o in outcomes])
 
 

@@ -32,6 +32,7 @@ from pydantic import ValidationError
 from srccore.data.records import Category, Sample
 from srccore.errors import UserError
 from srccore.files import atomically
+from srccore.hashing import hash_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -150,8 +151,7 @@ class DataSet:
         images = (place for place in self._places.values() if isinstance(place, Path))
         total = hashlib.sha256()
         for path in dict.fromkeys([*_files(self.path), *images]):
-            with path.open("rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
+            total.update(bytes.fromhex(hash_file(path)))
         return total.hexdigest()
 
 

@@ -78,7 +78,7 @@ def export_policy(run: Path, number: int, out: Path, *, adapter: bool = False) -
 
 def _card(run: Path, config: RunConfig, number: int, policy: Path, *, adapter: bool) -> str:
     manifest = read_manifest(policy.parent)
-    evaluation = read_manifest(RunFolder(run).evaluation(number)).figures
+    evaluation = read_manifest(RunFolder(run).output("evaluate", number)).figures
     rows = ["| metric | value | 95% interval |", "| --- | --- | --- |"]
     for name, interval in evaluation["interval"].items():
         if evaluation.get(name) is not None and interval:

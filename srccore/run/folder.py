@@ -78,50 +78,22 @@ class RunFolder:
         """The output of `augment-rationales` for a split."""
         return self.path / "augment-rationales" / split
 
-    @property
-    def tuning(self) -> Path:
-        """The output of `tune-rationale`, the policy of round 0."""
-        return self.path / "tune-rationale"
-
-    @property
-    def responses(self) -> Path:
-        """The output of `sample-responses`."""
-        return self.path / "sample-responses"
-
-    @property
-    def labelled_pairs(self) -> Path:
-        """The output of `annotate-ratings`."""
-        return self.path / "annotate-ratings"
-
-    @property
-    def scorer(self) -> Path:
-        """The output of `train-scorer`."""
-        return self.path / "train-scorer"
-
     def round(self, number: int) -> Path:
         """The folder of a round."""
         return self.path / f"round-{number}"
 
-    def candidates(self, number: int, shard: int) -> Path:
-        """The output of `search-candidates` for a shard of a round."""
-        return self.round(number) / f"search-candidates-{shard}"
+    def output(self, stage: str, number: int | None = None, shard: int | None = None) -> Path:
+        """The output of a stage: of a run, of a round, or of a shard of a round.
 
-    def ratings(self, number: int, shard: int) -> Path:
-        """The output of `score-candidates` for a shard of a round."""
-        return self.round(number) / f"score-candidates-{shard}"
+        `prepare-data` and `augment-rationales` have their own places.
+        """
+        folder = self.path if number is None else self.round(number)
+        return folder / (stage if shard is None else f"{stage}-{shard}")
 
     def all_ratings(self, number: int) -> list[Path]:
         """The finished outputs of `score-candidates` in a round."""
         manifests = self.round(number).glob(f"score-candidates-*/{MANIFEST}")
         return sorted(path.parent for path in manifests)
-
-    def preferences(self, number: int) -> Path:
-        """The output of `curate-preference` in a round."""
-        return self.round(number) / "curate-preference"
-
-    def training(self, number: int) -> Path:
-        """The output of `train-dpo` in a round."""
-        return self.round(number) / "train-dpo"
 
     def check(self, number: int, when: Literal["before", "after"]) -> Path:
         """The output of `evaluate` on the calibration split, before or after a round's training."""
@@ -131,13 +103,10 @@ class RunFolder:
         """What was decided on a round's policy, under ``on_regression: keep_previous``."""
         return self.round(number) / "kept.json"
 
-    def evaluation(self, number: int) -> Path:
-        """The output of `evaluate` after a round."""
-        return self.round(number) / "evaluate"
-
     def trained_policy(self, number: int) -> Path:
         """The policy file that a round's training wrote; 0 is stage 1."""
-        return (self.training(number) if number else self.tuning) / POLICY_FILE
+        stage = self.output("train-dpo", number) if number else self.output("tune-rationale")
+        return stage / POLICY_FILE
 
     def policy(self, number: int) -> Path:
         """The policy file that a round ended with: its own, or an earlier one that was kept.
@@ -183,4 +152,4 @@ class RunFolder:
         """The rounds that have been evaluated, in order."""
         stages = set(self.finished_stages())
         rounds = {self.round_of(folder) for folder in stages}
-        return sorted(n for n in rounds if n is not None and self.evaluation(n) in stages)
+        return sorted(n for n in rounds if n is not None and self.output("evaluate", n) in stages)

@@ -22,6 +22,7 @@ from srccore.method.evaluation import HEADLINE
 from srccore.models.policy import resolve_model_path
 from srccore.run.folder import RunFolder
 from srccore.stages.checks import check_run
+from srccore.stages.manifest import read_manifest
 from srccore.stages.table import STAGES
 from srccore.training.machine import Figures, Machine, Progress
 
@@ -140,65 +141,65 @@ class _Wiring:
     observer: Observer
     figures: list[Figures] = field(default_factory=list)
 
-    def _do(self, stage: str, out: Path, number: int | None = None, **given: Any) -> Figures:
+    def _do(
+        self,
+        stage: str,
+        number: int | None = None,
+        shard: int | None = None,
+        *,
+        out: Path | None = None,
+        **given: Any,
+    ) -> Path:
+        """Runs a stage and returns its output."""
+        folder = out or self.out.output(stage, number, shard)
         if "round_number" in STAGES[stage].settings:
             given["round_number"] = number
+        if "shard" in STAGES[stage].settings:
+            given["shard"] = (shard, self.config.shards)
         with self.observer.stage(stage, number) as progress:
             machine = Machine(self.config.device, progress)
-            return STAGES[stage].run(self.config, out=out, machine=machine, **given)
+            STAGES[stage].run(self.config, out=folder, machine=machine, **given)
+        return folder
+
+    def _known(self, split: str) -> dict[str, Any]:
+        return {"data": self.out.split(split), "rationales": self.out.rationales(split)}
 
     def prepare_data(self) -> None:
-        self._do("prepare-data", self.out.data)
+        self._do("prepare-data", out=self.out.data)
 
     def augment_rationales(self) -> None:
         """Stage 1 learns those of the train split; R-Scorer compares with those of both splits."""
         for split in ("train", "calibration"):
             data = self.out.split(split)
-            self._do("augment-rationales", self.out.rationales(split), data=data)
+            self._do("augment-rationales", out=self.out.rationales(split), data=data)
 
     def tune_rationale(self) -> Path:
-        data, rationales = self.out.split("train"), self.out.rationales("train")
-        self._do("tune-rationale", self.out.tuning, data=data, rationales=rationales)
+        self._do("tune-rationale", **self._known("train"))
         return self.out.trained_policy(0)
 
     def train_scorer(self, policy: Path) -> Path:
         """Trains R-Scorer once, before round 1, on responses of the stage-1 policy."""
-        responses, pairs = self.out.responses, self.out.labelled_pairs
-        data, rationales = self.out.split("train"), self.out.rationales("train")
-        known: dict[str, Any] = {"data": data, "rationales": rationales}
-        self._do("sample-responses", responses, data=data, policy=policy)
-        self._do("annotate-ratings", pairs, candidates=responses, **known)
-        self._do("train-scorer", self.out.scorer, labelled_pairs=pairs, **known)
-        return self.out.scorer
+        known = self._known("train")
+        responses = self._do("sample-responses", data=known["data"], policy=policy)
+        pairs = self._do("annotate-ratings", candidates=responses, **known)
+        return self._do("train-scorer", labelled_pairs=pairs, **known)
 
     def search(self, policy: Path, number: int, shard: int) -> Path:
-        folder, data = self.out.candidates(number, shard), self.out.split("calibration")
-        part = (shard, self.config.shards)
-        self._do("search-candidates", folder, number, data=data, policy=policy, shard=part)
-        return folder
+        data = self.out.split("calibration")
+        return self._do("search-candidates", number, shard, data=data, policy=policy)
 
     def score(self, candidates: Path, scorer: Path, number: int, shard: int) -> Path:
-        folder = self.out.ratings(number, shard)
-        self._do(
-            "score-candidates",
-            folder,
-            number,
-            data=self.out.split("calibration"),
-            candidates=candidates,
-            scorer=scorer,
-            rationales=self.out.rationales("calibration"),
-        )
-        return folder
+        known = self._known("calibration")
+        read = {"candidates": candidates, "scorer": scorer, **known}
+        return self._do("score-candidates", number, shard, **read)
 
     def curate(self, candidates: list[Path], ratings: list[Path], number: int) -> Path:
-        folder, data = self.out.preferences(number), self.out.split("calibration")
-        read: dict[str, Any] = {"data": data, "candidates": candidates, "ratings": ratings}
-        self._do("curate-preference", folder, number, **read)
-        return folder
+        read: dict[str, Any] = {"candidates": candidates, "ratings": ratings}
+        return self._do("curate-preference", number, data=self.out.split("calibration"), **read)
 
     def align(self, preferences: Path, policy: Path, number: int) -> Path:
-        folder, data = self.out.training(number), self.out.split("calibration")
-        self._do("train-dpo", folder, number, data=data, preferences=preferences, policy=policy)
+        data = self.out.split("calibration")
+        self._do("train-dpo", number, data=data, preferences=preferences, policy=policy)
         return self.out.trained_policy(number)
 
     def keep_or_revert(self, before: Path, aligned: Path, number: int) -> Path:
@@ -210,8 +211,11 @@ class _Wiring:
             return aligned
         split = self.out.split("calibration")
         earlier, later = self.out.check(number, "before"), self.out.check(number, "after")
-        self._evaluate(before, number, earlier, split, None)
-        changes = self._evaluate(aligned, number, later, split, earlier)["change"]
+        read: dict[str, Any] = {"data": split, "policy": before}
+        self._do("evaluate", number, out=earlier, **read)
+        read |= {"policy": aligned, "previous": earlier}
+        self._do("evaluate", number, out=later, **read)
+        changes = read_manifest(later).figures["change"]
         figure = HEADLINE if HEADLINE in changes else "accuracy"
         change = changes[figure]
         is_kept = change["interval"][1] >= 0
@@ -224,15 +228,10 @@ class _Wiring:
         return aligned if is_kept else before
 
     def evaluate(self, policy: Path, number: int) -> None:
-        previous = self.out.evaluation(number - 1) if number else None
-        split = self.out.split("heldout")
-        found = self._evaluate(policy, number, self.out.evaluation(number), split, previous)
-        self.figures.append(found)
+        previous = self.out.output("evaluate", number - 1) if number else None
+        data = self.out.split("heldout")
+        done = self._do("evaluate", number, data=data, policy=policy, previous=previous)
+        self.figures.append(read_manifest(done).figures)
         if self.out.known_figures()[: len(self.figures)] != self.figures:
             write_json(self.out.figures, self.figures)
         self.observer.figures(self.figures)
-
-    def _evaluate(
-        self, policy: Path, number: int, folder: Path, data: Path, previous: Path | None
-    ) -> Figures:
-        return self._do("evaluate", folder, number, data=data, policy=policy, previous=previous)

@@ -12,7 +12,7 @@ from typing import Any
 from srccore.config import EndpointConfig, RunConfig
 from srccore.data.records import Sample
 from srccore.errors import UserError
-from srccore.stages.data import open_source
+from srccore.stages.inputs import open_source
 from srccore.stages.table import STAGES
 
 __all__ = ["check_facts", "check_run", "check_settings"]

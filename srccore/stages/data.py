@@ -6,16 +6,14 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from srccore import storage
 from srccore.config import DataConfig
 from srccore.data import dataset, sampling
 from srccore.data.records import Sample
-from srccore.errors import UserError
 from srccore.stages import inputs as identify
 from srccore.stages.folder import StageFolder
 from srccore.training.machine import Figures, Machine
 
-__all__ = ["SPLITS", "open_source", "prepare_data"]
+__all__ = ["SPLITS", "prepare_data"]
 
 SPLITS = ("train", "calibration", "heldout")
 
@@ -49,17 +47,6 @@ def prepare_data(config: DataConfig, out: Path, machine: Machine = Machine()) ->
     return folder.finish({"samples": written})
 
 
-def open_source(config: DataConfig) -> dataset.DataSet:
-    """Opens the data set that a run starts from.
-
-    Raises:
-        UserError: It does not exist, or is not a data set.
-    """
-    if not storage.exists(config.source):
-        raise UserError(f"Input data.source does not exist: {config.source}.", "Check the path.")
-    return dataset.open_data(storage.fetch(config.source))
-
-
 def _embedded_rows(config: DataConfig, split: str) -> Iterator[tuple[Sample, bytes]]:
     from srccore.embedded.world import make_item
 
@@ -73,7 +60,7 @@ def _embedded_rows(config: DataConfig, split: str) -> Iterator[tuple[Sample, byt
 def _source_rows(
     config: DataConfig, counts: dict[str, int]
 ) -> dict[str, Iterator[tuple[Sample, bytes]]]:
-    data = open_source(config)
+    data = identify.open_source(config)
     total = sum(counts.values())
     shares = {split: count / total for split, count in counts.items()}
     parts = sampling.split(data.samples, shares, config.seed)

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from srccore import storage
 from srccore.config import DataConfig, TextModelConfig
+from srccore.data import dataset
 from srccore.errors import UserError
 from srccore.files import MANIFEST, STARTED
 from srccore.hashing import hash_file, hash_text
 from srccore.models.policy import Policy, read_policy, resolve_model_path
 from srccore.stages.manifest import read_manifest
 
-__all__ = ["checkpoint", "content", "data_source", "policy", "policy_at", "setting"]
+__all__ = ["checkpoint", "content", "data_source", "open_source", "policy", "policy_at", "setting"]
 
 
 def content(name: str, address: Path | str) -> str:
@@ -66,11 +67,24 @@ def _file(path: Path) -> str:
     return hash_file(path)
 
 
+def open_source(config: DataConfig) -> dataset.DataSet:
+    """Opens the data set that a run starts from.
+
+    Raises:
+        UserError: It does not exist, or is not a data set.
+    """
+    if not storage.exists(config.source):
+        raise UserError(f"Input data.source does not exist: {config.source}.", "Check the path.")
+    return dataset.open_data(storage.fetch(config.source))
+
+
 def data_source(config: DataConfig) -> str:
-    """Identifies the data set that a run starts from."""
+    """Identifies the data set that a run starts from, with the images that its rows name."""
     if config.source == "embedded":
         return config.source
-    return content("data.source", config.source)
+    if storage.is_remote(config.source):
+        return storage.fingerprint(config.source)
+    return open_source(config).sha256
 
 
 def checkpoint(path: str) -> str:

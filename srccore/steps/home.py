@@ -55,7 +55,7 @@ def collect_run(
     # The search goes back from evaluation to evaluation, so every round found has one.
     found = {run.round_of(folder) for folder in places.values()}
     rounds = sorted(number for number in found if number is not None)
-    evaluations = [run.evaluation(number) for number in rounds]
+    evaluations = [run.output("evaluate", number) for number in rounds]
     write_json(run.figures, [read_manifest(folder).figures for folder in evaluations])
     done = config.model_copy(update={"rounds": max(1, len(evaluations) - 1)})
     write_json(run.config, done.model_dump(mode="json"))
@@ -96,11 +96,11 @@ def _places(run: RunFolder, root: str, evaluation: str) -> Iterator[tuple[str, P
     current: str | None = evaluation
     while current is not None:
         found = _Step(root, current)
-        yield current, run.evaluation(found.round)
+        yield current, run.output("evaluate", found.round)
         yield found.parent("data"), run.data
         policy = found.input("policy")
         if policy and found.round == 0:
-            yield policy, run.tuning
+            yield policy, run.output("tune-rationale")
             yield from _rationales(run, root, _Step(root, policy), "train")
         elif policy:
             yield from _alignment(run, root, policy, found.round)
@@ -109,15 +109,15 @@ def _places(run: RunFolder, root: str, evaluation: str) -> Iterator[tuple[str, P
 
 def _alignment(run: RunFolder, root: str, policy: str, number: int) -> Iterator[tuple[str, Path]]:
     training = _Step(root, policy)
-    yield policy, run.training(number)
+    yield policy, run.output("train-dpo", number)
     preferences = training.inputs("preferences")[0]
-    yield preferences, run.preferences(number)
+    yield preferences, run.output("curate-preference", number)
     curation = _Step(root, preferences)
     for shard, uri in enumerate(curation.inputs("candidates")):
-        yield uri, run.candidates(number, shard)
+        yield uri, run.output("search-candidates", number, shard)
     ratings = curation.inputs("ratings")
     for shard, uri in enumerate(ratings):
-        yield uri, run.ratings(number, shard)
+        yield uri, run.output("score-candidates", number, shard)
     for uri in ratings[:1]:  # all shards share one R-Scorer and one set of rationales
         rating = _Step(root, uri)
         yield from _scorer(run, root, rating.inputs("scorer")[0])
@@ -125,12 +125,12 @@ def _alignment(run: RunFolder, root: str, policy: str, number: int) -> Iterator[
 
 
 def _scorer(run: RunFolder, root: str, uri: str) -> Iterator[tuple[str, Path]]:
-    yield uri, run.scorer
+    yield uri, run.output("train-scorer")
     pairs = _Step(root, uri).input("labelled_pairs")
     if pairs:
-        yield pairs, run.labelled_pairs
+        yield pairs, run.output("annotate-ratings")
         if sampled := _Step(root, pairs).input("candidates"):
-            yield sampled, run.responses
+            yield sampled, run.output("sample-responses")
 
 
 def _rationales(run: RunFolder, root: str, step: _Step, split: str) -> Iterator[tuple[str, Path]]:

@@ -63,7 +63,7 @@ def collect(run: Path) -> page.ReportData:
     folder = RunFolder(run)
     manifests = dict(_manifests(folder))
     rounds = folder.known_figures()
-    scorer = manifests.get(folder.scorer)
+    scorer = manifests.get(folder.output("train-scorer"))
     return page.ReportData(
         title=config.name,
         created=datetime.now(UTC),
@@ -122,7 +122,9 @@ def overall_change(run: Path, config: RunConfig, last: int) -> dict[str, evaluat
     """
     folder = RunFolder(run)
     samples = dataset.open_data(folder.split("heldout")).samples
-    before, after = (read_outcomes(samples, folder.evaluation(number)) for number in (0, last))
+    before, after = (
+        read_outcomes(samples, folder.output("evaluate", number)) for number in (0, last)
+    )
     return evaluation.paired_change(before, after, config.evaluation.resamples, config.seed)
 
 
@@ -161,7 +163,8 @@ def _cards(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.Sam
     data = dataset.open_data(run.split("calibration"))
     samples = {sample.id: sample for sample in data.samples}
     for number in rounds:
-        preferences = list(read_records(run.preferences(number) / "preferences.jsonl", Preference))
+        file = run.output("curate-preference", number) / "preferences.jsonl"
+        preferences = list(read_records(file, Preference))
         ratings = {
             (rating.first, rating.second): rating
             for shard in run.all_ratings(number)

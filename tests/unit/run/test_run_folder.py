@@ -31,17 +31,17 @@ def test_every_stage_has_its_folder(tmp_path: Path) -> None:
         run.report: "report.html",
         run.split("train"): "data/train.parquet",
         run.rationales("train"): "augment-rationales/train",
-        run.tuning: "tune-rationale",
-        run.responses: "sample-responses",
-        run.labelled_pairs: "annotate-ratings",
-        run.scorer: "train-scorer",
-        run.candidates(2, 7): "round-2/search-candidates-7",
-        run.ratings(2, 7): "round-2/score-candidates-7",
-        run.preferences(2): "round-2/curate-preference",
-        run.training(2): "round-2/train-dpo",
+        run.output("tune-rationale"): "tune-rationale",
+        run.output("sample-responses"): "sample-responses",
+        run.output("annotate-ratings"): "annotate-ratings",
+        run.output("train-scorer"): "train-scorer",
+        run.output("search-candidates", 2, 7): "round-2/search-candidates-7",
+        run.output("score-candidates", 2, 7): "round-2/score-candidates-7",
+        run.output("curate-preference", 2): "round-2/curate-preference",
+        run.output("train-dpo", 2): "round-2/train-dpo",
         run.check(2, "before"): "round-2/check-before",
         run.kept(2): "round-2/kept.json",
-        run.evaluation(0): "round-0/evaluate",
+        run.output("evaluate", 0): "round-0/evaluate",
         run.trained_policy(0): "tune-rationale/policy.json",
         run.trained_policy(2): "round-2/train-dpo/policy.json",
     }
@@ -51,8 +51,8 @@ def test_every_stage_has_its_folder(tmp_path: Path) -> None:
 
 def test_the_round_of_an_output_is_that_of_its_folder(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "round-9")
-    assert run.round_of(run.candidates(12, 0)) == 12
-    assert run.round_of(run.evaluation(0)) == 0
+    assert run.round_of(run.output("search-candidates", 12, 0)) == 12
+    assert run.round_of(run.output("evaluate", 0)) == 0
     assert run.round_of(run.rationales("train")) is None
     assert run.round_of(run.data) is None
 
@@ -60,21 +60,33 @@ def test_the_round_of_an_output_is_that_of_its_folder(tmp_path: Path) -> None:
 def test_finished_rounds_are_those_that_were_evaluated(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert run.finished_rounds() == []
-    finish(run.evaluation(10), run.evaluation(2), run.evaluation(0), run.training(3))
+    finish(
+        run.output("evaluate", 10),
+        run.output("evaluate", 2),
+        run.output("evaluate", 0),
+        run.output("train-dpo", 3),
+    )
     finish(run.check(4, "after"))
     assert run.finished_rounds() == [0, 2, 10]
 
 
 def test_only_finished_ratings_are_read(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    finish(run.ratings(1, 0), run.ratings(1, 1), run.candidates(1, 2))
-    run.ratings(1, 2).mkdir()
-    assert run.all_ratings(1) == [run.ratings(1, 0), run.ratings(1, 1)]
+    finish(
+        run.output("score-candidates", 1, 0),
+        run.output("score-candidates", 1, 1),
+        run.output("search-candidates", 1, 2),
+    )
+    run.output("score-candidates", 1, 2).mkdir()
+    assert run.all_ratings(1) == [
+        run.output("score-candidates", 1, 0),
+        run.output("score-candidates", 1, 1),
+    ]
 
 
 def test_a_round_whose_training_was_not_kept_has_the_policy_before_it(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    finish(*(run.evaluation(number) for number in range(4)))
+    finish(*(run.output("evaluate", number) for number in range(4)))
     keep(run, 2, kept=True)
     keep(run, 3, kept=False)
     assert run.policy(3) == run.policy(2) == run.trained_policy(2)
@@ -88,7 +100,7 @@ def test_a_round_whose_training_was_not_kept_has_the_policy_before_it(tmp_path: 
 def test_a_training_in_progress_does_not_keep_a_run_from_its_report(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.config.write_text(load_config("tiny").model_dump_json())
-    for training in (run.tuning, run.training(1)):
+    for training in (run.output("tune-rationale"), run.output("train-dpo", 1)):
         checkpoint = training / "checkpoint" / "step-4"
         checkpoint.mkdir(parents=True)
         (checkpoint / "manifest.json").write_text('{"step": 4}')

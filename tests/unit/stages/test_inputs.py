@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from srccore import hashing
 from srccore.config import DataConfig, ModelConfig
@@ -94,3 +96,14 @@ def test_settings_that_name_nothing_identify_nothing_more(checkpoint: Path) -> N
 def test_a_missing_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Input data does not exist: .*none"):
         identify.content("data", tmp_path / "none")
+
+
+def test_new_images_at_the_same_paths_are_another_data_set(tmp_path: Path) -> None:
+    row = {"id": "1", "category": "chart", "question": "?", "answer": "2", "image": "1.png"}
+    source = tmp_path / "samples.jsonl"
+    source.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    found = set()
+    for colour in ("red", "blue"):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / "1.png")
+        found.add(identify.data_source(DataConfig(source=str(source))))
+    assert len(found) == 2
