@@ -74,8 +74,7 @@ def count_samples(
 IMPORT = "from srccore.components.count_samples.component import count_samples\n"
 METHOD = """\
     def count_samples(self) -> None:
-        folder, data = self.out.path / "count-samples", self.out.split("train")
-        self._do("count-samples", folder, data=data)
+        self._do("count-samples", data=self.out.split("train"))
 
 """
 TASK = """\
