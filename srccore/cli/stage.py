@@ -58,7 +58,7 @@ def _command(stage: Stage) -> Callable[..., None]:
         typer.echo(json.dumps(figures, indent=2))
 
     # Typer reads a command's options from its signature.
-    run.__signature__ = inspect.Signature(list(_parameters(stage)))  # type: ignore[attr-defined]
+    vars(run)["__signature__"] = inspect.Signature(list(_parameters(stage)))
     return run
 
 
