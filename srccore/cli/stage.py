@@ -30,7 +30,7 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option("--out", metavar="PATH", help="The output folder.")]
-Round = Annotated[int, typer.Option("--round", help="The round; 0 is before the first.")]
+Round = Annotated[int, typer.Option("--round", help="The round; 0 is the policy after stage 1.")]
 Shard = Annotated[
     str, typer.Option("--shard", help="INDEX/COUNT: the part of the samples to work on, from 0.")
 ]
@@ -79,12 +79,14 @@ def _parameters(stage: Stage) -> Iterator[inspect.Parameter]:
 
 
 def _type(given: Input) -> Any:
-    if given.name == "data":
-        text = "The data set to read: a Parquet file or a folder with samples.jsonl."
-    elif given.name == "policy":
+    if given.kind == "data":
+        text = "The data set: a .parquet or .jsonl file, or a folder of one kind."
+    elif given.kind == "policy":
         text = "A policy.json, or the folder of a training stage."
     elif given.many:
         text = f"The folder of {given.made_by}; repeat it for every shard."
+    elif given.name == "previous":
+        text = f"The folder of {given.made_by} for the policy before."
     else:
         text = f"The folder of {given.made_by}."
     name = given.name.replace("_", "-")

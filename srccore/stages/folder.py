@@ -99,8 +99,12 @@ class StageFolder:
                 f"configuration than this {self.stage}.",
                 f"Choose another --out or delete {self.path}; nothing was changed.",
             )
-        path = self.path / MANIFEST
-        return read_manifest(self.path) if path.exists() else None
+        if (self.path / MANIFEST).exists():
+            return read_manifest(self.path)
+        # Of an attempt that was killed while it wrote a file.
+        for path in self.path.rglob("*.tmp"):
+            path.unlink(missing_ok=True)
+        return None
 
     def finish(self, figures: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the manifest, last of all, and deletes the journal.
@@ -137,13 +141,13 @@ class StageFolder:
 
 def _identified(stage: Stage, inputs: Mapping[str, Path | Sequence[Path] | None]) -> dict[str, str]:
     """Identifies the inputs by name; several of one name are numbered."""
-    declared = {each.name for each in stage.inputs}
-    if unknown := inputs.keys() - declared:
+    kinds = {each.name: each.kind for each in stage.inputs}
+    if unknown := inputs.keys() - kinds:
         raise ValueError(f"The stage {stage.name} declares no inputs {sorted(unknown)}.")
     found = {}
     for name, value in inputs.items():
         if isinstance(value, Path):
-            is_policy = name == "policy"
+            is_policy = kinds[name] == "policy"
             found[name] = identify.policy_at(value) if is_policy else identify.content(name, value)
         else:
             for number, path in enumerate(value or ()):

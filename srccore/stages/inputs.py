@@ -9,7 +9,7 @@ identified by its settings: the model's name, and not the address that serves it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from srccore import storage
@@ -42,28 +42,21 @@ def content(name: str, address: Path | str) -> str:
     path = storage.local_path(address) if isinstance(address, str) else address
     if path.is_file():
         return _file(path)
+    if (path / STARTED).is_file():
+        return hash_text(json.dumps(read_manifest(path).outputs, sort_keys=True))
     if path.is_dir():
-        return hash_text("\n".join(_folder(path)))
+        # A checkpoint is the same whatever its card says.
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "README.md")
+        return hash_text("\n".join(f"{p.relative_to(path)} {hash_file(p)}" for p in files))
     raise UserError(f"Input {name} does not exist: {path}.", "Check the path.")
 
 
-def _folder(path: Path) -> Iterator[str]:
-    if (path / STARTED).is_file():
-        yield json.dumps(read_manifest(path).outputs, sort_keys=True)
-        return
-    for file in sorted(path.rglob("*")):
-        # A checkpoint is the same whatever its card says.
-        if file.is_file() and file.name != "README.md":
-            yield f"{file.relative_to(path)} {_file(file)}"
-
-
 def _file(path: Path) -> str:
-    """Trusts the manifest of a finished stage for the files that it wrote."""
-    for folder in path.parents[:2]:
-        if all((folder / name).is_file() for name in (STARTED, MANIFEST)):
-            known = read_manifest(folder).outputs.get(str(path.relative_to(folder)))
-            if known:
-                return known
+    """Trusts the manifest of a finished stage for a file that it wrote."""
+    if all((path.parent / name).is_file() for name in (STARTED, MANIFEST)):
+        known = read_manifest(path.parent).outputs.get(path.name)
+        if known:
+            return known
     return hash_file(path)
 
 
@@ -71,11 +64,14 @@ def open_source(config: DataConfig) -> dataset.DataSet:
     """Opens the data set that a run starts from.
 
     Raises:
-        UserError: It does not exist, or is not a data set.
+        UserError: It does not exist, has no rows, or is not a data set.
     """
     if not storage.exists(config.source):
         raise UserError(f"Input data.source does not exist: {config.source}.", "Check the path.")
-    return dataset.open_data(storage.fetch(config.source))
+    opened = dataset.open_data(storage.fetch(config.source))
+    if not opened.samples:
+        raise UserError(f"The data set {config.source} has no rows.", "Check data.source.")
+    return opened
 
 
 def data_source(config: DataConfig) -> str:
@@ -106,7 +102,8 @@ def checkpoint(path: str) -> str:
 
 
 def policy(
-    value: Policy, adapter: Callable[[str], str] = lambda each: content("adapter", each)
+    value: Policy,
+    adapter: Callable[[str], str] = lambda each: content("adapter", storage.fetch(each)),
 ) -> str:
     """Identifies a policy: its base model and its adapters, in order.
 

@@ -28,6 +28,7 @@ class Input:
         output: That stage's output; the same name if empty.
         optional: Whether the stage runs without it.
         many: Whether it takes one for each shard.
+        kind: A data set, the folder of a stage, or a policy.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Input:
     output: str = ""
     optional: bool = False
     many: bool = False
+    kind: Literal["data", "folder", "policy"] = "folder"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Stage:
         settings: Further arguments, which `srccore.config.RunConfig` or the caller gives.
         outputs: What its component passes on, beside metrics.
         trains: Whether several processes can run it together, and resume from its checkpoints.
-        teacher: The section that may choose an endpoint for it to ask.
+        teacher: The setting that may choose an endpoint for it to ask.
         without_teacher: How to do without that endpoint.
     """
 
@@ -97,12 +99,12 @@ class Stage:
         return self.function()(**given)
 
 
-_POLICY = Input("policy", "tune-rationale")
+_POLICY = Input("policy", "tune-rationale", kind="policy")
 _RATIONALES = Input("rationales", "augment-rationales", optional=True)
 
 
 def _data(split: str) -> Input:
-    return Input("data", "prepare-data", split)
+    return Input("data", "prepare-data", split, kind="data")
 
 
 _TABLE = (
@@ -130,7 +132,7 @@ _TABLE = (
         sections={"config": "augmentation"},
         inputs=(_data("train"),),
         outputs=("rationales",),
-        teacher="augmentation",
+        teacher="augmentation.teacher",
         without_teacher="augmentation.teacher=facts, or augment: false in a pipeline's profile",
     ),
     Stage(
@@ -164,7 +166,7 @@ _TABLE = (
         inputs=(_data("train"), Input("candidates", "sample-responses"), _RATIONALES),
         settings=("seed",),
         outputs=("labelled_pairs",),
-        teacher="annotation",
+        teacher="annotation.teacher",
         without_teacher="annotation.teacher=facts, or another scorer in a pipeline's profile",
     ),
     Stage(
@@ -240,7 +242,7 @@ _TABLE = (
         ),
         settings=("seed", "round_number"),
         outputs=("evaluation",),
-        teacher="evaluation",
+        teacher="evaluation.judge",
         without_teacher="evaluation.judge=none",
     ),
     Stage(

@@ -343,8 +343,9 @@ def _work(
     arguments = {name: _typed(stage, name, settings[name], hints[name]) for name in settings}
     sections = {section: arguments[name] for name, section in entry.sections.items()}
     check_settings([stage], sections)
+    kinds = {each.name: each.kind for each in entry.inputs}
     given = {
-        name: [_read_input(name, Path(path), root) for path in _as_list(value)]
+        name: [_read_input(name, kinds[name], Path(path), root) for path in _as_list(value)]
         for name, value in inputs.items()
         if value is not None
     }
@@ -461,10 +462,10 @@ class StepInput:
         return file
 
 
-def _read_input(name: str, path: Path, root: str) -> StepInput:
+def _read_input(name: str, kind: str, path: Path, root: str) -> StepInput:
     """Reads an artifact: a reference, a policy, or the thing itself."""
     reference = read_reference(path)
-    if name == "policy":
+    if kind == "policy":
         return _policy_input(reference.uri if reference else str(path), root)
     if reference:
         mark = f"{below(root, reference.uri)} {reference.fingerprint or ''}"

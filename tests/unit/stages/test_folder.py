@@ -99,9 +99,14 @@ def test_several_inputs_of_one_name_are_numbered(tmp_path: Path) -> None:
     assert sorted(read_manifest(tmp_path / "out").inputs) == ["shards_0", "shards_1"]
 
 
-def test_a_temporary_file_that_a_killed_process_left_is_no_output(tmp_path: Path) -> None:
-    folder = _folder(tmp_path / "out")
+def test_a_temporary_file_that_a_killed_process_left_goes_with_the_next_attempt(
+    tmp_path: Path,
+) -> None:
+    _folder(tmp_path / "out")
     (tmp_path / "out" / "result.jsonl.17.tmp").write_text("half")
+    folder = _folder(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    (tmp_path / "out" / "result.jsonl.18.tmp").write_text("half")
     folder.finish({})
     assert read_manifest(tmp_path / "out").outputs == {}
 

@@ -15,6 +15,9 @@ from srccore.errors import UserError
 from srccore.hashing import hash_file
 from srccore.models.policy import Policy, write_policy
 from srccore.stages import inputs as identify
+from srccore.stages.folder import StageFolder
+from srccore.stages.manifest import read_manifest
+from srccore.stages.table import Stage
 
 
 @pytest.fixture
@@ -107,3 +110,23 @@ def test_new_images_at_the_same_paths_are_another_data_set(tmp_path: Path) -> No
         Image.new("RGB", (4, 4), colour).save(tmp_path / "1.png")
         found.add(identify.data_source(DataConfig(source=str(source))))
     assert len(found) == 2
+
+
+def test_weights_that_a_stage_wrote_are_still_identified_by_their_bytes(checkpoint: Path) -> None:
+    # The folder of a finished stage, and its weights exchanged afterwards.
+    outputs = {"model/model.safetensors": hash_file(checkpoint / "model.safetensors")}
+    stage = checkpoint.parent
+    folder = StageFolder(Stage("stage", "A stage.", "models"), stage / "out")
+    checkpoint.rename(stage / "out" / "model")
+    folder.finish({})
+    assert read_manifest(stage / "out").outputs.items() >= outputs.items()
+    before = identify.checkpoint(str(stage / "out" / "model"))
+    (stage / "out" / "model" / "model.safetensors").write_bytes(b"b" * 8)
+    assert identify.checkpoint(str(stage / "out" / "model")) != before
+
+
+def test_a_data_set_without_rows_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "samples.jsonl"
+    source.write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="has no rows"):
+        identify.open_source(DataConfig(source=str(source)))
