@@ -148,7 +148,8 @@ class Package:
         """
         stages = [name for name in STAGES if f"comp-{name}" in self.pipeline.get("components", {})]
         sections = {}
-        for name in (STAGES[stage].teacher for stage in stages if STAGES[stage].teacher):
+        settings = [STAGES[stage].teacher for stage in stages if STAGES[stage].teacher]
+        for name in (setting.partition(".")[0] for setting in settings):
             section: Any = RunConfig.model_fields[name].annotation
             values = arguments.get(name) or self.parameters[name].default
             sections[name] = section.model_validate(values)

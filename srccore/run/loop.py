@@ -21,7 +21,7 @@ from srccore.files import MANIFEST, writable, write_json
 from srccore.method.evaluation import HEADLINE
 from srccore.models.policy import resolve_model_path
 from srccore.run.folder import RunFolder
-from srccore.stages.checks import check_run
+from srccore.stages.checks import check_data, check_settings
 from srccore.stages.manifest import read_manifest
 from srccore.stages.table import STAGES
 from srccore.training.machine import Figures, Machine, Progress
@@ -62,10 +62,11 @@ def run(config: RunConfig, out: Path, observer: Observer) -> list[Figures]:
     for model in (config.model, config.rating_model):
         resolve_model_path(model.path)
     folder = RunFolder(out)
-    if not (folder.data / MANIFEST).exists():
-        check_run(config)
     # Asking for fewer rounds than are finished must not drop any.
     config = config.model_copy(update={"rounds": max([config.rounds, *folder.finished_rounds()])})
+    check_settings(_asking(folder, config.rounds), dict(config))
+    if not (folder.data / MANIFEST).exists():
+        check_data(config)
     _open_run(config, folder)
     set_threads(config.threads)
     wiring = _Wiring(config, folder, observer)
@@ -83,6 +84,17 @@ def run(config: RunConfig, out: Path, observer: Observer) -> list[Figures]:
         policy = wiring.keep_or_revert(policy, aligned, number)
         wiring.evaluate(policy, number)
     return wiring.figures
+
+
+def _asking(folder: RunFolder, rounds: int) -> list[str]:
+    """Lists the stages that may ask an endpoint and still have work to do."""
+    outputs = {
+        "augment-rationales": [folder.rationales(split) for split in ("train", "calibration")],
+        "annotate-ratings": [folder.output("annotate-ratings")],
+        "evaluate": [folder.output("evaluate", number) for number in range(rounds + 1)],
+    }
+    finished = set(folder.finished_stages())
+    return [stage for stage, wanted in outputs.items() if not finished.issuperset(wanted)]
 
 
 def load_run(out: Path) -> RunConfig:

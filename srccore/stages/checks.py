@@ -15,18 +15,15 @@ from srccore.errors import UserError
 from srccore.stages.inputs import open_source
 from srccore.stages.table import STAGES
 
-__all__ = ["check_facts", "check_run", "check_settings"]
-
-_CHOICES = ("teacher", "judge")
+__all__ = ["check_data", "check_facts", "check_settings"]
 
 
-def check_run(config: RunConfig) -> None:
-    """Refuses a run that its configuration or the columns of its data rule out.
+def check_data(config: RunConfig) -> None:
+    """Refuses a data set that lacks what the teachers of a run need.
 
     Raises:
-        UserError: An endpoint is incomplete, or a teacher has nothing to go by.
+        UserError: A teacher has nothing to go by, or there is no such data set.
     """
-    check_settings(STAGES, dict(config))
     if config.data.source != "embedded":
         opened = open_source(config.data)
         check_facts("augment-rationales", config.augmentation, opened.samples, config.data.source)
@@ -45,18 +42,16 @@ def check_settings(stages: Iterable[str], sections: Mapping[str, Any]) -> None:
     """
     for name in stages:
         stage = STAGES[name]
-        section = sections.get(stage.teacher)
-        if section is None:
-            continue
-        choice = next(each for each in _CHOICES if hasattr(section, each))
-        if getattr(section, choice) != "endpoint":
+        name_of_section, _, choice = stage.teacher.partition(".")
+        section = sections.get(name_of_section)
+        if section is None or getattr(section, choice) != "endpoint":
             continue
         endpoint: EndpointConfig = section.endpoint
-        where = f"{stage.teacher}.endpoint"
+        where = f"{name_of_section}.endpoint"
         missing = [each for each in ("url", "model") if not getattr(endpoint, each)]
         if missing:
             raise UserError(
-                f"{name} would ask an endpoint ({stage.teacher}.{choice}), but "
+                f"{name} would ask an endpoint ({stage.teacher}), but "
                 f"{' and '.join(f'{where}.{each}' for each in missing)} "
                 f"{'is' if len(missing) == 1 else 'are'} not set.",
                 f"Pass --set {where}.url=https://HOST/v1 and --set {where}.model=NAME, or do "
@@ -81,13 +76,13 @@ def check_facts(stage: str, section: Any, samples: Sequence[Sample], data: objec
     Raises:
         UserError: No sample has facts, and for augment-rationales no rationale either.
     """
-    if section.teacher != "facts" or any(sample.facts for sample in samples):
+    if section.teacher != "facts" or not samples or any(sample.facts for sample in samples):
         return
-    name = STAGES[stage].teacher
+    name = STAGES[stage].teacher.partition(".")[0]
     if stage == "augment-rationales" and any(sample.rationale for sample in samples):
         return
     raise UserError(
         f"{name}.teacher is facts, but no sample of {data} has facts.",
-        f"Add the column facts, or let an endpoint do it: --set {name}.teacher=endpoint "
+        f"Add the column facts, or use an endpoint: --set {name}.teacher=endpoint "
         f"--set {name}.endpoint.url=https://HOST/v1 --set {name}.endpoint.model=NAME.",
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,20 @@ def test_the_teacher_facts_is_refused_on_data_without_facts(foreign: Path, tmp_p
         run(config, tmp_path / "run", observer)
     assert not observer.worked
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_is_refused_too_while_a_stage_has_to_ask(
+    finished: Path, tmp_path: Path
+) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(finished, copied)
+    config = json.loads((copied / "run.json").read_text())
+    config["evaluation"]["judge"] = "endpoint"
+    (copied / "run.json").write_text(json.dumps(config))
+    observer = Recorder()
+    with pytest.raises(UserError, match="evaluate would ask an endpoint"):
+        run(shrunken("evaluation.judge=endpoint", "rounds=2"), copied, observer)
+    assert not observer.worked
 
 
 @pytest.mark.parametrize("setting", ["annotation.teacher", "evaluation.judge"])
