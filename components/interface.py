@@ -1,6 +1,6 @@
 """The basis of all components: a lightweight Python component in the image of its stage.
 
-A component is an interface with a single call as its body; `srccore.stages` does the work.
+A component is an interface with a single call as its body; `srccore.steps` does the work.
 Importing a component requires only kfp. Nothing is installed when a pod starts. The modules do not
 use ``from __future__ import annotations``, which kfp cannot read, and use ``List``, the only
 spelling that kfp supports. An optional artifact is ``Input[Dataset] = None``: with ``Optional``

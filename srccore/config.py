@@ -349,12 +349,17 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
         _override(values, name.split("."), value)
 
 
-def validate_config(values: Mapping[str, Any], source: str) -> RunConfig:
+def validate_config(
+    values: Mapping[str, Any],
+    source: str,
+    advice: str = "Fix it in the preset or pass --set {name}=VALUE.",
+) -> RunConfig:
     """Checks a configuration's values.
 
     Args:
         values: As a preset's YAML gives them.
         source: What they are, for an error: ``configuration (tiny)``.
+        advice: How to fix an error; ``{name}`` is the first wrong field.
 
     Returns:
         The configuration; folders that exist on this machine are absolute.
@@ -365,7 +370,7 @@ def validate_config(values: Mapping[str, Any], source: str) -> RunConfig:
     try:
         return _with_absolute_folders(RunConfig.model_validate(values))
     except ValidationError as error:
-        raise explain(source, error) from None
+        raise explain(source, error, advice) from None
 
 
 def _with_absolute_folders(config: RunConfig) -> RunConfig:
@@ -451,7 +456,7 @@ _TYPES = {
 def explain(
     source: str,
     error: ValidationError,
-    advice: str = "Fix it in the preset or pass --set {name}=VALUE.",
+    advice: str,
 ) -> UserError:
     """Turns what pydantic found into one paragraph, with up to five of the errors.
 
@@ -484,8 +489,10 @@ def _problem(error: ErrorDetails) -> str:
         wanted = _NUMBER[kind].format(**context)
     elif kind == "literal_error":
         wanted = context["expected"]
-    else:
+    elif kind.endswith(("_type", "_parsing", "_from_float")):
         wanted = _TYPES.get(kind.partition("_")[0], "")
+    else:
+        wanted = ""
     value = error["input"]
     got = "" if isinstance(value, Mapping) else f", got {str(value)[:60]!r}"
     if isinstance(value, int | float | None) and not isinstance(value, bool):

@@ -161,7 +161,7 @@ def join(uri: str, name: str) -> str:
     for segment in name.split("/"):
         if segment == ".." and not segments:
             raise UserError(
-                f"{name} leads from {address} out of its bucket.",
+                f"{name} points outside the bucket of {address}.",
                 "Keep files that refer to each other in the same bucket.",
             )
         if segment == "..":

@@ -13,6 +13,7 @@ import typer
 from srccore.cli.options import repeated
 from srccore.containers.names import DEFAULT_REGISTRY, IMAGES, Images, read_digests
 from srccore.errors import UserError
+from srccore.files import atomically, writable
 
 __all__ = ["app"]
 
@@ -105,7 +106,8 @@ def push(
         typer.echo(line)
         lines.append(line)
     if out is not None:
-        out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        with writable(out), atomically(out) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 @app.command("list", epilog="Example: srccore images list --registry mirror.example.com/src")

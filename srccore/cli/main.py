@@ -176,7 +176,9 @@ def presets_command() -> None:
 
 @data_app.command("validate", epilog="Example: srccore data validate data/train.parquet")
 def validate_command(
-    path: Annotated[Path, typer.Argument(help="A Parquet file, or a folder with a samples.jsonl.")],
+    path: Annotated[
+        Path, typer.Argument(help="A .parquet or .jsonl file, or a folder of one kind.")
+    ],
 ) -> None:
     """Check every row of a data set and list the invalid ones."""
     from srccore.data.dataset import validate
@@ -186,7 +188,9 @@ def validate_command(
         name = f" ({problem.id!r})" if problem.id else ""
         typer.echo(f"row {problem.row}{name}: {problem.reason}")
     counts = ", ".join(f"{name} {count}" for name, count in report.by_category.items())
-    typer.echo(f"{report.rows} rows: {counts or 'none'}; {len(report.problems)} problems")
+    found = len(report.problems)
+    problems = "1 problem" if found == 1 else f"{found} problems"
+    typer.echo(f"{report.rows} rows: {counts or 'none'}; {problems}")
     if report.problems:
         raise typer.Exit(2)
 

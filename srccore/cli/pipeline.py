@@ -47,7 +47,7 @@ def compile_command(
     import srccore
     from srccore.config import load_config
     from srccore.containers.names import Images, read_digests
-    from srccore.files import writable
+    from srccore.files import atomically, writable
     from srccore.kubeflow.package import read_package
     from srccore.pipelines.compiling import compile_pipeline, size_warning
     from srccore.pipelines.profile import load_profile
@@ -62,14 +62,15 @@ def compile_command(
     text = compile_pipeline(config, fixed, images)
     with writable(out, "-o"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        with atomically(out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     typer.echo(out)
     if (warning := size_warning(fixed)) is not None:
         typer.echo(warning, err=True)
     try:
         read_package(out).check_settings({})
     except UserError as error:
-        typer.echo(f"Warning: to be set here or at submission: {error}", err=True)
+        typer.echo(f"Warning: set this now or when you submit: {error}", err=True)
 
 
 def pipeline_local_command(

@@ -464,7 +464,7 @@ class Launch:
             (
                 QUOTA.search(message) is not None,
                 f"The job did not fit into the namespace's quota in time: {message}.",
-                "Delete finished jobs, or have the quota raised.",
+                "Delete finished jobs, or ask for a larger quota.",
             ),
             (
                 error.status == 401,

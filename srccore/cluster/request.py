@@ -348,13 +348,13 @@ class Launcher:
             settings: Fields of `JobSettings`, and perhaps others.
 
         Raises:
-            UserError: An unsupported field is neither None nor at its default.
+            UserError: An unsupported field is set, and not to its default.
         """
         defaults = JobSettings.model_fields
         found = [
             name
             for name in self.unsupported
-            if settings.get(name) not in (None, defaults[name].default)
+            if settings.get(name) and settings[name] != defaults[name].default
         ]
         if found:
             names = " and ".join(found)

@@ -46,5 +46,5 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValidationError):
         raise UserError(
             f"{folder} is not the folder of a finished stage: {MANIFEST} is missing or unreadable.",
-            "Run the stage that writes it to its end first.",
+            "Finish the stage that writes it first.",
         ) from None

@@ -117,7 +117,7 @@ def train_dpo(
     if not examples:
         raise UserError(
             f"{preferences} has no preferences to train on.",
-            "Its manifest.json counts the reasons. Start another run with a lower "
+            "See the reasons in its manifest.json. Start another run with a lower "
             "curation.min_margin or more search.samples.",
         )
     start = read_policy(policy)

@@ -117,7 +117,7 @@ def tune_rationale(
     if not usable:
         raise UserError(
             f"No sample of {data} has a rationale.",
-            "Run augment-rationales; if it has run, its manifest.json counts the problems.",
+            "Run augment-rationales; if it has run, see the problems in its manifest.json.",
         )
     drawn = sampling.draw(usable, min(config.samples, len(usable)), seed=seed)
     examples = [

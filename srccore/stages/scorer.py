@@ -38,7 +38,7 @@ def annotate_ratings(
     Args:
         config: The teacher, and how many pairs a sample gives.
         data: The train split.
-        candidates: The folder of `search_candidates` on that split.
+        candidates: The folder of `sample_responses` on that split.
         out: Where ``labelled_pairs.jsonl`` is written.
         seed: The run's seed; decides which pairs.
         rationales: The folder of `augment_rationales` on that split.

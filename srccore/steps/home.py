@@ -85,7 +85,9 @@ def collect_report(uri: str, out: Path) -> None:
         raise UserError(f"{out} is not empty.", "Choose another --out; nothing was changed.")
     root = storage.join(uri, "../..")
     config = validate_config(
-        json.loads(storage.read_text(storage.join(uri, CONFIG))), f"configuration ({uri})"
+        json.loads(storage.read_text(storage.join(uri, CONFIG))),
+        f"configuration ({uri})",
+        "Collect it with the version of srccore that ran it.",
     )
     (evaluation,) = _Step(root, uri).inputs("last_evaluation")
     collect_run(root, evaluation, config, out, whole=True)

@@ -53,7 +53,7 @@ def report_run(
                 "Pass the output of the component evaluate.",
             )
         run = Path(scratch) / "run"
-        checked = validate_config(config, "configuration")
+        checked = validate_config(config, "configuration", "Pass the sections of a preset.")
         collect_run(root, reference.uri, checked, run)
         given = {"last_evaluation": [StepInput(reference.uri, below(root, reference.uri))]}
         uri = storage.join(root, f"report/{work_key('report', {'config': checked}, given)}")

@@ -1,4 +1,7 @@
-"""How a stage's work is done: nothing here changes what comes out."""
+"""How a stage's work is done: nothing here changes what comes out.
+
+Here, and not with the stages, because the trainings below them take it too.
+"""
 
 from __future__ import annotations
 

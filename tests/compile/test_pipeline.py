@@ -432,6 +432,10 @@ def test_a_wrong_profile_is_refused(changes: dict[str, Any], message: str) -> No
     ("text", "message"),
     [
         ("shard: 4", "shard does not exist"),
+        (
+            "models: {cpu: two, memory: 64Gi, timeout_hours: 1}",
+            "models.cpu: String should match pattern",
+        ),
         ("- 1", "is not a YAML mapping"),
         ("a: [", "Cannot read the profile"),
         ("stages: {train: {cpu: '1', memory: 1Gi, timeout_hours: 1}}", "unknown stage train"),

@@ -13,6 +13,7 @@ from PIL import Image
 from srccore.config import RunConfig
 from srccore.data import dataset
 from srccore.data.records import Preference, Rating, Sample, read_records
+from srccore.files import atomically, writable
 from srccore.method import evaluation
 from srccore.run.folder import RunFolder
 from srccore.run.loop import load_run
@@ -43,10 +44,12 @@ def write_report(run: Path) -> Path:
         The page's path.
 
     Raises:
-        UserError: It is not a run folder.
+        UserError: It is not a run folder, or cannot be written.
     """
     path = RunFolder(run).report
-    path.write_text(page.render(collect(run)), encoding="utf-8")
+    text = page.render(collect(run))
+    with writable(path, "folder"), atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 
