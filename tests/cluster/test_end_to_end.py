@@ -97,7 +97,7 @@ def test_the_steps_log_shows_the_training(pods: Pods) -> None:
     (log,) = (text for name, text in pods.logs.items() if "-train-dpo-" in name)
     assert "Created PyTorchJob srccore/" in log and "(kubeflow.org/v1)." in log
     assert "2 pods are running" in log
-    assert "train-dpo is done" in log
+    assert "Finished train-dpo: " in log
     assert "has succeeded" in log
 
 
