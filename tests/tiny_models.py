@@ -14,6 +14,15 @@ from srccore.embedded.model import LVLM_TEMPLATE
 from srccore.training.checkpoints import save_in_public_names
 
 SIDE, PATCH, WIDTH = 24, 6, 32
+TEXT_SHAPE = {
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+}
+TOKEN_IDS = {"pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2}
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 QUESTION = "How high is the red bar?"
 RESPONSE = "The red bar is three high.\nAnswer: 3"
@@ -50,13 +59,34 @@ def image(width: int = 30, height: int = 20) -> Image.Image:
 
 def tokenizer(kind: str) -> Any:
     """Llama's for LLaVA-1.5 (adds a space before every text, and the BOS), else byte-level."""
+    special = SPECIAL[kind]
+    return train_tokenizer(
+        special,
+        llama=kind == "llava-1.5",
+        writes_bos=kind != "embedded",
+        unk_token="<unk>",
+        bos_token=special[1],
+        eos_token=special[2],
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def train_tokenizer(special: list[str], *, llama: bool, writes_bos: bool, **tokens: Any) -> Any:
+    """Trains a BPE tokenizer on a few texts.
+
+    Args:
+        special: The special tokens, in the order of their ids.
+        llama: Whether it is Llama's, which adds a space before every text; else byte-level.
+        writes_bos: Whether it adds the BOS by itself.
+        tokens: What they are for, as ``PreTrainedTokenizerFast`` takes it.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
 
-    special = SPECIAL[kind]
-    made = Tokenizer(models.BPE(unk_token="<unk>"))
-    if kind == "llava-1.5":
+    made = Tokenizer(models.BPE(unk_token=tokens.get("unk_token")))
+    if llama:
         made.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         )
@@ -75,27 +105,40 @@ def tokenizer(kind: str) -> Any:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
     made.train_from_iterator(TEXTS, trainer)
-    if kind != "embedded":
+    if writes_bos:
+        bos = tokens["bos_token"]
         made.post_processor = processors.TemplateProcessing(
-            single=f"{special[1]} $A", special_tokens=[(special[1], 1)]
+            single=f"{bos} $A", special_tokens=[(bos, special.index(bos))]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        unk_token="<unk>",
-        bos_token=special[1],
-        eos_token=special[2],
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=made, clean_up_tokenization_spaces=False, **tokens
     )
 
 
-def checkpoint(kind: str, out: Path) -> ModelConfig:
-    """Writes a tiny random checkpoint and returns the configuration that loads it."""
+def checkpoint(
+    kind: str,
+    out: Path,
+    *,
+    text: Any = None,
+    pixels: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    eos: list[int] | None = None,
+    shards: bool = False,
+) -> ModelConfig:
+    """Writes a tiny random checkpoint and returns the configuration that loads it.
+
+    Args:
+        kind: A key of `TEMPLATES`.
+        out: The folder to write.
+        text: The configuration of the language model; by default a Llama's.
+        pixels: Changes to the settings of the image processor.
+        dtype: Of the weights.
+        eos: What ``generation_config.json`` names as EOS; by default the tokenizer's.
+        shards: Whether the weights are in several files.
+    """
     from transformers import (
         CLIPImageProcessorPil,
         CLIPVisionConfig,
-        LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
         LlavaNextConfig,
@@ -116,28 +159,16 @@ def checkpoint(kind: str, out: Path) -> ModelConfig:
         patch_size=PATCH,
         projection_dim=WIDTH,
     )
-    text = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        pad_token_id=3,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
     shared = {
         "vision_config": vision,
-        "text_config": text,
+        "text_config": text or llama(vocab_size=len(words)),
         "image_token_id": 4,
         "image_seq_length": (SIDE // PATCH) ** 2,
         "pad_token_id": 3,
         "tie_word_embeddings": False,
     }
     side = {"height": SIDE, "width": SIDE}
-    pixels = {"size": {"shortest_edge": SIDE}, "crop_size": side}
+    pixels = {"size": {"shortest_edge": SIDE}, "crop_size": side, **(pixels or {})}
     counting = {
         "tokenizer": words,
         "patch_size": PATCH,
@@ -155,9 +186,24 @@ def checkpoint(kind: str, out: Path) -> ModelConfig:
     else:
         model = LlavaForConditionalGeneration(LlavaConfig(**shared))
         processor = LlavaProcessor(image_processor=CLIPImageProcessorPil(**pixels), **counting)
-    save_in_public_names(model, out)
+    model.to(dtype)
+    if eos is not None:
+        model.generation_config.eos_token_id = eos
+    if shards:
+        model.save_pretrained(out, max_shard_size="100KB")
+    else:
+        save_in_public_names(model, out)
     processor.save_pretrained(out)
-    return ModelConfig(path=str(out), chat_template=TEMPLATES[kind])
+    return ModelConfig(
+        path=str(out), dtype=str(dtype).removeprefix("torch."), chat_template=TEMPLATES[kind]
+    )
+
+
+def llama(**changes: Any) -> Any:
+    """The configuration of a tiny Llama; ``vocab_size`` is required."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**{**TEXT_SHAPE, **TOKEN_IDS, **changes})
 
 
 def adapter(base: ModelConfig, out: Path, rank: int, seed: int, targets: str = TARGETS) -> Path:

@@ -23,6 +23,7 @@ from srccore import storage
 from srccore.config import ModelConfig
 from srccore.errors import UserError
 from srccore.files import write_json
+from srccore.models.families import image_only
 
 if TYPE_CHECKING:
     import torch
@@ -234,12 +235,13 @@ def load_processor(base: ModelConfig) -> Any:
     Raises:
         UserError: The checkpoint or the template does not exist.
     """
-    from transformers import AutoProcessor
+    from transformers import PROCESSOR_MAPPING, AutoConfig
 
+    path = resolve_model_path(base.path)
     with _explained(base):
-        processor = AutoProcessor.from_pretrained(
-            resolve_model_path(base.path), revision=base.revision, trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(path, revision=base.revision, trust_remote_code=False)
+        processor_class = image_only(PROCESSOR_MAPPING[type(config)])
+        processor = processor_class.from_pretrained(path, revision=base.revision)
     if base.chat_template is not None:
         processor.chat_template = _template(base.chat_template)
     return processor
