@@ -208,9 +208,13 @@ class SearchConfig(Section):
     candidates: int = Field(default=5, ge=2, le=MAX_CANDIDATES)
     temperature: float = Field(default=0.8, gt=0)
     similarity: float = Field(default=0.9, gt=0, le=1)
-    """Siblings whose word sets have at least this Jaccard index are merged."""
+    """Siblings that differ only in words without content, such as articles, are merged if at least
+    this share of their words match in sequence."""
     max_sentences: int = Field(default=10, ge=1)
     max_sentence_tokens: int = Field(default=96, ge=1)
+    fill_attempts: int = Field(default=2, ge=1)
+    """How often whole responses are drawn, `candidates` at a time, for a sample that has too few
+    candidates: after the beams, or instead of them (``strategy: sample``)."""
     batch_size: int = Field(default=16, ge=1)
     """Samples that are searched together."""
 

@@ -143,6 +143,8 @@ class CandidateSet(Record):
     candidates: tuple[Candidate, ...]
     unfinished: int = Field(default=0, ge=0)
     """Beams still unfinished at the end, which were dropped."""
+    unparsed: int = Field(default=0, ge=0)
+    """Finished responses that are no candidates: without a rationale, or without an answer."""
 
     @model_validator(mode="after")
     def _distinct(self) -> CandidateSet:

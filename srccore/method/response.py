@@ -8,7 +8,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["ParsedResponse", "gives_answer", "normalise_answer", "parse", "same_answer", "write"]
+__all__ = [
+    "ParsedResponse",
+    "gives_answer",
+    "has_rationale",
+    "normalise_answer",
+    "parse",
+    "same_answer",
+    "write",
+]
 
 ANSWER_PREFIX = "Answer: "
 _ANSWER_LINE = re.compile(r"\s*answer\s*:\s*(\S.*?)\s*", re.IGNORECASE)
@@ -112,3 +120,9 @@ def gives_answer(text: str, reference: str) -> bool:
     """Whether a response can be parsed and its answer equals the reference."""
     parsed = parse(text)
     return parsed is not None and same_answer(parsed.answer, reference)
+
+
+def has_rationale(text: str) -> bool:
+    """Whether a response parses into a rationale with at least one word, and an answer."""
+    parsed = parse(text)
+    return parsed is not None and any(letter.isalnum() for letter in parsed.rationale)

@@ -4,22 +4,26 @@ The paper searches by sentences so that candidates differ in reasoning and not i
 details here are a reconstruction (docs/method.md). Every step extends all live beams of all
 samples of a batch by one sentence. Random numbers depend on the seed, the round, the sample and
 the text of the beam, never on a batch or a shard.
+
+A candidate has a rationale and an answer. Other finished responses, such as a bare answer, are
+counted and take no place among the beams or in the pool: rated as candidates, they would lose to
+any rationale, and training on them would teach the form of a response and not its reasoning.
 """
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from srccore.config import SearchConfig
 from srccore.data.records import Candidate, CandidateSet
 from srccore.hashing import hash_text, stable_hash
+from srccore.method.duplicates import is_duplicate, words
 from srccore.method.engine import Continuation, Draw, Node, Prompt, SamplingEngine
+from srccore.method.response import has_rationale
 
 __all__ = ["Beam", "candidate_id", "search_candidates", "select", "similarity"]
-
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,9 @@ def search_candidates(
         _Search(f"{seed}/{round_number}/{sample_id}", Beam("", 0.0, 0, root))
         for (sample_id, _), root in zip(prompts, roots, strict=True)
     ]
-    run = _sample if config.strategy == "sample" else _search_beams
-    run(engine, searches, config)
+    if config.strategy == "beam":
+        _search_beams(engine, searches, config)
+    _fill(engine, searches, config)
     return [
         search.result(sample_id, config.candidates)
         for (sample_id, _), search in zip(prompts, searches, strict=True)
@@ -87,43 +92,57 @@ def search_candidates(
 
 
 class _Search:
-    """The state of one sample's search: live beams and the pool of finished ones."""
+    """The state of one sample's search: live beams and the pool of candidates."""
 
     def __init__(self, key: str, root: Beam) -> None:
         self.key = key
+        self.root = root
         self.live = [root]
         self.pool: dict[str, Beam] = {}
+        self.drawn: Counter[str] = Counter()
         self.unfinished = 0
+        self.unparsed = 0
 
-    def draws(self, count: int, temperature: float) -> list[tuple[Beam, Draw]]:
-        """Makes ``count`` draws from each live beam."""
-        return [
-            (beam, Draw(beam.node, stable_hash(f"{self.key}/{number}/{beam.text}"), temperature))
-            for beam in self.live
-            for number in range(count)
-        ]
+    def draws(self, count: int, temperature: float) -> list[list[tuple[Beam, Draw]]]:
+        """Makes ``count`` draws from each live beam; further ones get other random numbers."""
+        planned = []
+        for beam in self.live:
+            start = self.drawn[beam.text]
+            self.drawn[beam.text] += count
+            seeds = [f"{self.key}/{start + number}/{beam.text}" for number in range(count)]
+            planned.append(
+                [(beam, Draw(beam.node, stable_hash(seed), temperature)) for seed in seeds]
+            )
+        return planned
+
+    def usable(self, beams: Sequence[Beam]) -> list[Beam]:
+        """Leaves out finished responses that are no candidates, and counts them."""
+        found = [beam for beam in beams if not beam.is_finished or has_rationale(beam.text)]
+        self.unparsed += len(beams) - len(found)
+        return found
 
     def finish(self, beam: Beam) -> None:
-        """Adds a finished beam to the pool; an empty response counts as unfinished."""
-        text = beam.text.strip()
-        if not text:
-            self.unfinished += 1
-        elif text not in self.pool or beam.rank < self.pool[text].rank:
-            self.pool[text] = beam
+        """Adds a finished beam to the pool; of texts with the same words the best counts."""
+        key = " ".join(words(beam.text))
+        if key not in self.pool or beam.rank < self.pool[key].rank:
+            self.pool[key] = beam
 
     def result(self, sample_id: str, count: int) -> CandidateSet:
-        best = sorted(self.pool.items(), key=lambda entry: entry[1].rank)[:count]
+        best = sorted(self.pool.values(), key=lambda beam: beam.rank)[:count]
         candidates = (
             Candidate(
-                id=candidate_id(sample_id, text),
-                text=text,
+                id=candidate_id(sample_id, beam.text.strip()),
+                text=beam.text.strip(),
                 log_probability=beam.log_probability,
                 token_count=beam.token_count,
             )
-            for text, beam in best
+            for beam in best
         )
         return CandidateSet(
-            sample_id=sample_id, candidates=tuple(candidates), unfinished=self.unfinished
+            sample_id=sample_id,
+            candidates=tuple(candidates),
+            unfinished=self.unfinished,
+            unparsed=self.unparsed,
         )
 
 
@@ -133,7 +152,7 @@ def _search_beams(engine: SamplingEngine, searches: list[_Search], config: Searc
         count = config.branch if sentence else config.width * config.branch
         families = _draw(engine, active, config, count=count)
         for search, children in zip(active, families, strict=True):
-            kept = select(children, config)
+            kept = select([search.usable(family) for family in children], config)
             for beam in kept:
                 if beam.is_finished:
                     search.finish(beam)
@@ -143,8 +162,12 @@ def _search_beams(engine: SamplingEngine, searches: list[_Search], config: Searc
     _draw_to_the_end(engine, searches, config, count=1)
 
 
-def _sample(engine: SamplingEngine, searches: list[_Search], config: SearchConfig) -> None:
-    _draw_to_the_end(engine, searches, config, count=config.candidates)
+def _fill(engine: SamplingEngine, searches: list[_Search], config: SearchConfig) -> None:
+    """Draws whole responses for the samples that have too few candidates."""
+    for _ in range(config.fill_attempts):
+        for search in searches:
+            search.live = [search.root] if len(search.pool) < config.candidates else []
+        _draw_to_the_end(engine, searches, config, count=config.candidates)
 
 
 def _draw_to_the_end(
@@ -153,12 +176,11 @@ def _draw_to_the_end(
     active = [search for search in searches if search.live]
     families = _draw(engine, active, config, count=count, whole=True)
     for search, children in zip(active, families, strict=True):
-        for family in children:
-            for beam in family:
-                if beam.is_finished:
-                    search.finish(beam)
-                else:
-                    search.unfinished += 1
+        for beam in (beam for family in children for beam in search.usable(family)):
+            if beam.is_finished:
+                search.finish(beam)
+            else:
+                search.unfinished += 1
         search.live = []
 
 
@@ -172,7 +194,7 @@ def _draw(
 ) -> list[list[list[Beam]]]:
     """Draws from all live beams of all searches at once; returns children by search and parent."""
     planned = [search.draws(count, config.temperature) for search in searches]
-    draws = [draw for plan in planned for _, draw in plan]
+    draws = [draw for plan in planned for family in plan for _, draw in family]
     if not draws:
         return [[] for _ in searches]
     sentences = config.max_sentences if whole else 1
@@ -180,18 +202,14 @@ def _draw(
         engine.extend(draws, max_tokens=config.max_sentence_tokens * sentences, whole=whole)
     )
     return [
-        [
-            [beam.extended(next(drawn)) for beam, _ in plan[start : start + count]]
-            for start in range(0, len(plan), count)
-        ]
-        for plan in planned
+        [[beam.extended(next(drawn)) for beam, _ in family] for family in plan] for plan in planned
     ]
 
 
 def select(families: Sequence[Sequence[Beam]], config: SearchConfig) -> list[Beam]:
     """Chooses the beams to keep after a step.
 
-    Of near-identical siblings only the best survives. Of the survivors the first
+    Of siblings that say the same only the best survives. Of the survivors the first
     ``width - diverse`` by rank are kept, then, ``diverse`` times, the one whose greatest
     similarity to any kept beam is smallest.
 
@@ -206,7 +224,7 @@ def select(families: Sequence[Sequence[Beam]], config: SearchConfig) -> list[Bea
     for siblings in families:
         distinct: list[Beam] = []
         for beam in sorted(siblings, key=lambda beam: beam.rank):
-            if not _is_near(beam, distinct, config.similarity):
+            if not _says_the_same(beam, distinct, config.similarity):
                 distinct.append(beam)
         survivors.update({beam.text: beam for beam in distinct})
     ranked = sorted(survivors.values(), key=lambda beam: beam.rank)
@@ -225,31 +243,34 @@ def select(families: Sequence[Sequence[Beam]], config: SearchConfig) -> list[Bea
     return kept
 
 
-def _is_near(beam: Beam, kept: Sequence[Beam], limit: float) -> bool:
-    """Whether the text that a beam adds to its parent is similar to what a sibling adds.
+def _says_the_same(beam: Beam, kept: Sequence[Beam], limit: float) -> bool:
+    """Whether the text that a beam adds to its parent is a duplicate of what a sibling adds.
 
-    The parent's text is ignored: after a long one, right and wrong conclusions would be similar.
-    A finished and a live beam are never the same response, however similar they are.
+    The parent's text is the same. A finished and a live beam are never the same response, however
+    similar they are.
     """
     added = beam.text[beam.parent_length :]
     return any(
         beam.is_finished == other.is_finished
-        and similarity(added, other.text[other.parent_length :]) >= limit
+        and is_duplicate(added, other.text[other.parent_length :], limit)
         for other in kept
     )
 
 
 def similarity(first: str, second: str) -> float:
-    """Computes the Jaccard index of two texts' word sets; 1 for two texts without words.
+    """Computes the Jaccard index of two texts' word sets, by which the diverse beams are chosen.
+
+    It only orders beams that all say different things (see `is_duplicate`), so that it ignores the
+    order of words does no harm; it costs little for long texts.
 
     Args:
         first: A text.
         second: A text.
 
     Returns:
-        A number between 0 (no shared word) and 1.
+        A number between 0 (no shared word) and 1; 1 for two texts without words.
     """
-    left, right = (set(_WORD.findall(text.casefold())) for text in (first, second))
+    left, right = set(words(first)), set(words(second))
     return len(left & right) / len(left | right) if left | right else 1.0
 
 

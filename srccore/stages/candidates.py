@@ -46,7 +46,8 @@ def search_candidates(
         machine: How the work is done; progress counts samples searched.
 
     Returns:
-        Counts of samples, candidates, samples with fewer than two, and dropped beams.
+        Counts of samples, candidates, samples with fewer than two, and responses that were
+        dropped because they did not finish, or have no rationale or no answer.
     """
     stage = "search-candidates"
     return _search(stage, config, data, policy, out, seed, round_number, shard, machine)
@@ -104,6 +105,7 @@ def _search(
             "candidates": sum(len(record.candidates) for record in ordered),
             "fewer_than_two": sum(len(record.candidates) < 2 for record in ordered),
             "unfinished": sum(record.unfinished for record in ordered),
+            "unparsed": sum(record.unparsed for record in ordered),
         }
     )
 

@@ -15,13 +15,18 @@ from srccore.hashing import stable_hash
 from srccore.method.engine import Continuation, Draw, Prompt
 from srccore.method.search import Beam, search_candidates, select, similarity
 
-# A toy policy: the sentences that may follow each prefix, with their probabilities. A sentence in
-# capitals ends the response. Every sentence is one token.
+# A toy policy: the sentences that may follow each prefix, with their probabilities. An answer ends
+# the response. Every sentence is one token.
 TREE = {
     "": {" red is 3.": 0.6, " blue is 5.": 0.4},
-    " red is 3.": {" so seven.": 0.5, " STOP A": 0.5},
-    " blue is 5.": {" STOP B": 0.9, " STOP C": 0.1},
-    " red is 3. so seven.": {" STOP D": 1.0},
+    " red is 3.": {" so seven.": 0.5, "\nAnswer: A": 0.5},
+    " blue is 5.": {"\nAnswer: B": 0.9, "\nAnswer: C": 0.1},
+    " red is 3. so seven.": {"\nAnswer: D": 1.0},
+}
+# A policy that mostly writes a bare answer, or a rationale without one.
+TERSE = {
+    "": {"Answer: A": 0.9, " red is 3.": 0.1},
+    " red is 3.": {"\nAnswer: B": 0.1, " STOP": 0.9},
 }
 
 
@@ -31,6 +36,7 @@ class ToyEngine:
     def __init__(self, tree: dict[str, dict[str, float]] = TREE) -> None:
         self.tree = tree
         self.calls: list[int] = []
+        self.seeds: list[int] = []
         self.opened = 0
 
     def open(self, prompts: Sequence[Prompt]) -> list[str]:
@@ -41,6 +47,7 @@ class ToyEngine:
         self, draws: Sequence[Draw], *, max_tokens: int, whole: bool = False
     ) -> list[Continuation]:
         self.calls.append(len(draws))
+        self.seeds += [draw.seed for draw in draws]
         return [self._draw(draw, whole) for draw in draws]
 
     def _draw(self, draw: Draw, whole: bool) -> Continuation:
@@ -52,7 +59,7 @@ class ToyEngine:
             sentence = list(options)[int(np.searchsorted(heights, rng.random() * heights[-1]))]
             score += math.log(options[sentence])
             text, tokens = text + sentence, tokens + 1
-            if "STOP" in sentence:
+            if "Answer" in sentence or "STOP" in sentence:
                 return Continuation(text, tokens, score, "end", None)
             if not whole:
                 return Continuation(text, tokens, score, "sentence", prefix + text)
@@ -70,8 +77,13 @@ def _config(**changes: object) -> SearchConfig:
     return SearchConfig.model_validate(values | changes)
 
 
-def _search(config: SearchConfig, ids: Sequence[str] = ("s",), round_number: int = 1):
-    engine = ToyEngine()
+def _search(
+    config: SearchConfig,
+    ids: Sequence[str] = ("s",),
+    round_number: int = 1,
+    tree: dict[str, dict[str, float]] = TREE,
+):
+    engine = ToyEngine(tree)
     prompts = [(name, Prompt(None, "?")) for name in ids]
     found = search_candidates(engine, prompts, config, seed=0, round_number=round_number)
     return engine, found
@@ -85,10 +97,10 @@ def test_all_responses_of_the_toy_are_found_and_ranked_by_mean_log_probability()
     # Round 2 keeps the best four of {seven -.602, A -.602, B -.511, C -1.609}: all of them; A, B
     # and C are finished, so the pool holds three, and D joins it in round 3.
     assert [candidate.text for candidate in found.candidates] == [
-        "red is 3. so seven. STOP D",
-        "blue is 5. STOP B",
-        "red is 3. STOP A",
-        "blue is 5. STOP C",
+        "red is 3. so seven.\nAnswer: D",
+        "blue is 5.\nAnswer: B",
+        "red is 3.\nAnswer: A",
+        "blue is 5.\nAnswer: C",
     ]
     assert [round(c.log_probability, 3) for c in found.candidates] == [
         -1.204,
@@ -116,14 +128,14 @@ def test_the_search_ends_when_the_pool_is_full_and_cuts_a_surplus_by_rank() -> N
 def test_equal_ranks_are_broken_by_the_hash_of_the_text() -> None:
     # Round 2, width 2: B -.511 comes first; A and seven tie at -.602.
     _, (found,) = _search(_config(width=2, branch=80, candidates=2))
-    tied = min(" red is 3. so seven.", " red is 3. STOP A", key=stable_hash)
+    tied = min(" red is 3. so seven.", " red is 3.\nAnswer: A", key=stable_hash)
     third = "A" if tied.endswith("A") else "D"
     assert {candidate.text[-1] for candidate in found.candidates} == {"B", third}
 
 
 def test_beams_that_live_at_max_sentences_get_one_draw_to_the_end() -> None:
     _, (found,) = _search(_config(max_sentences=2))
-    assert "red is 3. so seven. STOP D" in [candidate.text for candidate in found.candidates]
+    assert "red is 3. so seven.\nAnswer: D" in [candidate.text for candidate in found.candidates]
     assert found.unfinished == 0
 
 
@@ -146,10 +158,56 @@ def test_another_round_draws_afresh() -> None:
     assert first != second
 
 
-def test_plain_sampling_draws_whole_responses_once() -> None:
-    engine, (found,) = _search(_config(strategy="sample", candidates=8))
-    assert engine.calls == [8]
+def test_plain_sampling_draws_whole_responses_until_it_has_enough_of_them() -> None:
+    # The toy has four responses, so eight are never found.
+    engine, (found,) = _search(_config(strategy="sample", candidates=8, fill_attempts=3))
+    assert engine.calls == [8, 8, 8]
     assert 1 <= len(found.candidates) <= 4
+    engine, (found,) = _search(_config(strategy="sample", candidates=2, fill_attempts=50))
+    assert len(found.candidates) == 2
+    assert len(engine.calls) < 50
+
+
+@pytest.mark.parametrize("strategy", ["beam", "sample"])
+def test_only_a_rationale_with_an_answer_is_a_candidate(strategy: str) -> None:
+    config = _config(strategy=strategy, candidates=2, fill_attempts=300)
+    _, (found,) = _search(config, tree=TERSE)
+    assert [candidate.text for candidate in found.candidates] == ["red is 3.\nAnswer: B"]
+    assert found.unparsed > 0
+    assert found.unfinished == 0
+
+
+def test_bare_answers_take_no_beam_from_a_rationale() -> None:
+    # With 160 draws from the root both children are met; the bare answer is nine times likelier,
+    # so it would be the only beam of width 1.
+    _, (found,) = _search(_config(width=1, branch=160, candidates=2, fill_attempts=1), tree=TERSE)
+    assert [candidate.text for candidate in found.candidates] == ["red is 3.\nAnswer: B"]
+
+
+def test_every_response_is_a_candidate_or_unparsed_or_unfinished() -> None:
+    tree = {"": {"Answer: A": 0.5, " .\nAnswer: A": 0.3, " STOP": 0.2}}
+    config = _config(strategy="sample", candidates=5, fill_attempts=2)
+    engine, (found,) = _search(config, tree=tree)
+    # The rationale of the second is a full stop: no word.
+    assert (found.candidates, found.unparsed) == ((), sum(engine.calls))
+
+
+def test_a_short_pool_is_filled_with_whole_responses_that_the_beams_did_not_draw() -> None:
+    # Two draws from the root, and one beam: one candidate at most. Each attempt draws four more.
+    narrow = _config(width=1, branch=2, max_sentences=3, fill_attempts=5)
+    engine, (found,) = _search(narrow)
+    assert engine.calls[0] == 2
+    assert set(engine.calls[-1:]) == {4}
+    assert len(found.candidates) > 1
+    seeds = [stable_hash(f"0/1/s/{number}/") for number in range(engine.calls[0] + 20)]
+    drawn = [seed for seed in engine.seeds if seed in seeds]
+    assert len(drawn) == len(set(drawn)) == 2 + sum(calls == 4 for calls in engine.calls) * 4
+
+
+def test_responses_with_the_same_words_are_one_candidate() -> None:
+    tree = {"": {" It is 3.\nAnswer: A": 0.5, " it is 3!\nAnswer: a.": 0.5}}
+    _, (found,) = _search(_config(strategy="sample"), tree=tree)
+    assert len(found.candidates) == 1
 
 
 def test_near_identical_siblings_count_as_one_and_the_likelier_stays() -> None:
@@ -157,6 +215,18 @@ def test_near_identical_siblings_count_as_one_and_the_likelier_stays() -> None:
     # {the, cat, sits} both: index 1.
     likely, unlikely = Beam(" the cat sits.", -1.0, 4), Beam(" The cat, sits.", -2.0, 4)
     assert select([[unlikely, likely]], config) == [likely]
+
+
+@pytest.mark.parametrize(
+    ("likely", "unlikely"),
+    [
+        (" The red line lies above the blue line.", " The blue line lies above the red line."),
+        (" 5 is greater than 3.", " 3 is greater than 5."),
+    ],
+)
+def test_siblings_that_contradict_each_other_both_stay(likely: str, unlikely: str) -> None:
+    siblings = [Beam(likely, -1.0, 8), Beam(unlikely, -2.0, 8)]
+    assert select([siblings], _config(similarity=0.9)) == siblings
 
 
 def test_siblings_are_compared_by_what_they_add_and_not_by_what_they_share() -> None:
