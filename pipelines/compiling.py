@@ -15,7 +15,14 @@ from srccore.containers.names import Images
 from srccore.errors import UserError
 from srccore.pipelines.profile import Profile
 
-__all__ = ["COMPILED", "arguments_of", "compile_pipeline", "description_of", "size_warning"]
+__all__ = [
+    "COMPILED",
+    "arguments_of",
+    "compile_pipeline",
+    "description_of",
+    "device_warning",
+    "size_warning",
+]
 
 COMPILED = Path(__file__).parent / "compiled"
 """The shipped pipelines, one for each preset."""
@@ -72,6 +79,22 @@ def size_warning(profile: Profile) -> str | None:
         "Argo keeps a run in one object of 1 MiB, and fails a run that outgrows it. "
         f"Use {f'{fitting} shards' if fitting > 0 else 'fewer rounds'}, or raise "
         "MAX_WORKFLOW_SIZE of Argo's controller (docs/kubeflow-run.md)."
+    )
+
+
+def device_warning(config: RunConfig, profile: Profile) -> str | None:
+    """The warning about GPUs that are requested and not used, if any.
+
+    Args:
+        config: The configuration of the run.
+        profile: The profile that the pipeline was compiled with.
+    """
+    stages = profile.gpu_stages()
+    if config.device != "cpu" or not stages:
+        return None
+    return (
+        f"Warning: the profile requests GPUs for {', '.join(stages)}, but the preset "
+        f"{config.name} runs on the CPU. Pass --set device=cuda, or set gpus to 0."
     )
 
 
@@ -150,8 +173,10 @@ def compile_pipeline(config: RunConfig, profile: Profile, images: Images) -> str
     _keep_parameters(pipeline, profile)
     _drop_descriptions(pipeline)
     training = profile.resources("train-dpo")
+    device = "cuda" if config.device == "auto" and profile.gpu_stages() else config.device
     defaults = {
         **arguments_of(config),
+        "device": device,
         "node_selector": dict(profile.node_selector),
         "tolerations": [each.model_dump(exclude_none=True) for each in profile.tolerations],
         "training_memory": training.memory,

@@ -99,6 +99,20 @@ class Pods:
         kubernetes.add_pod_label(task, "app.kubernetes.io/component", stage)
         return task
 
+    def compute(self, stage: str, device: Any, threads: Any) -> dict[str, Any]:
+        """The arguments of a stage's component that say how it computes.
+
+        Args:
+            stage: A stage that runs a model.
+            device: The pipeline's parameter.
+            threads: The pipeline's parameter.
+
+        Returns:
+            Arguments of the component. A stage without GPUs beside stages with some uses the CPU.
+        """
+        stages = self.profile.gpu_stages()
+        return {"device": device if stage in stages or not stages else "cpu", "threads": threads}
+
     def training(self, placement: Placement) -> dict[str, Any]:
         """The arguments of train-dpo that describe its job.
 

@@ -112,6 +112,11 @@ class Profile(PodSettings):
         base = self.light if STAGES[stage].base == "light" else self.models
         return self.stages.get(stage, base)
 
+    def gpu_stages(self) -> list[str]:
+        """The stages whose pods request GPUs, in the order of the method."""
+        models = (name for name, stage in STAGES.items() if stage.base == "models")
+        return [name for name in models if self.resources(name).gpus]
+
     def launching(self) -> Resources:
         """The resources of the pod of a step that watches a training job."""
         training = self.resources("train-dpo")

@@ -67,7 +67,6 @@ def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callab
     ) -> None:
         placement = Placement(node_selector, tolerations, training_memory, training_gpus)
         root = {"artifact_root": artifact_root}
-        compute = {"device": device, "threads": threads}
 
         def add(task: Any, stage: str, title: str = "") -> Any:
             if title:
@@ -95,7 +94,7 @@ def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callab
                 annotation=annotation,
                 seed=seed,
                 **root,
-                **compute,
+                **pods.compute("sample-responses", device, threads),
             )
             add(sampled, "sample-responses")
             rated = annotate_ratings(
@@ -120,7 +119,7 @@ def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callab
                 seed=seed,
                 rationales=train_rationales,
                 **root,
-                **compute,
+                **pods.compute("train-scorer", device, threads),
             )
             return add(task, "train-scorer").outputs["scorer"]
 
@@ -134,7 +133,7 @@ def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callab
                 seed=seed,
                 **earlier,
                 **root,
-                **compute,
+                **pods.compute("evaluate", device, threads),
             )
             return add(task, "evaluate", f"evaluate round {number}").outputs["evaluation"]
 
@@ -148,7 +147,7 @@ def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callab
             model=model,
             seed=seed,
             **root,
-            **compute,
+            **pods.compute("tune-rationale", device, threads),
         )
         policy = add(tuned, "tune-rationale").outputs["policy"]
         figures = judge(policy, 0, None)
@@ -170,8 +169,9 @@ def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callab
                 tolerations=tolerations,
                 training_memory=training_memory,
                 training_gpus=training_gpus,
+                device=device,
+                threads=threads,
                 **root,
-                **compute,
             ).set_display_name(f"round {number}")
             policy = done.output
             figures = judge(policy, number, figures)

@@ -52,7 +52,6 @@ def make_round(pods: Pods) -> Callable[..., Any]:
         training_gpus: str,
     ) -> Model:
         common = {"data": data, "artifact_root": artifact_root}
-        compute = {"device": device, "threads": threads}
         placement = Placement(node_selector, tolerations, training_memory, training_gpus)
         with dsl.ParallelFor(items=shards, parallelism=profile.parallelism or len(shards)) as shard:
             found = search_candidates(
@@ -63,7 +62,7 @@ def make_round(pods: Pods) -> Callable[..., Any]:
                 seed=seed,
                 shard=shard,
                 shards=len(shards),
-                **compute,
+                **pods.compute("search-candidates", device, threads),
             )
             pods.configure(found, "search-candidates", placement)
             rated = score_candidates(
@@ -72,7 +71,7 @@ def make_round(pods: Pods) -> Callable[..., Any]:
                 scorer=r_scorer,
                 config=scoring,
                 rationales=rationales,
-                **compute,
+                **pods.compute("score-candidates", device, threads),
             )
             pods.configure(rated, "score-candidates", placement)
         curated = curate_preference(
@@ -91,7 +90,7 @@ def make_round(pods: Pods) -> Callable[..., Any]:
             round_number=round_number,
             launcher=profile.launcher,
             **pods.training(placement),
-            **compute,
+            **pods.compute("train-dpo", device, threads),
         )
         pods.configure(trained, "train-dpo", placement)
         return trained.outputs["aligned"]

@@ -49,7 +49,7 @@ def compile_command(
     from srccore.containers.names import Images, read_digests
     from srccore.files import atomically, writable
     from srccore.kubeflow.package import read_package
-    from srccore.pipelines.compiling import compile_pipeline, size_warning
+    from srccore.pipelines.compiling import compile_pipeline, device_warning, size_warning
     from srccore.pipelines.profile import load_profile
 
     config = load_config(preset, overrides)
@@ -65,8 +65,9 @@ def compile_command(
         with atomically(out) as temporary:
             temporary.write_text(text, encoding="utf-8")
     typer.echo(out)
-    if (warning := size_warning(fixed)) is not None:
-        typer.echo(warning, err=True)
+    for warning in (size_warning(fixed), device_warning(config, fixed)):
+        if warning is not None:
+            typer.echo(warning, err=True)
     try:
         read_package(out).check_settings({})
     except UserError as error:

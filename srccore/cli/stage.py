@@ -43,13 +43,14 @@ def _command(stage: Stage) -> Callable[..., None]:
         from srccore.config import load_config
         from srccore.run.console import ConsoleObserver, quiet_libraries
         from srccore.run.loop import set_threads
-        from srccore.stages.checks import check_settings
+        from srccore.stages.checks import check_device, check_settings
         from srccore.training.machine import Machine
 
         quiet_libraries()
         config = load_config(preset, overrides)
         set_threads(config.threads)
         check_settings([stage.name], dict(config))
+        check_device(stage.name, given["out"], config.device)
         if "shard" in stage.settings:
             given["shard"] = _shard(given["shard"])
         console = ConsoleObserver.on_stderr()

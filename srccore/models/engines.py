@@ -1,21 +1,13 @@
-"""Chooses the engine that runs a model, and the device that it runs on."""
+"""Chooses the engine that runs a model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from srccore.method.engine import RatingEngine, SamplingEngine
+from srccore.models.device import open_device
 
-__all__ = ["choose_device", "rating_engine", "sampling_engine"]
-
-
-def choose_device(name: str) -> str:
-    """Returns ``cuda`` or ``cpu`` for ``auto``, any other name as it is."""
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+__all__ = ["rating_engine", "sampling_engine"]
 
 
 def sampling_engine(policy: Path, device: str) -> SamplingEngine:
@@ -31,7 +23,7 @@ def sampling_engine(policy: Path, device: str) -> SamplingEngine:
     from srccore.models.policy import load_policy, read_policy
     from srccore.models.transformers import TransformersSamplingEngine
 
-    loaded = load_policy(read_policy(policy), choose_device(device))
+    loaded = load_policy(read_policy(policy), open_device(device))
     return TransformersSamplingEngine(loaded.model, loaded.processor)
 
 
@@ -48,4 +40,4 @@ def rating_engine(folder: Path, device: str, batch_size: int) -> RatingEngine:
     """
     from srccore.models.transformers import TransformersRatingEngine
 
-    return TransformersRatingEngine.load(folder, choose_device(device), batch_size)
+    return TransformersRatingEngine.load(folder, open_device(device), batch_size)

@@ -21,7 +21,7 @@ from srccore.files import MANIFEST, writable, write_json
 from srccore.method.evaluation import HEADLINE
 from srccore.models.policy import resolve_model_path
 from srccore.run.folder import RunFolder
-from srccore.stages.checks import check_data, check_settings
+from srccore.stages.checks import check_data, check_device, check_settings
 from srccore.stages.manifest import read_manifest
 from srccore.stages.table import STAGES
 from srccore.training.machine import Figures, Machine, Progress
@@ -67,6 +67,9 @@ def run(config: RunConfig, out: Path, observer: Observer) -> list[Figures]:
     check_settings(_asking(folder, config.rounds), dict(config))
     if not (folder.data / MANIFEST).exists():
         check_data(config)
+    if config.device == "cuda":
+        # Before a teacher is asked for tens of thousands of rationales.
+        check_device("evaluate", folder.output("evaluate", config.rounds), config.device)
     _open_run(config, folder)
     set_threads(config.threads)
     wiring = _Wiring(config, folder, observer)
@@ -168,6 +171,7 @@ class _Wiring:
             given["round_number"] = number
         if "shard" in STAGES[stage].settings:
             given["shard"] = (shard, self.config.shards)
+        check_device(stage, folder, self.config.device)
         with self.observer.stage(stage, number) as progress:
             machine = Machine(self.config.device, progress)
             STAGES[stage].run(self.config, out=folder, machine=machine, **given)

@@ -7,15 +7,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from srccore.config import EndpointConfig, RunConfig
 from srccore.data.records import Sample
 from srccore.errors import UserError
+from srccore.files import MANIFEST
 from srccore.stages.inputs import open_source
 from srccore.stages.table import STAGES
 
-__all__ = ["check_data", "check_facts", "check_settings"]
+__all__ = ["check_data", "check_device", "check_facts", "check_settings"]
 
 
 def check_data(config: RunConfig) -> None:
@@ -62,6 +64,23 @@ def check_settings(stages: Iterable[str], sections: Mapping[str, Any]) -> None:
                 f"{where}.url must start with http:// or https://, got {endpoint.url!r}.",
                 f"Pass --set {where}.url=https://HOST/v1.",
             )
+
+
+def check_device(stage: str, out: Path, device: str) -> None:
+    """Says what a stage that runs a model is going to run on, before it reads anything.
+
+    Args:
+        stage: Its name.
+        out: Its output folder; a finished stage needs no device.
+        device: ``cpu``, ``cuda`` or ``auto``.
+
+    Raises:
+        UserError: There is no GPU where one was asked for.
+    """
+    if STAGES[stage].base == "models" and not (out / MANIFEST).exists():
+        from srccore.models.device import open_device
+
+        open_device(device)
 
 
 def check_facts(stage: str, section: Any, samples: Sequence[Sample], data: object) -> None:

@@ -36,7 +36,7 @@ from srccore.files import MANIFEST, write_json
 from srccore.hashing import hash_text
 from srccore.models.policy import POLICY_FILE, Policy, parse_policy, policy_document, write_policy
 from srccore.stages import inputs as identify
-from srccore.stages.checks import check_settings
+from srccore.stages.checks import check_device, check_settings
 from srccore.stages.table import STAGES, Stage
 from srccore.training.machine import Figures, Machine, Progress
 from srccore.training.ranks import Processes, is_launched, joined
@@ -161,7 +161,8 @@ def run_stage(
         inputs: Paths of Kubeflow's artifacts, by argument of the stage function: a reference, a
             policy file, or the thing itself. None is an input that was not given.
         settings: The stage function's other arguments, as JSON has them.
-        device: ``cpu``, ``cuda`` or ``auto``.
+        device: ``cpu``, ``cuda`` or ``auto``; a stage that runs a model says on stderr which
+            device it found.
         threads: CPU threads of torch; 0 leaves it alone.
 
     Returns:
@@ -171,6 +172,7 @@ def run_stage(
         SystemExit: With 2, after one paragraph on stderr, for an error that the user can fix.
             Its cause is the `UserError`.
     """
+    from srccore.models.device import open_device
     from srccore.run.console import quiet_libraries
     from srccore.run.loop import set_threads
 
@@ -184,7 +186,7 @@ def run_stage(
             raise UserError(
                 f"{stage} runs in a single process.", "Use torchrun for training stages only."
             )
-        with joined(device) as processes:
+        with joined(open_device(device)) as processes:
             return _run_together(work, processes)
 
 
@@ -302,7 +304,11 @@ class _Work:
 
         Returns:
             Its figures.
+
+        Raises:
+            UserError: A GPU is missing, or something else that the stage function needs.
         """
+        check_device(self.stage.name, out, self.device)
         machine = Machine(self.device, checkpoints=self._checkpoints())
         if progress is not None:
             machine = dataclasses.replace(machine, progress=progress)

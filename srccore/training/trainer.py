@@ -29,7 +29,7 @@ from srccore.config import (
     RationaleTuningConfig,
 )
 from srccore.errors import UserError
-from srccore.models.engines import choose_device
+from srccore.models.device import open_device
 from srccore.models.policy import Policy, load_policy, prompt_text, response_text
 from srccore.training.machine import Machine
 from srccore.training.ranks import Processes, joined, local_share
@@ -156,9 +156,9 @@ def training(
         The training.
 
     Raises:
-        UserError: The processes cannot share a batch evenly.
+        UserError: The processes cannot share a batch evenly, or a GPU is missing.
     """
-    device = choose_device(machine.device)
+    device = open_device(machine.device)
     with (
         joined(device) as processes,
         _quiet(),

@@ -18,7 +18,7 @@ from srccore.cluster.request import JobSettings
 from srccore.config import load_config, preset_names
 from srccore.containers.names import CACHE, IMAGES, LAUNCH_TRAINING, USER_ID, Images, read_digests
 from srccore.errors import UserError
-from srccore.pipelines.compiling import COMPILED, compile_pipeline
+from srccore.pipelines.compiling import COMPILED, compile_pipeline, device_warning
 from srccore.pipelines.profile import Profile, load_profile
 from srccore.stages.table import STAGES
 
@@ -129,6 +129,45 @@ def test_every_gpu_task_has_all_that_a_gpu_task_needs() -> None:
             mount for mount in settings["emptyDirMounts"] if mount["volumeName"] == "shared-memory"
         ).items()
     assert seen == {stage for stage in STAGES if STAGES[stage].base == "models"}
+
+
+def devices(ir: Ir) -> dict[str, Any]:
+    """What each task of a stage that runs a model is given as its device."""
+    tasks = [task for _, dag in dags(ir) for task in dag["dag"]["tasks"].items()]
+    return {
+        re.sub(r"-\d+$", "", name): task["inputs"]["parameters"]["device"]
+        for name, task in tasks
+        if "device" in task.get("inputs", {}).get("parameters", {})
+    }
+
+
+def test_stages_with_gpus_do_not_fall_back_to_the_cpu(tmp_path: Path) -> None:
+    def default(ir: Ir) -> Any:
+        return ir["root"]["inputDefinitions"]["parameters"]["device"]["defaultValue"]
+
+    assert load_config("llava-1.5-7b").device == "auto"
+    assert default(compiled()) == "cuda"
+    assert default(compiled("tiny")) == "cpu"
+    path = tmp_path / "profile.yaml"
+    path.write_text("models: {cpu: '8', memory: 64Gi, timeout_hours: 1}")
+    assert default(compiled(profile=path)) == "auto"
+    path.write_text("stages: {score-candidates: {cpu: '8', memory: 9Gi, timeout_hours: 1}}")
+    ir = compiled(profile=path)
+    assert default(ir) == "cuda"
+    given = devices(ir)
+    assert given.pop("score-candidates") == {"runtimeValue": {"constant": "cpu"}}
+    assert len(given) >= 6
+    assert all(value.keys() == {"componentInputParameter"} for value in given.values())
+
+
+def test_gpus_that_nothing_would_use_are_warned_of() -> None:
+    tiny, llava = load_config("tiny"), load_config("llava-1.5-7b")
+    assert device_warning(tiny, load_profile(None, tiny)) is None
+    assert device_warning(llava, load_profile(None, llava)) is None
+    warning = device_warning(tiny, Profile())
+    assert warning is not None
+    assert "requests GPUs for tune-rationale, " in warning
+    assert "Pass --set device=cuda" in warning
 
 
 def test_every_task_is_bounded_and_runs_as_a_plain_user(llava: Ir) -> None:

@@ -118,6 +118,10 @@ def test_an_image_is_what_a_cluster_wants(images: Podman, name: str) -> None:
     labels = {key.rpartition(".")[2]: value for key, value in settings["Labels"].items()}
     assert settings["User"] == f"{USER}:{USER}"
     assert not settings.get("Entrypoint")
+    assert {
+        "LD_LIBRARY_PATH=/usr/local/nvidia/lib64",
+        "NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+    } <= set(settings["Env"])
     assert labels["title"] == f"srccore/{name}"
     assert labels["version"] == Images().tag
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", labels["revision"])

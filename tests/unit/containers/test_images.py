@@ -88,6 +88,18 @@ def test_a_containerfile_takes_its_base_as_an_argument_and_has_no_entrypoint(pat
         assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["1000:1000"]
 
 
+def test_an_image_finds_the_driver_that_a_cluster_mounts() -> None:
+    settings = re.findall(
+        r"^ENV (.*)$", (ROOT / "images/base/Containerfile").read_text(), re.MULTILINE
+    )[-1].split()
+    assert settings == [
+        "LD_LIBRARY_PATH=/usr/local/nvidia/lib64",
+        "NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+    ]
+    # An image on the base must not replace them.
+    assert not re.search("LD_LIBRARY|NVIDIA", (ROOT / "images/stage/Containerfile").read_text())
+
+
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_lock_file_has_hashes_for_all_and_the_address_of_none(lock: Path) -> None:
     text = lock.read_text()

@@ -18,8 +18,10 @@ from s3_server import S3Server
 
 from srccore import storage
 from srccore.cluster.train import train
+from srccore.config import ModelConfig
 from srccore.data.records import Rationale, read_records
 from srccore.errors import UserError
+from srccore.models.policy import Policy, write_policy
 from srccore.stages import data as data_stages
 from srccore.steps.step import (
     Finished,
@@ -98,6 +100,28 @@ def test_another_setting_makes_another_folder_and_an_operational_one_does_not(
     split = refer(prepare(root), "train.parquet", tmp_path / "train")
     assert prepare(root, seed=1).uri != prepare(root).uri
     assert augment(root, split, endpoint={"retries": 1}).uri == augment(root, split).uri
+
+
+def test_a_step_without_the_gpu_that_it_was_promised_fetches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    policy = tmp_path / "policy.json"
+    write_policy(policy, Policy(base=ModelConfig(path="embedded:lvlm")))
+    data = tmp_path / "data"
+    data.write_text(Reference(uri=str(tmp_path / "nothing"), fingerprint="x").model_dump_json())
+    with pytest.raises(SystemExit) as raised:
+        run_stage(
+            "evaluate",
+            str(tmp_path / "artifacts"),
+            inputs={"data": str(data), "policy": str(policy)},
+            settings={"config": {}, "seed": 0, "round_number": 0},
+            device="cuda",
+        )
+    assert raised.value.code == 2
+    assert capsys.readouterr().err.startswith("Error: No GPU for device: cuda: ")
 
 
 def test_an_endpoint_is_identified_by_its_model_and_not_by_its_address(tmp_path: Path) -> None:
