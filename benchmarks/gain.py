@@ -170,7 +170,7 @@ def supervised(
     step = StageFolder(SFT, out, config=config.dpo, inputs={"preferences": preferences})
     if step.figures is None:
         opened = dataset.open_data(data)
-        settings = config.dpo.model_dump(exclude={"beta", "sft_weight"})
+        settings = config.dpo.model_dump(exclude={"beta", "sft_weight", "sft_normalization"})
         examples = [
             RationaleExample(
                 question=opened.sample(record.sample_id).question,

@@ -249,7 +249,10 @@ class DpoConfig(OptimizerSettings):
 
     beta: float = Field(default=0.1, gt=0)
     sft_weight: float = Field(default=0.02, ge=0)
-    """Weight of the SFT term on the chosen response."""
+    """Weight of the SFT term on the chosen response (paper: 0.02)."""
+    sft_normalization: Literal["response", "token"] = "response"
+    """What the SFT term is a mean over: responses, whose tokens are added up (RPO, which the paper
+    cites), or all tokens. Per token the same weight is weaker by the length of a response."""
     lora: LoraSettings
 
 

@@ -61,8 +61,8 @@ def train_dpo(
     The reference is the policy before this training: the same model with the new adapter disabled
     (reconstruction). Beta and the weight of the SFT term come from the preset (paper: 0.1 and
     0.02, as in RPO; rank 256, alpha 512, learning rate 5e-7). The SFT term is a mean over the
-    tokens of all chosen responses of an optimiser step, however the step is divided among
-    processes and accumulated.
+    chosen responses of an optimiser step, or over their tokens (`DpoConfig.sft_normalization`),
+    however the step is divided among processes and accumulated.
 
     Args:
         policy: The round's starting policy.
@@ -90,7 +90,7 @@ def train_dpo(
         out,
         seed=seed,
         machine=machine,
-        trainer=lambda arguments, **parts: _token_normalised(resumable(DPOTrainer))(
+        trainer=lambda arguments, **parts: _sft_normalised(resumable(DPOTrainer), config)(
             args=DPOConfig(
                 **arguments,
                 beta=config.beta,
@@ -109,20 +109,28 @@ def train_dpo(
     )
 
 
-def _token_normalised(trainer: type[Any]) -> type[Any]:
-    """Makes a DPO trainer class whose SFT term is a mean over the tokens of an optimiser step.
+def _sft_normalised(trainer: type[Any], config: DpoConfig) -> type[Any]:
+    """Makes a DPO trainer class whose SFT term does not depend on how a step is divided.
 
     TRL takes the mean over the tokens of one forward pass. Trainer and DDP then average these
-    means over forward passes and processes, so each is weighted by its share of the tokens.
+    means over forward passes and processes, so each is weighted here: by the tokens per response
+    of its pass (all passes have equally many responses), or by its share of the step's tokens.
 
     Args:
         trainer: TRL's class.
+        config: The weight of the term, and what it is a mean over.
     """
 
-    class TokenNormalised(trainer):  # type: ignore[misc]  # TRL is read without types
+    class PerResponse(trainer):  # type: ignore[misc]  # TRL is read without types
+        def compute_loss(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+            tokens, responses = _chosen(inputs)
+            self.loss_weights = [1.0, config.sft_weight * tokens / responses]
+            return super().compute_loss(model, inputs, *given, **named)
+
+    class PerToken(trainer):  # type: ignore[misc]
         def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-            own = sum(_chosen_tokens(batch) for batch in batches).to(device)
+            own = sum(_chosen(batch)[0] for batch in batches).to(device)
             return batches, self.accelerator.gather(own).sum()
 
         def compute_loss(
@@ -133,14 +141,14 @@ def _token_normalised(trainer: type[Any]) -> type[Any]:
             num_items_in_batch: Any = None,
         ) -> Any:
             means = self.current_gradient_accumulation_steps * self.accelerator.num_processes
-            share = means * _chosen_tokens(inputs) / num_items_in_batch
-            self.loss_weights = [1.0, self.args.loss_weights[1] * share]
+            share = means * _chosen(inputs)[0] / num_items_in_batch
+            self.loss_weights = [1.0, config.sft_weight * share]
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    return TokenNormalised
+    return PerToken if config.sft_normalization == "token" else PerResponse
 
 
-def _chosen_tokens(batch: Any) -> Any:
-    """Counts the tokens of the chosen responses: the first half of the rows, as TRL stacks them."""
+def _chosen(batch: Any) -> tuple[Any, int]:
+    """Counts tokens and responses of the chosen half: the first half of the rows, as in TRL."""
     chosen, _ = batch["completion_mask"].chunk(2)
-    return chosen[:, 1:].sum()
+    return chosen[:, 1:].sum(), len(chosen)

@@ -101,6 +101,7 @@ TRAININGS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "dpo": (dpo, {}),
     # Two processes cannot share the passes here, so they share the samples.
     "dpo-of-one-pass": (dpo, {"batch_size": 4, "gradient_accumulation_steps": 1}),
+    "dpo-per-token": (dpo, {"sft_normalization": "token"}),
     "rationale": (rationale, {}),
     "scorer": (scorer, {}),
 }

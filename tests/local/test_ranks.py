@@ -64,7 +64,8 @@ def test_two_processes_get_the_losses_and_figures_of_one(
     one = outcome(alone / name)
     assert outcome(together / name) == pytest.approx(one, rel=1e-4, abs=1e-5)
     assert outcome(together / f"{name}-by-1") == outcome(together / name)
-    assert one["last_loss"] < one["first_loss"]
+    # It learned. A loss that adds up tokens also depends on how long a batch's responses are.
+    assert one.get("reward_margin", one["first_loss"] - one["last_loss"]) > 0
 
 
 @pytest.mark.parametrize("name", small_trainings.TRAININGS)

@@ -172,11 +172,9 @@ def test_dpo_sees_the_ids_of_inference_and_starts_from_its_reference(
     # The incoming adapter is part of the reference: these are the folded policy's values.
     assert outcome.chosen_log_probability == pytest.approx((sums[0] + sums[2]) / 2, rel=1e-4)
     assert outcome.rejected_log_probability == pytest.approx((sums[1] + sums[3]) / 2, rel=1e-4)
-    # Both log ratios are 0, so the loss is -log sigmoid(0) + 0.02 x the mean token loss of the
-    # two chosen responses.
-    chosen = [inference_ids(loaded.processor, e.image(), e.chosen)[1] for e in examples]
-    tokens = sum(len(ids) for ids in chosen)
-    wanted = math.log(2) - 0.02 * (sums[0] + sums[2]) / tokens
+    # Both log ratios are 0, so the loss is -log sigmoid(0) - 0.02 x the mean log-probability of
+    # the two chosen responses.
+    wanted = math.log(2) - 0.02 * (sums[0] + sums[2]) / 2
     assert outcome.training.last_loss == pytest.approx(wanted, rel=1e-4)
 
 
@@ -195,9 +193,10 @@ SHARES = [(4, 1), (2, 2), (1, 4)]
 """Samples of a forward pass, and forward passes of an optimiser step."""
 
 
+@pytest.mark.parametrize("normalization", ["response", "token"])
 @pytest.mark.parametrize("share", SHARES)
-def test_the_sft_term_is_a_mean_over_the_tokens_of_all_chosen_responses_of_a_step(
-    tmp_path: Path, share: tuple[int, int]
+def test_the_sft_term_is_a_mean_over_the_responses_or_tokens_of_a_whole_step(
+    tmp_path: Path, share: tuple[int, int], normalization: str
 ) -> None:
     # The model has learned some words and not others, so texts differ in how likely they are.
     base = ModelConfig(path="embedded:lvlm")
@@ -207,6 +206,7 @@ def test_the_sft_term_is_a_mean_over_the_tokens_of_all_chosen_responses_of_a_ste
         gradient_accumulation_steps=passes,
         learning_rate=1e-12,
         sft_weight=1.0,
+        sft_normalization=normalization,
     )
     examples = uneven_preferences()
     outcome = train_dpo(Policy(base=base), examples, config, tmp_path, seed=0)
@@ -218,19 +218,26 @@ def test_the_sft_term_is_a_mean_over_the_tokens_of_all_chosen_responses_of_a_ste
         count = len(inference_ids(loaded.processor, example.image(), example.chosen)[1])
         total, tokens, means = total + found, tokens + count, [*means, found / count]
     # The policy is its own reference, so the first term is -log sigmoid(0).
-    wanted = math.log(2) - total / tokens
+    wanted = math.log(2) - total / {"response": len(examples), "token": tokens}[normalization]
     assert outcome.training.last_loss == pytest.approx(wanted, rel=1e-4)
-    # The mean of the samples' means is a different number.
+    # The mean of the samples' means is a different number from both.
     assert abs(total / tokens - sum(means) / 4) > 0.05
 
 
-def test_how_a_batch_is_accumulated_changes_no_adapter(base: ModelConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("normalization", ["response", "token"])
+def test_how_a_batch_is_accumulated_changes_no_adapter(
+    base: ModelConfig, tmp_path: Path, normalization: str
+) -> None:
     found = []
     for samples, passes in SHARES:
         out = tmp_path / str(samples)
         out.mkdir()
         config = dpo_config(
-            batch_size=samples, gradient_accumulation_steps=passes, sft_weight=1.0, epochs=3
+            batch_size=samples,
+            gradient_accumulation_steps=passes,
+            sft_weight=1.0,
+            sft_normalization=normalization,
+            epochs=3,
         )
         train_dpo(Policy(base=base), uneven_preferences(), config, out, seed=3)
         found.append(read_adapter(out / "adapter").pairs)
