@@ -112,6 +112,10 @@ class ModelConfig(TextModelConfig):
 
     chat_template: str | None = None
     """A template of `srccore/presets/templates`, for a checkpoint whose own has no EOS."""
+    pad_to_square: bool = False
+    """Pads images to squares with the processor's mean colour before they are scaled, as LLaVA-1.5
+    was trained. Without it, its processor cuts off what is outside the centre square. Only for
+    checkpoints of LLaVA-1.5."""
 
 
 class LoraSettings(Section):
@@ -120,10 +124,9 @@ class LoraSettings(Section):
     rank: int = Field(ge=1)
     alpha: int = Field(ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: str = (
-        r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    )
-    """A pattern on the language model: ``all-linear`` would match the vision tower too."""
+    target_modules: str | None = None
+    """A regular expression for names of modules; None is all linear layers of the language model's
+    blocks. ``all-linear`` would match the vision tower too."""
 
 
 class OptimizerSettings(Section):

@@ -82,8 +82,8 @@ class ValidationReport:
 class DataSet:
     """Samples and their images; made by `open_data`.
 
-    Images are decoded on each access and not kept. For Parquet files, up to about 256 MiB of
-    recently used row groups of encoded images are cached.
+    Images are decoded on each access and not kept; their sizes are known from their headers. For
+    Parquet files, up to about 256 MiB of recently used row groups of encoded images are cached.
     """
 
     def __init__(
@@ -92,12 +92,14 @@ class DataSet:
         samples: Sequence[Sample],
         places: Mapping[str, _Place],
         images: _Images,
+        sizes: Mapping[str, tuple[int, int]],
     ) -> None:
         self.path = path
         self.samples = tuple(samples)
         self._by_id = {sample.id: sample for sample in self.samples}
         self._places = places
         self._images = images
+        self._sizes = sizes
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -132,6 +134,14 @@ class DataSet:
             raise UserError(
                 f"Sample {sample_id!r} of {self.path}: {error}.", _advice(self.path)
             ) from None
+
+    def size(self, sample_id: str) -> tuple[int, int]:
+        """Returns width and height of the sample's image, upright, without reading it.
+
+        Raises:
+            UserError: There is no such sample.
+        """
+        return self._sizes[self.sample(sample_id).id]
 
     def encoded(self, sample_id: str) -> bytes:
         """Returns the sample's image as it is stored, for `write_data`.
@@ -170,12 +180,14 @@ def open_data(path: Path) -> DataSet:
     images = _Images()
     samples: list[Sample] = []
     places: dict[str, _Place] = {}
-    for row, sample, reasons in _checked_rows(path, images, decode=False):
-        if sample is None or row.place is None:
+    sizes: dict[str, tuple[int, int]] = {}
+    for row, sample, size, reasons in _checked_rows(path, images, decode=False):
+        if sample is None or row.place is None or size is None:
             raise UserError(f"Row {row.number} of {path}: {'; '.join(reasons)}.", _advice(path))
         samples.append(sample)
         places[sample.id] = row.place
-    return DataSet(path, samples, places, images)
+        sizes[sample.id] = size
+    return DataSet(path, samples, places, images, sizes)
 
 
 def validate(path: Path) -> ValidationReport:
@@ -193,7 +205,7 @@ def validate(path: Path) -> ValidationReport:
     rows = 0
     by_category: Counter[Category] = Counter()
     problems: list[RowProblem] = []
-    for row, _, reasons in _checked_rows(path, _Images(), decode=True):
+    for row, _, _, reasons in _checked_rows(path, _Images(), decode=True):
         rows += 1
         category, sample_id = row.values.get("category"), row.values.get("id")
         if isinstance(category, str) and category in list(Category):
@@ -320,12 +332,12 @@ class _Images:
 
 def _checked_rows(
     path: Path, images: _Images, *, decode: bool
-) -> Iterator[tuple[_Row, Sample | None, list[str]]]:
-    """Yields every row with its sample, or with None and the reasons why it has none."""
+) -> Iterator[tuple[_Row, Sample | None, tuple[int, int] | None, list[str]]]:
+    """Yields every row with its sample and its image's size, or the reasons why it has none."""
     first_rows: dict[str, int] = {}
     for row in _rows(path, images):
         reasons = list(row.reasons)
-        sample = None
+        sample = size = None
         if row.readable:
             sample, more = _sample(row.values)
             reasons += more
@@ -337,11 +349,23 @@ def _checked_rows(
         if row.place is not None:
             try:
                 with images.opened(row.place) as image:
+                    size = _upright_size(image)
                     if decode:
                         image.load()
             except _ImageError as error:
                 reasons.append(str(error))
-        yield row, None if reasons else sample, reasons
+        yield row, None if reasons else sample, size, reasons
+
+
+def _upright_size(image: Image) -> tuple[int, int]:
+    """Reads width and height as `DataSet.image` has them, from the header alone."""
+    from PIL.ExifTags import Base
+
+    # A PNG that has no EXIF data yet would be decoded to look for some behind its pixels.
+    seen = image.format != "PNG" or "exif" in image.info
+    turned = seen and image.getexif().get(Base.Orientation) in (5, 6, 7, 8)
+    width, height = image.size
+    return (height, width) if turned else (width, height)
 
 
 def _sample(values: Mapping[str, Any]) -> tuple[Sample | None, list[str]]:

@@ -2,60 +2,147 @@
 
 A family is the ``model_type`` of a checkpoint's ``config.json``. Every stage is tested on a tiny
 checkpoint of each (``tests/awkward``). Others are refused by name: their checkpoints may load, but
-nobody has checked that training and search read their images, positions and turns alike.
+nobody has checked that training and search agree on their image tokens, positions and turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from srccore.errors import UserError
+from srccore.files import write_json
 
-__all__ = ["FAMILIES", "Family", "family_of", "image_only", "language_model_targets"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "family_of",
+    "image_only",
+    "image_tokens",
+    "language_model_targets",
+    "load_processor_of",
+    "save_processor",
+]
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the package has to know of a family beyond what its model and processor say.
+    """What the package must know about a family beyond what its model and processor say.
 
     Attributes:
-        language_model: The name of the language model inside the model.
         example: A public checkpoint.
+        language_model: The name of the language model inside the model.
     """
 
-    language_model: str
     example: str
+    language_model: str = "model.language_model"
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llava": Family("model.language_model", "llava-hf/llava-1.5-7b-hf"),
-    "llava_next": Family("model.language_model", "llava-hf/llama3-llava-next-8b-hf"),
-    "qwen2_5_vl": Family("model.language_model", "Qwen/Qwen2.5-VL-7B-Instruct"),
-    "idefics3": Family("model.text_model", "HuggingFaceTB/SmolVLM-500M-Instruct"),
-    "internvl": Family("model.language_model", "OpenGVLab/InternVL3-1B-hf"),
+    "llava": Family("llava-hf/llava-1.5-7b-hf"),
+    "llava_next": Family("llava-hf/llama3-llava-next-8b-hf"),
+    "qwen2_5_vl": Family("Qwen/Qwen2.5-VL-7B-Instruct"),
+    "idefics3": Family("HuggingFaceTB/SmolVLM-500M-Instruct", language_model="model.text_model"),
+    "internvl": Family("OpenGVLab/InternVL3-1B-hf"),
 }
 """By ``model_type``."""
 
 
-def family_of(model_type: str | None, path: str) -> Family:
-    """Returns the family of a checkpoint.
+def family_of(path: str, revision: str | None = None) -> str:
+    """Returns the ``model_type`` of a checkpoint, which is one of `FAMILIES`.
 
     Args:
-        model_type: As its ``config.json`` says.
-        path: The checkpoint, for the error.
+        path: A folder or a hub id.
+        revision: Of the hub.
 
     Raises:
         UserError: The family is not one of `FAMILIES`.
+        OSError: There is no such checkpoint.
     """
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    tested = ", ".join(f"{name} ({family.example})" for name, family in FAMILIES.items())
+    from transformers import PreTrainedConfig
+
+    values, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+    name: str = values.get("model_type", "")
+    if name in FAMILIES:
+        return name
+    tested = ", ".join(f"{known} ({family.example})" for known, family in FAMILIES.items())
     raise UserError(
-        f"The checkpoint {path} is of the family {model_type!r}, which is not tested.",
-        f"Use one of {tested}.",
+        f"The checkpoint {path} is of the family {name!r}, which is not supported: no stage has "
+        "been tested on it.",
+        f"Use a checkpoint of one of these families: {tested}.",
     )
+
+
+def load_processor_of(family: str, path: str, revision: str | None) -> Any:
+    """Loads the processor of a checkpoint, without its part for videos, which needs torchvision.
+
+    Args:
+        family: Its ``model_type``.
+        path: A folder or a hub id.
+        revision: Of the hub.
+
+    Returns:
+        The processor; it processes images with PIL where torchvision is missing.
+    """
+    return image_only(_processor_class(family)).from_pretrained(path, revision=revision)
+
+
+def image_only(processor: type[Any]) -> type[Any]:
+    """Makes a processor class without a part for videos.
+
+    Args:
+        processor: A processor class of transformers.
+
+    Returns:
+        A subclass of the same name, or the class itself if it reads no videos anyway.
+    """
+    parts = [name for name in processor.get_attributes() if name != "video_processor"]
+    if parts == processor.get_attributes():
+        return processor
+    # The name is written into the checkpoints that the processor is saved to.
+    return type(processor.__name__, (processor,), {"get_attributes": classmethod(lambda _: parts)})
+
+
+def save_processor(
+    processor: Any, out: Path, family: str, source: str, revision: str | None
+) -> None:
+    """Writes a processor into a checkpoint, with the settings that its source has for videos.
+
+    The package reads no videos, but vLLM and others load no checkpoint of some families without.
+
+    Args:
+        processor: A processor of `load_processor_of`.
+        out: The folder to write.
+        family: Its ``model_type``.
+        source: The folder or hub id that it was loaded from.
+        revision: Of the hub.
+    """
+    from transformers.video_processing_utils import BaseVideoProcessor
+
+    processor.save_pretrained(out)
+    if "video_processor" in _processor_class(family).get_attributes():
+        videos, _ = BaseVideoProcessor.get_video_processor_dict(source, revision=revision)
+        write_json(out / "video_preprocessor_config.json", videos)
+
+
+def _processor_class(family: str) -> Any:
+    from transformers import CONFIG_MAPPING, PROCESSOR_MAPPING
+
+    return PROCESSOR_MAPPING[CONFIG_MAPPING[family]]
+
+
+def image_tokens(processor: Any, size: tuple[int, int]) -> int:
+    """Counts the tokens that an image takes in a prompt, with the marks around and inside it.
+
+    Args:
+        processor: The policy's processor.
+        size: Width and height of the image.
+    """
+    width, height = size
+    counted = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
+    return int(counted.num_image_tokens[0])
 
 
 def language_model_targets(model: Any) -> str:
@@ -64,23 +151,7 @@ def language_model_targets(model: Any) -> str:
     Names like ``q_proj`` alone would also match the vision tower, which vLLM cannot adapt.
 
     Args:
-        model: A model of one of `FAMILIES`, not wrapped.
+        model: A model of one of `FAMILIES`, not wrapped by PEFT.
     """
     inside = FAMILIES[model.config.model_type].language_model.replace(".", r"\.")
-    return rf".*{inside}\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-
-
-def image_only(processor: type[Any]) -> type[Any]:
-    """Makes a processor class that reads no videos, since reading them needs torchvision.
-
-    Args:
-        processor: A processor class of transformers.
-
-    Returns:
-        The class itself if it reads none anyway.
-    """
-    parts = [name for name in processor.get_attributes() if name != "video_processor"]
-    if parts == processor.get_attributes():
-        return processor
-    # The name is written into the checkpoints that the processor is saved to.
-    return type(processor.__name__, (processor,), {"get_attributes": classmethod(lambda _: parts)})
+    return rf"{inside}\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

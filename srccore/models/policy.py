@@ -1,8 +1,8 @@
 """A policy: a base checkpoint plus LoRA adapters, folded into its weights in order when it loads.
 
-Assumes LLaVA-1.5 and LLaVA-NeXT checkpoints in Hugging Face layout with safetensors weights; code
-from a checkpoint is never run. The texts of prompts and responses are built only here, so that
-training and inference see the same token ids.
+Assumes a checkpoint of one of `srccore.models.families`, in Hugging Face layout with safetensors
+weights; code from a checkpoint is never run. The texts of prompts and responses are built only
+here, so that training and inference see the same token ids.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from srccore import storage
 from srccore.config import ModelConfig
 from srccore.errors import UserError
 from srccore.files import write_json
-from srccore.models.families import image_only
+from srccore.models.families import family_of, load_processor_of
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +90,7 @@ class LoadedPolicy:
     """A policy in memory: the model with all adapters folded in, and its processor."""
 
     model: Any
-    """``LlavaForConditionalGeneration`` or ``LlavaNextForConditionalGeneration``, in eval mode."""
+    """A model for conditional generation of one of `srccore.models.families`, in eval mode."""
     processor: Any
 
 
@@ -224,27 +224,41 @@ def resolve_model_path(path: str) -> str:
 def load_processor(base: ModelConfig) -> Any:
     """Loads a checkpoint's processor, with the chat template that the configuration names.
 
-    Images are processed with PIL if torchvision is missing (`AutoProcessor` decides this itself).
-
     Args:
         base: The checkpoint.
 
     Returns:
-        A ``LlavaProcessor`` or ``LlavaNextProcessor``.
+        The processor of its family, for images and text.
 
     Raises:
-        UserError: The checkpoint or the template does not exist.
+        UserError: The checkpoint or the template does not exist, or its family is not supported.
     """
-    from transformers import PROCESSOR_MAPPING, AutoConfig
-
     path = resolve_model_path(base.path)
     with _explained(base):
-        config = AutoConfig.from_pretrained(path, revision=base.revision, trust_remote_code=False)
-        processor_class = image_only(PROCESSOR_MAPPING[type(config)])
-        processor = processor_class.from_pretrained(path, revision=base.revision)
+        family = family_of(path, base.revision)
+        processor = load_processor_of(family, path, base.revision)
+    if base.pad_to_square:
+        processor.image_processor = _padding(processor.image_processor, family, base.path)
     if base.chat_template is not None:
         processor.chat_template = _template(base.chat_template)
     return processor
+
+
+def _padding(images: Any, family: str, path: str) -> Any:
+    """Makes the image processor of LLaVA-1.5, which pads to squares, from the one that crops.
+
+    Public checkpoints name CLIP's processor, which scales the shorter side and cuts the rest off,
+    but LLaVA-1.5 was trained on images padded with the mean colour.
+    """
+    from transformers import LlavaImageProcessorPil
+
+    if family != "llava":
+        raise UserError(
+            f"model.pad_to_square is for checkpoints of LLaVA-1.5, but {path} is of the family "
+            f"{family!r}, whose processor shows the model the whole image.",
+            "Set model.pad_to_square to false.",
+        )
+    return LlavaImageProcessorPil.from_dict({**images.to_dict(), "do_pad": True})
 
 
 @contextlib.contextmanager
@@ -269,7 +283,8 @@ def load_policy(policy: Policy, device: str = "cpu") -> LoadedPolicy:
         The model in eval mode and its processor.
 
     Raises:
-        UserError: A checkpoint, template or adapter is missing, or an adapter is not plain LoRA.
+        UserError: A checkpoint, template or adapter is missing, the checkpoint's family is not
+            supported, or an adapter is not plain LoRA.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -278,8 +293,10 @@ def load_policy(policy: Policy, device: str = "cpu") -> LoadedPolicy:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     with _explained(policy.base):
+        path = resolve_model_path(policy.base.path)
+        family_of(path, policy.base.revision)
         model = AutoModelForImageTextToText.from_pretrained(
-            resolve_model_path(policy.base.path),
+            path,
             revision=policy.base.revision,
             dtype=getattr(torch, policy.base.dtype),
             trust_remote_code=False,
@@ -384,9 +401,9 @@ def prompt_text(processor: Any, question: str) -> str:
         question: The question.
 
     Returns:
-        The prompt with one ``<image>`` placeholder, up to where the response starts.
+        The prompt with one placeholder for the image, up to where the response starts.
     """
-    asked = _without_image_token(processor, question)
+    asked = _without_special_tokens(processor, question)
     content = [{"type": "image"}, {"type": "text", "text": asked}]
     text: str = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -414,7 +431,7 @@ def response_text(processor: Any, response: str) -> str:
     """
     question = "What is shown?"
     prompt = prompt_text(processor, question)
-    said = _without_image_token(processor, response)
+    said = _without_special_tokens(processor, response)
     whole: str = processor.apply_chat_template(
         [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
@@ -444,9 +461,15 @@ def response_text(processor: Any, response: str) -> str:
     )
 
 
-def _without_image_token(processor: Any, text: str) -> str:
-    """Removes the image placeholder, which many LLaVA data sets repeat in the question."""
-    return text.replace(processor.image_token, "").strip()
+def _without_special_tokens(processor: Any, text: str) -> str:
+    """Removes what the tokenizer would not read as text, and LLaVA's placeholder for an image.
+
+    Many data sets repeat ``<image>`` in the question, whatever the model's own placeholder is.
+    """
+    known = processor.tokenizer.added_tokens_decoder.values()
+    for mark in ("<image>", *(str(token) for token in known if token.special)):
+        text = text.replace(mark, "")
+    return text.strip()
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

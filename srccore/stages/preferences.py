@@ -111,6 +111,7 @@ def train_dpo(
             chosen=record.chosen.text,
             rejected=record.rejected.text,
             image=functools.partial(opened.image, record.sample_id),
+            size=opened.size(record.sample_id),
         )
         for record in read_records(preferences / "preferences.jsonl", Preference)
     ]

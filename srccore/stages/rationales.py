@@ -125,6 +125,7 @@ def tune_rationale(
             question=sample.question,
             response=response.write(texts[sample.id], sample.answer),
             image=functools.partial(opened.image, sample.id),
+            size=opened.size(sample.id),
         )
         for sample in drawn
     ]

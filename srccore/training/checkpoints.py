@@ -1,8 +1,8 @@
 """Exports a policy as one merged checkpoint or one adapter, for tools that take no list of them.
 
-A checkpoint is written with the weight names of public LLaVA checkpoints
-(``vision_tower.vision_model.*``, ``language_model.model.*``), which transformers, vLLM and the
-evaluation harnesses all read. transformers 5 itself writes them partly renamed.
+A checkpoint is written with the weight names of public checkpoints, which transformers, vLLM and
+the evaluation harnesses all read. For LLaVA these are ``vision_tower.vision_model.*`` and
+``language_model.model.*``, which transformers 5 itself writes partly renamed.
 """
 
 from __future__ import annotations
@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from srccore.errors import UserError
-from srccore.models.policy import Policy, load_policy, load_processor, read_adapter
+from srccore.models.families import family_of, save_processor
+from srccore.models.policy import (
+    Policy,
+    load_policy,
+    load_processor,
+    read_adapter,
+    resolve_model_path,
+)
 
 __all__ = ["export_adapter", "export_merged", "public_name", "save_in_public_names"]
 
+_RENAMED = ("llava", "llava_next")
+"""The families whose public names `save_pretrained` does not write."""
 # First match wins; in memory (transformers 5) -> in public checkpoints.
 _PUBLIC_PREFIXES = {
     "model.vision_tower.vision_model.": "vision_tower.vision_model.",
@@ -43,14 +52,17 @@ def public_name(name: str) -> str:
 
 
 def save_in_public_names(model: Any, out: Path) -> None:
-    """Writes a LLaVA model in Hugging Face layout (safetensors) with public names.
+    """Writes a model in Hugging Face layout (safetensors) with public names.
 
     Args:
-        model: ``LlavaForConditionalGeneration`` or ``LlavaNextForConditionalGeneration``.
+        model: A model of one of `srccore.models.families`.
         out: The folder to write.
     """
     from huggingface_hub import save_torch_state_dict
 
+    if model.config.model_type not in _RENAMED:
+        model.save_pretrained(out)
+        return
     out.mkdir(parents=True, exist_ok=True)
     weights = {public_name(name): tensor for name, tensor in model.state_dict().items()}
     save_torch_state_dict(weights, out, metadata={"format": "pt"})
@@ -74,7 +86,7 @@ def export_merged(policy: Policy, out: Path, card: str) -> None:
     """
     loaded = load_policy(policy)
     save_in_public_names(loaded.model, out)
-    loaded.processor.save_pretrained(out)
+    _save_processor(loaded.processor, policy, out)
     (out / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -129,8 +141,13 @@ def export_adapter(policy: Policy, out: Path, card: str) -> None:
         base_model_name_or_path=policy.base.path,
         revision=policy.base.revision,
     ).save_pretrained(str(out))
-    load_processor(policy.base).save_pretrained(out)
+    _save_processor(load_processor(policy.base), policy, out)
     (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def _save_processor(processor: Any, policy: Policy, out: Path) -> None:
+    source, revision = resolve_model_path(policy.base.path), policy.base.revision
+    save_processor(processor, out, family_of(source, revision), source, revision)
 
 
 def _shape(name: str, adapters: list[Any]) -> tuple[int, int]:

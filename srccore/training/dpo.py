@@ -31,6 +31,8 @@ class PreferenceExample:
     chosen: str
     rejected: str
     image: ImageLoader
+    size: tuple[int, int] | None = None
+    """As in `srccore.training.trainer.Row`."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,12 @@ def train_dpo(
     outcome, trainer = train_adapter(
         policy,
         [
-            Row(each.question, {"chosen": each.chosen, "rejected": each.rejected}, each.image)
+            Row(
+                each.question,
+                {"chosen": each.chosen, "rejected": each.rejected},
+                each.image,
+                each.size,
+            )
             for each in examples
         ],
         config,

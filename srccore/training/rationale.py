@@ -22,6 +22,8 @@ class RationaleExample:
     question: str
     response: str
     image: ImageLoader
+    size: tuple[int, int] | None = None
+    """As in `srccore.training.trainer.Row`."""
 
 
 def tune_rationale(
@@ -56,7 +58,10 @@ def tune_rationale(
 
     outcome, _ = train_adapter(
         policy,
-        [Row(each.question, {"completion": each.response}, each.image) for each in examples],
+        [
+            Row(each.question, {"completion": each.response}, each.image, each.size)
+            for each in examples
+        ],
         config,
         out,
         seed=seed,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srccore.config import LoraSettings, ScorerConfig, TextModelConfig
+from srccore.config import ScorerConfig, TextModelConfig
 from srccore.data.records import RATING_LEVELS
 from srccore.errors import UserError
 from srccore.models.policy import resolve_model_path
@@ -102,7 +102,7 @@ def train_scorer(
             args=SFTConfig(**session.arguments),
             train_dataset=Dataset.from_dict(rows).select(sample_order(samples, config, seed)),
             processing_class=tokenizer,
-            peft_config=lora_config(config.lora, _targets(config.lora)) if config.lora else None,
+            peft_config=lora_config(config.lora, TEXT_MODEL_TARGETS) if config.lora else None,
         )
         outcome = session.run(trainer, samples=samples, skipped=len(examples) - samples)
         if session.processes.is_first:
@@ -138,9 +138,3 @@ def _rows(
             "Pass at least one pair that fits, or use a rating model with a longer context.",
         )
     return {"input_ids": ids, "labels": labels}
-
-
-def _targets(lora: LoraSettings) -> str:
-    """Replaces the default pattern, which expects the language model to be part of an LVLM."""
-    default = LoraSettings.model_fields["target_modules"].default
-    return TEXT_MODEL_TARGETS if lora.target_modules == default else lora.target_modules

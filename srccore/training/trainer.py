@@ -30,6 +30,7 @@ from srccore.config import (
 )
 from srccore.errors import UserError
 from srccore.models.device import open_device
+from srccore.models.families import image_tokens, language_model_targets
 from srccore.models.policy import Policy, load_policy, prompt_text, response_text
 from srccore.training.machine import Machine
 from srccore.training.ranks import Processes, joined, local_share
@@ -52,7 +53,7 @@ __all__ = [
 ]
 
 ImageLoader = Callable[[], "Image"]
-"""Reads one image (RGB); called once per epoch and once to get its size."""
+"""Reads one image (RGB); called once per epoch."""
 
 FINAL_STEPS = 10
 """A figure "at the end" is the mean over this many last steps, or the last quarter if fewer."""
@@ -66,6 +67,8 @@ class Row:
     responses: dict[str, str]
     """By TRL's column names."""
     image: ImageLoader
+    size: tuple[int, int] | None = None
+    """Width and height of the image; if None, it is decoded to learn them."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ def train_adapter(
             model=loaded.model,
             train_dataset=Dataset.from_dict({"row": order}).with_transform(_Rows(fitting)),
             processing_class=loaded.processor,
-            peft_config=lora_config(config.lora),
+            peft_config=lora_config(config.lora, language_model_targets(loaded.model)),
         )
         outcome = session.run(ready, samples=len(fitting), skipped=len(rows) - len(fitting))
         if session.processes.is_first:
@@ -306,15 +309,20 @@ def _arguments(
     }
 
 
-def lora_config(lora: LoraSettings, target_modules: str | None = None) -> Any:
-    """Makes PEFT's LoRA settings (like the paper's adapters: plain LoRA, no bias)."""
+def lora_config(lora: LoraSettings, targets: str) -> Any:
+    """Makes PEFT's LoRA settings (like the paper's adapters: plain LoRA, no bias).
+
+    Args:
+        lora: The settings.
+        targets: The pattern of the trained modules where the settings name none.
+    """
     from peft import LoraConfig
 
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=target_modules or lora.target_modules,
+        target_modules=lora.target_modules or targets,
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -359,10 +367,9 @@ def _within_context(
     for row in rows:
         prompt = prompt_text(processor, row.question)
         responses = {name: response_text(processor, said) for name, said in row.responses.items()}
-        width, height = row.image().size
         # The prompt's own placeholder already counts as one token.
-        length = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
-        tokens = length.num_image_tokens[0] - 1 + len(encode(prompt, add_special_tokens=False))
+        tokens = image_tokens(processor, row.size or row.image().size) - 1
+        tokens += len(encode(prompt, add_special_tokens=False))
         tokens += max(len(encode(text, add_special_tokens=False)) for text in responses.values())
         if tokens <= limit:
             kept.append(({"prompt": prompt, **responses}, row.image))

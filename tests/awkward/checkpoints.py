@@ -104,6 +104,8 @@ def _sliding(out: Path) -> ModelConfig:
 def _saved(model: Any, processor: Any, out: Path) -> ModelConfig:
     model.save_pretrained(out)
     processor.save_pretrained(out)
+    # As in public checkpoints, which a processor for videos is loaded from too.
+    processor.image_processor.save_pretrained(out)
     return ModelConfig(path=str(out))
 
 

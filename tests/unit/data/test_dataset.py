@@ -172,6 +172,7 @@ def test_gray_and_transparent_and_rotated_images_come_as_upright_rgb(tmp_path: P
     assert data.image("s1").getpixel((0, 0)) == (9, 9, 9)
     assert data.image("s2").mode == "RGB"
     assert data.image("s3").size == (2, 4)
+    assert [data.size(name) for name in ("s1", "s2", "s3")] == [(2, 2), (2, 2), (2, 4)]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -356,6 +357,24 @@ def test_a_cut_off_image_opens_and_is_refused_when_it_is_decoded(tmp_path: Path)
     data = open_data(tmp_path / "d.parquet")
     with pytest.raises(UserError, match=r"Sample 's1' of .*: image is corrupt"):
         data.image("s1")
+    # Its header is whole.
+    assert data.size("s1") == (64, 64)
+
+
+def test_opening_a_data_set_decodes_no_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_lines(tmp_path, [line(1), line(2, image="turned.jpg")])
+    turned = Image.Exif()
+    turned[0x0112] = 8
+    Image.new("RGB", (5, 2)).save(folder / "turned.jpg", exif=turned)
+
+    def refuse(image: Any) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", refuse)
+    data = open_data(folder)
+    assert (data.size("s1"), data.size("s2")) == ((4, 3), (2, 5))
 
 
 def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
