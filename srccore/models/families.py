@@ -7,6 +7,7 @@ nobody has checked that training and search agree on their image tokens, positio
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +62,14 @@ def family_of(path: str, revision: str | None = None) -> str:
         UserError: The family is not one of `FAMILIES`.
         OSError: There is no such checkpoint.
     """
-    from transformers import PreTrainedConfig
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        from huggingface_hub import hf_hub_download
 
-    values, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
-    name: str = values.get("model_type", "")
+        config = Path(hf_hub_download(path, "config.json", revision=revision))
+    name = json.loads(config.read_text(encoding="utf-8")).get("model_type", "")
     if name in FAMILIES:
-        return name
+        return str(name)
     tested = ", ".join(f"{known} ({family.example})" for known, family in FAMILIES.items())
     raise UserError(
         f"The checkpoint {path} is of the family {name!r}, which is not supported: no stage has "

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from srccore import storage
-from srccore.config import ModelConfig
+from srccore.config import ModelConfig, TextModelConfig
 from srccore.errors import UserError
 from srccore.files import write_json
 from srccore.models.families import family_of, load_processor_of
@@ -32,10 +32,12 @@ __all__ = [
     "Adapter",
     "LoadedPolicy",
     "Policy",
+    "checkpoint_family",
     "fold_adapters",
     "load_policy",
     "load_processor",
     "parse_policy",
+    "pinned",
     "policy_document",
     "prompt_text",
     "read_adapter",
@@ -45,6 +47,7 @@ __all__ = [
     "write_policy",
 ]
 
+Checkpoint = TypeVar("Checkpoint", bound=TextModelConfig)
 EMBEDDED = {"embedded:lvlm": "lvlm", "embedded:rating": "rating"}
 VERSION = 1
 POLICY_FILE = "policy.json"
@@ -221,6 +224,44 @@ def resolve_model_path(path: str) -> str:
     return str(folder)
 
 
+def pinned(base: Checkpoint) -> Checkpoint:
+    """Pins a checkpoint of the model hub to the commit that its revision names at present.
+
+    Args:
+        base: The checkpoint.
+
+    Returns:
+        It, with the commit as its revision if it is of the hub. Where the hub cannot be reached,
+        the commit is that of the copy on this machine.
+
+    Raises:
+        UserError: The hub has no such checkpoint or revision, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionResolutionError
+
+    path = resolve_model_path(base.path)
+    if Path(path).is_dir():
+        return base
+    with _explained(base):
+        try:
+            commit = HfApi().resolve_revision(path, revision=base.revision).resolved
+        except RevisionResolutionError as error:
+            raise OSError(str(error)) from None
+    return base.model_copy(update={"revision": commit})
+
+
+def checkpoint_family(base: ModelConfig) -> str:
+    """Returns the family of a checkpoint, one of `srccore.models.families`.
+
+    Raises:
+        UserError: The checkpoint does not exist, or its family is not supported.
+    """
+    path = resolve_model_path(base.path)
+    with _explained(base):
+        return family_of(path, base.revision)
+
+
 def load_processor(base: ModelConfig) -> Any:
     """Loads a checkpoint's processor, with the chat template that the configuration names.
 
@@ -233,9 +274,8 @@ def load_processor(base: ModelConfig) -> Any:
     Raises:
         UserError: The checkpoint or the template does not exist, or its family is not supported.
     """
-    path = resolve_model_path(base.path)
+    family, path = checkpoint_family(base), resolve_model_path(base.path)
     with _explained(base):
-        family = family_of(path, base.revision)
         processor = load_processor_of(family, path, base.revision)
     if base.pad_to_square:
         processor.image_processor = _padding(processor.image_processor, family, base.path)
@@ -262,7 +302,7 @@ def _padding(images: Any, family: str, path: str) -> Any:
 
 
 @contextlib.contextmanager
-def _explained(base: ModelConfig) -> Iterator[None]:
+def _explained(base: TextModelConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -292,11 +332,10 @@ def load_policy(policy: Policy, device: str = "cpu") -> LoadedPolicy:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    checkpoint_family(policy.base)
     with _explained(policy.base):
-        path = resolve_model_path(policy.base.path)
-        family_of(path, policy.base.revision)
         model = AutoModelForImageTextToText.from_pretrained(
-            path,
+            resolve_model_path(policy.base.path),
             revision=policy.base.revision,
             dtype=getattr(torch, policy.base.dtype),
             trust_remote_code=False,

@@ -97,7 +97,7 @@ def tune_rationale(
     Returns:
         Steps, losses and how many samples were used.
     """
-    from srccore.models.policy import Policy, write_policy
+    from srccore.models.policy import Policy, pinned, write_policy
     from srccore.training.rationale import RationaleExample
     from srccore.training.rationale import tune_rationale as train
 
@@ -129,12 +129,12 @@ def tune_rationale(
         )
         for sample in drawn
     ]
-    start = Policy(base=model)
+    start = Policy(base=pinned(model))
     outcome = train(start, examples, config, out, seed=seed, machine=machine)
     if not is_first():
         return dataclasses.asdict(outcome)
     write_policy(out, start.with_adapter(out / "adapter"))
-    return folder.finish(dataclasses.asdict(outcome))
+    return folder.finish({**dataclasses.asdict(outcome), "revision": start.base.revision})
 
 
 def judged_samples(data: Path, rationales: Path | None, ids: Sequence[str]) -> dict[str, Sample]:

@@ -133,6 +133,7 @@ def train_scorer(
     Returns:
         Steps and losses, and the scorer's health on the validation pairs.
     """
+    from srccore.models.policy import pinned
     from srccore.training.scorer import RatingExample
     from srccore.training.scorer import train_scorer as train
 
@@ -175,9 +176,16 @@ def train_scorer(
             (pair.second, pair.first, 6 - pair.rating),
         )
     ]
-    outcome = train(model, examples, config, out, seed=seed, machine=machine)
+    pinned_model = pinned(model)
+    outcome = train(pinned_model, examples, config, out, seed=seed, machine=machine)
     if not is_first():
         return dataclasses.asdict(outcome)
     engine = rating_engine(out / "model", machine.device, config.batch_size)
     health = scoring.validate(engine, samples, validation)
-    return folder.finish({**dataclasses.asdict(outcome), "validation": health})
+    return folder.finish(
+        {
+            **dataclasses.asdict(outcome),
+            "revision": pinned_model.revision,
+            "validation": health,
+        }
+    )

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from srccore.errors import UserError
-from srccore.models.families import family_of, save_processor
+from srccore.models.families import save_processor
 from srccore.models.policy import (
     Policy,
+    checkpoint_family,
     load_policy,
     load_processor,
     read_adapter,
@@ -146,8 +147,8 @@ def export_adapter(policy: Policy, out: Path, card: str) -> None:
 
 
 def _save_processor(processor: Any, policy: Policy, out: Path) -> None:
-    source, revision = resolve_model_path(policy.base.path), policy.base.revision
-    save_processor(processor, out, family_of(source, revision), source, revision)
+    source = resolve_model_path(policy.base.path)
+    save_processor(processor, out, checkpoint_family(policy.base), source, policy.base.revision)
 
 
 def _shape(name: str, adapters: list[Any]) -> tuple[int, int]:

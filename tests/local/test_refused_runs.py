@@ -66,3 +66,13 @@ def test_an_endpoint_without_an_address_is_refused(setting: str, tmp_path: Path)
         run(shrunken(f"{setting}=endpoint"), tmp_path / "run", observer)
     assert not observer.worked
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_an_unsupported_family_is_refused(tmp_path: Path) -> None:
+    observer = Recorder()
+    (tmp_path / "config.json").write_text('{"model_type": "paligemma"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"family 'paligemma', which is not supported"):
+        run(shrunken(f"model.path={tmp_path}"), tmp_path / "run", observer)
+    assert not observer.worked
+    assert not (tmp_path / "run").exists()

@@ -14,6 +14,7 @@ from srccore.models.policy import (
     Policy,
     load_policy,
     load_processor,
+    pinned,
     prompt_text,
     read_policy,
     resolve_model_path,
@@ -58,6 +59,38 @@ def test_model_paths_are_folders_hub_ids_or_embedded_names(tmp_path: Path) -> No
         resolve_model_path(str(tmp_path))
     with pytest.raises(UserError, match="embedded:lvlm or embedded:rating"):
         resolve_model_path("embedded:other")
+
+
+COMMIT = "a1" * 20
+
+
+@pytest.fixture
+def hub(base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    """A checkpoint of the model hub that is in this machine's cache; the hub is out of reach."""
+    cached = tmp_path / "models--some--checkpoint"
+    shutil.copytree(base.path, cached / "snapshots" / COMMIT)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return base.model_copy(update={"path": "some/checkpoint"})
+
+
+def test_a_checkpoint_of_the_hub_is_pinned_to_the_commit_that_is_loaded(hub: ModelConfig) -> None:
+    assert hub.revision is None
+    assert pinned(hub).revision == COMMIT
+    # Later stages read the commit from policy.json, whatever the hub has by then.
+    assert pinned(pinned(hub)) == pinned(hub)
+    load_policy(Policy(base=pinned(hub)))
+
+
+def test_a_folder_is_not_pinned(base: ModelConfig) -> None:
+    assert pinned(base) == base
+
+
+def test_a_checkpoint_that_cannot_be_pinned_is_an_error(hub: ModelConfig) -> None:
+    with pytest.raises(UserError, match=r"checkpoint some/checkpoint cannot be loaded.*'v2'"):
+        pinned(hub.model_copy(update={"revision": "v2"}))
 
 
 def test_an_unknown_chat_template_is_refused_with_the_names(base: ModelConfig) -> None:
