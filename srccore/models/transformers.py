@@ -1,13 +1,15 @@
 """Engines based on transformers: for any device, and the default on a CPU.
 
-Sampling encodes each image and each prompt once. A node is a row of a batch's key-value cache;
-extending it copies the row and continues decoding, so no prefix is ever encoded twice. Assumes a
-decoder whose attention supports a 2-d mask with gaps (rows of a batch stop at different places)
-and rotary or other positions that are passed explicitly: Llama, Mistral and Qwen2 do.
+Sampling encodes each image and each prompt once; a node is a row of a batch of responses, and
+extending it continues from its cache, so no prefix is ever encoded twice
+(`srccore.models.shared_prefix`). Positions are the model's own: those of Qwen2.5-VL depend on the
+image.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,37 +18,32 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
 
 from srccore.errors import UserError
 from srccore.method import sentences
 from srccore.method.engine import Continuation, Draw, Prompt, TokenDistribution
-from srccore.models.policy import prompt_text
+from srccore.models.policy import prompt_text, response_text
+from srccore.models.shared_prefix import Decoding, Prompts, Responses, prompt_cache
 
-__all__ = ["TransformersRatingEngine", "TransformersSamplingEngine"]
+__all__ = [
+    "TransformersRatingEngine",
+    "TransformersSamplingEngine",
+    "banned_tokens",
+    "end_tokens",
+]
 
 _ENDING = (".", "?", "!", "\n", "Ċ", "<0x0A>")
 """A sentence can only end at a token with one of these, or at the token after it."""
 
-
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """Prefixes that were encoded together.
-
-    Shapes: ``keys`` and ``values`` per layer (rows, heads, length, width); ``mask``
-    (rows, length), 1 where a row has a token; ``logits`` (rows, vocabulary) of the next token.
-    """
-
-    layers: list[tuple[Tensor, Tensor]]
-    mask: Tensor
-    logits: Tensor
+_WORTH_DROPPING = 0.25
+"""Rows that have stopped leave a batch once they are this share of it: leaving costs a copy."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Node:
     """A prefix: its row in a batch, and the response's tokens so far."""
 
-    batch: _Batch
+    batch: Responses
     row: int
     tokens: tuple[int, ...] = ()
 
@@ -55,31 +52,36 @@ class TransformersSamplingEngine:
     """Continues responses of a vision-language model.
 
     Args:
-        model: A LLaVA-like model for conditional generation, in evaluation mode.
-        processor: Its processor, with a chat template.
+        model: A model for conditional generation from an image and a text.
+        processor: Its processor, with a chat template that ends a turn.
+
+    Raises:
+        UserError: The model's attention is of a kind that the engine does not support, or the
+            chat template does not end a turn.
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
         self._model = model.eval()
         self._processor = processor
         self._tokenizer = processor.tokenizer
-        vocabulary = self._tokenizer.convert_ids_to_tokens(range(len(self._tokenizer)))
-        self._may_end = [token is None or any(c in token for c in _ENDING) for token in vocabulary]
-        eos = model.generation_config.eos_token_id
-        if eos is None:
-            eos = self._tokenizer.eos_token_id
-        self._eos = set(eos if isinstance(eos, list) else [eos])
-        banned = {model.config.image_token_id, self._tokenizer.pad_token_id} - {None} - self._eos
-        self._banned = sorted(banned)
+        _check_attention(model)
+        tokens = _tokens_by_id(model, self._tokenizer)
+        self._may_end = [token is None or any(c in token for c in _ENDING) for token in tokens]
+        self._eos = end_tokens(model, processor)
+        banned = banned_tokens(model, processor)
+        self._banned = torch.tensor(banned, dtype=torch.long, device=model.device)
 
     @torch.inference_mode()
     def open(self, prompts: Sequence[Prompt]) -> list[_Node]:
         """Encodes images and prompts in one forward pass."""
-        inputs = encode_prompts(self._processor, prompts).to(self._model.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
-        mask = inputs["attention_mask"]
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = _cache(())
+        inputs = {
+            name: value.to(self._model.dtype) if value.is_floating_point() else value
+            for name, value in encode_prompts(self._processor, prompts)
+            .to(self._model.device)
+            .items()
+        }
+        positions, following = self._positions(inputs)
+        cache = prompt_cache()
         output = self._model(
             **inputs,
             position_ids=positions,
@@ -87,59 +89,82 @@ class TransformersSamplingEngine:
             use_cache=True,
             logits_to_keep=1,
         )
-        batch = _Batch(_contents(cache), mask, output.logits[:, -1].float())
+        mask = inputs["attention_mask"].bool()
+        encoded = Prompts([(layer.keys, layer.values) for layer in cache.layers], mask, following)
+        batch = Responses(
+            prompts=encoded,
+            owners=torch.arange(len(prompts), device=mask.device),
+            layers=[],
+            mask=mask[:, :0],
+            logits=output.logits[:, -1].float(),
+        )
         return [_Node(batch, row) for row in range(len(prompts))]
+
+    def _positions(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns the positions of the prompts' tokens, and of the token after each prompt."""
+        mask = inputs["attention_mask"]
+        of_images = getattr(self._model.base_model, "get_rope_index", None)
+        if of_images is None:
+            return (mask.cumsum(-1) - 1).clamp(min=0), mask.sum(-1)
+        accepted = inspect.signature(of_images).parameters
+        positions, shift = of_images(**{n: v for n, v in inputs.items() if n in accepted})
+        return positions, mask.sum(-1) + shift[:, 0]
 
     @torch.inference_mode()
     def extend(
         self, draws: Sequence[Draw], *, max_tokens: int, whole: bool = False
     ) -> list[Continuation]:
-        """Draws one continuation per draw; draws of one batch are decoded together."""
+        """Draws one continuation per draw; draws of prompts opened together share batches."""
         groups: dict[int, list[int]] = {}
         for number, draw in enumerate(draws):
-            groups.setdefault(id(draw.node.batch), []).append(number)
+            groups.setdefault(id(draw.node.batch.prompts), []).append(number)
         results: dict[int, Continuation] = {}
         for numbers in groups.values():
             group = [draws[number] for number in numbers]
-            results.update(zip(numbers, self._extend_batch(group, max_tokens, whole), strict=True))
+            results.update(zip(numbers, self._extend_group(group, max_tokens, whole), strict=True))
         return [results[number] for number in range(len(draws))]
 
-    def _extend_batch(self, draws: list[Draw], max_tokens: int, whole: bool) -> list[Continuation]:
-        source: _Batch = draws[0].node.batch
-        rows = torch.tensor([draw.node.row for draw in draws], device=source.mask.device)
-        cache = _cache([(k[rows], v[rows]) for k, v in source.layers])
-        mask, logits = source.mask[rows], source.logits[rows]
+    def _extend_group(self, draws: list[Draw], max_tokens: int, whole: bool) -> list[Continuation]:
+        decoding = Decoding(self._model, [(draw.node.batch, draw.node.row) for draw in draws])
         choose = _Chooser(draws, max_tokens, self._banned)
         writers = [_Row(draw.node.tokens, self._decode(draw.node.tokens)) for draw in draws]
+        rows = list(range(len(draws)))  # the draw that each row of the decoding belongs to
+        nodes: dict[int, _Node] = {}
+
+        def leave(places: list[int]) -> None:
+            continuing = [place for place in places if writers[rows[place]].stop != "end"]
+            batch = decoding.responses(continuing) if continuing else None
+            for number, place in enumerate(continuing):
+                writer = writers[rows[place]]
+                assert batch is not None
+                nodes[rows[place]] = _Node(batch, number, (*writer.prefix, *writer.tokens))
+
         for step in range(max_tokens):
-            tokens, scores = choose(logits, step)
-            fed = []
-            for writer, token, score in zip(writers, tokens.tolist(), scores.tolist(), strict=True):
-                fed.append(self._write(writer, token, score, whole))
+            tokens, scores = choose(decoding.logits, step)
+            fed = [
+                self._write(writers[row], token, score, whole)
+                for row, token, score in zip(rows, tokens.tolist(), scores.tolist(), strict=True)
+            ]
             # A row that drew its last token at the limit is still fed it, to be continued later.
             if not any(fed):
                 break
-            alive = torch.tensor(fed, device=mask.device)
-            positions = mask.sum(-1, keepdim=True)
-            mask = torch.cat([mask, alive[:, None].to(mask.dtype)], dim=1)
-            output = self._model(
-                input_ids=torch.where(alive, tokens, self._banned[0])[:, None],
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = torch.where(alive[:, None], output.logits[:, -1].float(), logits)
-        batch = _Batch(_contents(cache), mask, logits)
+            alive = torch.tensor(fed, device=tokens.device)
+            if fed.count(False) >= _WORTH_DROPPING * len(fed):
+                leave([place for place, is_fed in enumerate(fed) if not is_fed])
+                kept = [place for place, is_fed in enumerate(fed) if is_fed]
+                decoding.keep(kept)
+                choose.keep(kept)
+                rows = [rows[place] for place in kept]
+                tokens, alive = tokens[alive], alive[alive]
+            decoding.feed(tokens, alive)
+        leave(list(range(len(rows))))
         return [
             Continuation(
                 text=self._text(writer),
                 token_count=writer.count,
                 log_probability=writer.log_probability,
                 stop=writer.stop or "length",
-                node=None
-                if writer.stop == "end"
-                else _Node(batch, row, (*writer.prefix, *writer.tokens)),
+                node=nodes.get(row),
             )
             for row, writer in enumerate(writers)
         ]
@@ -148,6 +173,11 @@ class TransformersSamplingEngine:
         """Adds a drawn token to a row; returns whether the model must be fed it."""
         if row.stop is not None:
             return False
+        if math.isnan(score):
+            raise UserError(
+                f"The policy's logits are not numbers in {self._model.dtype}.",
+                "Set model.dtype to bfloat16 or float32; if it is, the checkpoint is damaged.",
+            )
         if token in self._eos:
             row.stop = "end"
             row.add(score)
@@ -197,75 +227,94 @@ class _Row:
 class _Chooser:
     """Chooses tokens by inverse transform sampling; a row's numbers depend only on its own seed."""
 
-    def __init__(self, draws: list[Draw], max_tokens: int, banned: list[int]) -> None:
+    def __init__(self, draws: list[Draw], max_tokens: int, banned: Tensor) -> None:
+        device = banned.device
         self.banned = banned
-        self.greedy = all(draw.greedy for draw in draws)
-        self.temperature = torch.tensor([[draw.temperature] for draw in draws])
-        if not self.greedy:
+        self.greedy = torch.tensor([draw.greedy for draw in draws], device=device)
+        self.all_greedy = all(draw.greedy for draw in draws)
+        self.temperature = torch.tensor([[draw.temperature] for draw in draws], device=device)
+        if not self.all_greedy:
             numbers = [
                 np.random.Generator(np.random.Philox(key=draw.seed)).random(max_tokens)
                 for draw in draws
             ]
-            self.uniforms = torch.from_numpy(np.stack(numbers, axis=1))
+            self.uniforms = torch.from_numpy(np.stack(numbers, axis=1)).to(device)
+
+    def keep(self, rows: list[int]) -> None:
+        """Drops all other rows."""
+        self.greedy, self.temperature = self.greedy[rows], self.temperature[rows]
+        if not self.all_greedy:
+            self.uniforms = self.uniforms[:, rows]
 
     def __call__(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        logits[:, self.banned] = -torch.inf
-        scores = logits.log_softmax(-1)
-        if self.greedy:
-            tokens = logits.argmax(-1)
-        else:
-            cooled = (logits / self.temperature.to(logits.device)).double()
-            heights = cooled.softmax(-1).cumsum(-1)
-            levels = self.uniforms[step].to(logits.device)[:, None] * heights[:, -1:]
-            tokens = torch.searchsorted(heights, levels, right=True)[:, 0]
-            tokens = tokens.clamp(max=logits.shape[-1] - 1)
-        return tokens, scores.gather(1, tokens[:, None])[:, 0]
+        """Returns a token for each row and its log-probability under the model as it is."""
+        allowed = logits.index_fill(1, self.banned, -torch.inf)
+        tokens = allowed.argmax(-1)
+        if not self.all_greedy:
+            heights = (allowed / self.temperature).double().softmax(-1).cumsum(-1)
+            levels = self.uniforms[step][:, None] * heights[:, -1:]
+            drawn = torch.searchsorted(heights, levels, right=True)[:, 0]
+            tokens = torch.where(self.greedy, tokens, drawn.clamp(max=logits.shape[-1] - 1))
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-class _RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers is read without types
-    """A cache layer that grows in blocks: appending a token does not copy all previous ones."""
+def end_tokens(model: Any, processor: Any) -> set[int]:
+    """Returns the ids that end a response.
 
-    BLOCK = 32
+    The generation configuration, the tokenizer and the chat template of a public checkpoint may
+    each name another one, and a policy learns the template's.
 
-    def start(self, keys: Tensor, values: Tensor) -> None:
-        self.lazy_initialization(keys, values)
-        self.length = keys.shape[2]
-        self.room = (keys, values)
-        self.keys, self.values = keys, values
-
-    def _grown(self, old: Tensor, extra: int) -> Tensor:
-        room = old.new_empty(*old.shape[:2], extra, old.shape[3])
-        return torch.cat([old[:, :, : self.length], room], dim=2)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.start(key_states, value_states)
-            return self.keys, self.values
-        end = self.length + key_states.shape[2]
-        if end > self.room[0].shape[2]:
-            extra = max(self.BLOCK, key_states.shape[2])
-            keys, values = self.room
-            self.room = (self._grown(keys, extra), self._grown(values, extra))
-        for room, new in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, self.length : end] = new
-        self.length = end
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
-        return self.keys, self.values
+    Raises:
+        UserError: The chat template does not end a turn.
+    """
+    named = model.generation_config.eos_token_id
+    ids = set(named if isinstance(named, list) else [named])
+    ids.add(processor.tokenizer.eos_token_id)
+    said = response_text(processor, "Yes.")
+    ids.add(processor.tokenizer.encode(said, add_special_tokens=False)[-1])
+    return ids - {None}
 
 
-def _cache(layers: Sequence[tuple[Tensor, Tensor]]) -> Cache:
-    cache = Cache(layer_class_to_replicate=_RoomyLayer)
-    for keys, values in layers:
-        layer = _RoomyLayer()
-        layer.start(keys, values)
-        cache.layers.append(layer)
-    return cache
+def banned_tokens(model: Any, processor: Any) -> list[int]:
+    """Returns the ids that no response contains, in order.
+
+    Those past the tokenizer (embeddings are often padded) and those that stand for something
+    other than text: images, padding, the start of a text or a turn, tools' marks.
+    """
+    tokenizer = processor.tokenizer
+    padding = {
+        number for number, token in enumerate(_tokens_by_id(model, tokenizer)) if token is None
+    }
+    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # Not every checkpoint marks the placeholders of images as special.
+    named = {
+        value
+        for name, value in model.config.to_dict().items()
+        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+    }
+    size = model.get_output_embeddings().weight.shape[0]
+    found = padding | marked | named
+    return sorted(number for number in found - end_tokens(model, processor) if number < size)
 
 
-def _contents(cache: Cache) -> list[tuple[Tensor, Tensor]]:
-    return [(layer.keys, layer.values) for layer in cache.layers]
+def _tokens_by_id(model: Any, tokenizer: Any) -> list[str | None]:
+    """Returns the token of each id that the model may write; None where there is none."""
+    tokens: list[str | None] = [None] * model.get_output_embeddings().weight.shape[0]
+    for token, number in tokenizer.get_vocab().items():
+        if number < len(tokens):
+            tokens[number] = token
+    return tokens
+
+
+def _check_attention(model: Any) -> None:
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UserError(
+            f"The sampling engine does not support {type(model).__name__}: its layers have "
+            f"{', '.join(sorted(unknown))}.",
+            "Choose a model with full or sliding attention in all layers.",
+        )
 
 
 def encode_prompts(processor: Any, prompts: Sequence[Prompt]) -> Any:
