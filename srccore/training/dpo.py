@@ -103,6 +103,9 @@ def train_dpo(
                 beta=config.beta,
                 loss_type=["sigmoid", "sft"],
                 loss_weights=[1.0, config.sft_weight],
+                # TRL would switch off the adapter's dropout. The reference has none: its adapter
+                # is disabled, and `train_adapter` switches the checkpoint's own off.
+                disable_dropout=False,
             ),
             **parts,
         ),

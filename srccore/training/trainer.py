@@ -29,6 +29,7 @@ from srccore.config import (
     RationaleTuningConfig,
 )
 from srccore.errors import UserError
+from srccore.hashing import stable_hash
 from srccore.models.device import open_device
 from srccore.models.families import image_tokens, language_model_targets
 from srccore.models.policy import Policy, load_policy, prompt_text, response_text
@@ -188,6 +189,10 @@ def train_adapter(
 ) -> tuple[TrainingOutcome, Any]:
     """Trains a new LoRA adapter on a policy; the first process writes it to ``out/adapter``.
 
+    The adapter, the order of the rows and dropout are seeded by the run's seed and the number of
+    adapters that the policy has, so that no round starts from the A of another. Only the adapter
+    drops out units (reconstruction).
+
     Args:
         policy: The policy to start from; trained in float32 on a CPU.
         rows: What to learn from.
@@ -206,10 +211,14 @@ def train_adapter(
     """
     from datasets import Dataset
 
+    if policy.adapters:
+        # numpy takes seeds of 32 bits.
+        seed = stable_hash(f"{seed}/adapter-{len(policy.adapters)}") % 2**32
     with training(config, out, dtype=policy.base.dtype, seed=seed, machine=machine) as session:
         dtype = policy.base.dtype if session.device.startswith("cuda") else "float32"
         base = policy.base.model_copy(update={"dtype": dtype})
         loaded = load_policy(policy.model_copy(update={"base": base}), session.device)
+        _switch_dropout_off(loaded.model)
         fitting = _within_context(loaded.model, loaded.processor, rows)
         order = sample_order(len(fitting), config, seed)
         session.processes.agree((str(columns) for columns, _ in fitting), "samples")
@@ -326,6 +335,19 @@ def lora_config(lora: LoraSettings, targets: str) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def _switch_dropout_off(model: Any) -> None:
+    """Trains a checkpoint without its own dropout: DPO's reference would drop out units, too."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        # transformers' attention modules have a number instead.
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 class _Rows:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from srccore.models.policy import (
     response_text,
 )
 from srccore.models.transformers import encode_rating_prompt, single_token
+from srccore.training import dpo
 from srccore.training.dpo import PreferenceExample, train_dpo
 from srccore.training.machine import Machine
 from srccore.training.rationale import RationaleExample, tune_rationale
@@ -176,6 +179,60 @@ def test_dpo_sees_the_ids_of_inference_and_starts_from_its_reference(
     # the two chosen responses.
     wanted = math.log(2) - 0.02 * (sums[0] + sums[2]) / 2
     assert outcome.training.last_loss == pytest.approx(wanted, rel=1e-4)
+
+
+def with_dropout_of_its_own(base: ModelConfig, out: Path) -> ModelConfig:
+    shutil.copytree(base.path, out)
+    config = json.loads((out / "config.json").read_text())
+    for part in ("text_config", "vision_config"):
+        config[part]["attention_dropout"] = 0.5
+    (out / "config.json").write_text(json.dumps(config))
+    return base.model_copy(update={"path": str(out)})
+
+
+def test_dropout_changes_what_dpo_trains_and_not_its_reference(
+    base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers: list[Any] = []
+    monkeypatch.setattr(
+        dpo, "step_figures", lambda trainer, name: [trainers.append(trainer), [0.0]][1]
+    )
+    base = with_dropout_of_its_own(base, tmp_path / "base")
+    examples = preferences()
+    found = []
+    for dropout in (0.0, 0.5):
+        out = tmp_path / str(dropout)
+        out.mkdir()
+        lora = LoraSettings(rank=2, alpha=4, dropout=dropout)
+        config = dpo_config(lora=lora, batch_size=4, epochs=3)
+        train_dpo(Policy(base=base), examples, config, out, seed=0)
+        found.append(read_adapter(out / "adapter").pairs)
+    assert any(not torch.equal(b, found[1][module][1]) for module, (_, b) in found[0].items())
+    loaded = load_policy(Policy(base=base))
+    for response in ("chosen", "rejected"):
+        sums = [log_probability(loaded, e.image(), getattr(e, response)) for e in examples]
+        # A reward is beta (0.1) times the log ratio, so this is the mean of the reference's sums.
+        references = [
+            entry[f"logps/{response}"] - entry[f"rewards/{response}"] / 0.1
+            for entry in trainers[-1].state.log_history
+            if f"logps/{response}" in entry
+        ]
+        assert references == pytest.approx([sum(sums) / 4] * 3, rel=1e-4)
+
+
+def test_every_round_starts_from_another_adapter(tmp_path: Path) -> None:
+    base = ModelConfig(path="embedded:lvlm")
+    policies = [Policy(base=base)]
+    policies.append(policies[0].with_adapter(tiny_models.adapter(base, tmp_path / "first", 2, 1)))
+    found = []
+    for policy in policies:
+        out = tmp_path / str(len(policy.adapters))
+        out.mkdir()
+        # With a tiny learning rate, A stays what it was at the start.
+        train_dpo(policy, preferences()[:2], dpo_config(learning_rate=1e-12), out, seed=0)
+        found.append(read_adapter(out / "adapter").pairs)
+    for module, (a, _) in found[0].items():
+        assert (a - found[1][module][0]).norm() > a.norm() / 2
 
 
 LENGTHS = ("", " It is.", " So it is, and no other way.", " It is not four, but three.")
