@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from srccore.config import AnnotationConfig, ScoringConfig, SearchConfig
 from srccore.data import dataset, sampling
-from srccore.data.records import CandidateSet, Rating, read_records, write_records
+from srccore.data.records import CandidateSet, Rating, Sample, read_records, write_records
 from srccore.method import scoring, search
 from srccore.method.engine import Prompt
 from srccore.models.engines import rating_engine, sampling_engine
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
-from srccore.stages.rationales import judged_samples
+from srccore.stages.rationales import judged_samples, trained_on
 from srccore.training.machine import Figures, Machine
 
 __all__ = ["sample_responses", "score_candidates", "search_candidates"]
@@ -63,6 +65,8 @@ def _search(
     round_number: int,
     shard: tuple[int, int],
     machine: Machine,
+    *,
+    unseen_first: bool = False,
 ) -> Figures:
     folder = StageFolder(
         stage,
@@ -75,7 +79,8 @@ def _search(
         return folder.figures
     opened = dataset.open_data(data)
     start = max(0, round_number - 1)
-    drawn = sampling.draw(opened.samples, config.samples, seed=seed, start=start)
+    seen = trained_on(policy) if unseen_first else set()
+    drawn = _draw(opened.samples, seen, config.samples, seed, start)
     samples = sampling.shard(drawn, *shard)
     journal = Journal(out, CandidateSet)
     known = {record.sample_id for record in journal.records()}
@@ -99,8 +104,10 @@ def _search(
     sets = {record.sample_id: record for record in journal.records()}
     ordered = [sets[sample.id] for sample in samples]
     write_records(out / "candidates.jsonl", CandidateSet, ordered)
+    seen_again = {"trained_on": sum(s.id in seen for s in samples)} if unseen_first else {}
     return folder.finish(
         {
+            **seen_again,
             "samples": len(ordered),
             "candidates": sum(len(record.candidates) for record in ordered),
             "fewer_than_two": sum(len(record.candidates) < 2 for record in ordered),
@@ -108,6 +115,23 @@ def _search(
             "unparsed": sum(record.unparsed for record in ordered),
         }
     )
+
+
+def _draw(
+    samples: Sequence[Sample], seen: Set[str], count: int, seed: int, start: int
+) -> list[Sample]:
+    """Draws samples that the policy was not trained on, and others only if these are too few."""
+    unseen = [sample for sample in samples if sample.id not in seen]
+    drawn = sampling.draw(unseen, count, seed=seed, start=start) if unseen or not seen else []
+    if missing := min(count, len(samples)) - len(drawn):
+        print(
+            f"Only {len(drawn)} of {count} samples are new to the policy, so {missing} that it was "
+            "trained on are used, too. R-Scorer learns more from new ones: raise data.train to "
+            "rationale.samples + annotation.samples.",
+            file=sys.stderr,
+        )
+        drawn += sampling.draw([s for s in samples if s.id in seen], missing, seed=seed)
+    return drawn
 
 
 def sample_responses(
@@ -122,6 +146,10 @@ def sample_responses(
 ) -> Figures:
     """Samples whole responses, for a teacher to rate and R-Scorer to learn from.
 
+    The samples are those that stage 1 has not used: to those it was trained on, the policy gives
+    better responses than to the ones that R-Scorer will rate. If there are too few, used ones fill
+    up (reconstruction).
+
     Args:
         config: The search's settings; strategy, counts and temperature are the annotation's.
         annotation: The annotation's settings.
@@ -132,9 +160,9 @@ def sample_responses(
         machine: How the work is done; progress counts samples done.
 
     Returns:
-        As `search_candidates`.
+        As `search_candidates`; ``trained_on`` is the number of samples that stage 1 has used.
     """
-    sampling = config.model_copy(
+    settings = config.model_copy(
         update={
             "strategy": "sample",
             "samples": annotation.samples,
@@ -142,7 +170,8 @@ def sample_responses(
             "temperature": annotation.temperature,
         }
     )
-    return _search("sample-responses", sampling, data, policy, out, seed, 0, (0, 1), machine)
+    stage = "sample-responses"
+    return _search(stage, settings, data, policy, out, seed, 0, (0, 1), machine, unseen_first=True)
 
 
 def score_candidates(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from srccore import storage
 from srccore.config import AugmentationConfig, ModelConfig, RationaleTuningConfig
 from srccore.data import dataset, sampling
 from srccore.data.records import Rationale, Sample, read_records, write_records
 from srccore.errors import UserError
+from srccore.files import write_json
 from srccore.method import response
 from srccore.stages import inputs as identify
 from srccore.stages.checks import check_facts
@@ -19,9 +22,17 @@ from srccore.stages.journal import Journal
 from srccore.training.machine import Figures, Machine
 from srccore.training.ranks import is_first
 
-__all__ = ["augment_rationales", "judged_samples", "rationale_texts", "tune_rationale"]
+__all__ = [
+    "augment_rationales",
+    "judged_samples",
+    "rationale_texts",
+    "trained_on",
+    "tune_rationale",
+]
 
 RATIONALES = "rationales.jsonl"
+TRAINED_ON = "samples.json"
+"""In the folder of stage 1's adapter: the ids of the samples that it was trained on."""
 
 
 def augment_rationales(
@@ -133,8 +144,28 @@ def tune_rationale(
     outcome = train(start, examples, config, out, seed=seed, machine=machine)
     if not is_first():
         return dataclasses.asdict(outcome)
+    write_json(out / "adapter" / TRAINED_ON, sorted(sample.id for sample in drawn))
     write_policy(out, start.with_adapter(out / "adapter"))
     return folder.finish({**dataclasses.asdict(outcome), "revision": start.base.revision})
+
+
+def trained_on(policy: Path) -> set[str]:
+    """Returns the ids of the samples that stage 1 trained a policy on.
+
+    They are in the folder of its adapter, so they are known wherever the adapter is used. Empty for
+    a policy that `tune_rationale` has not trained.
+
+    Args:
+        policy: A ``policy.json`` or its folder.
+    """
+    from srccore.models.policy import read_policy
+
+    known: set[str] = set()
+    for adapter in read_policy(policy).adapters:
+        uri = storage.join(adapter, TRAINED_ON)
+        if storage.exists(uri):
+            known.update(json.loads(storage.read_text(uri)))
+    return known
 
 
 def judged_samples(data: Path, rationales: Path | None, ids: Sequence[str]) -> dict[str, Sample]:
