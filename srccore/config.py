@@ -142,9 +142,9 @@ class OptimizerSettings(Section):
     gradient_checkpointing: bool = False
     report_to: Annotated[str, OPERATIONAL] = "none"
     """Passed on to TRL: ``tensorboard``, ``wandb``, ..."""
-    checkpoint_steps: Annotated[int, OPERATIONAL] = Field(default=100, ge=0)
-    """Optimiser steps between two checkpoints, from which an interrupted training resumes; 0 keeps
-    none."""
+    checkpoint_minutes: Annotated[float, OPERATIONAL] = Field(default=10.0, ge=0)
+    """Longest time between two checkpoints, from which an interrupted training resumes; 0 keeps
+    none. There are at least ten, unless saving them would take a tenth of the time."""
 
 
 class EndpointConfig(Section):

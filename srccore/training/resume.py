@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
     "CHECKPOINTS",
     "Checkpoints",
     "PublishedCheckpoints",
+    "Timetable",
     "discard",
     "resumable",
     "step_callback",
@@ -33,6 +35,10 @@ CHECKPOINTS = "checkpoint"
 """The folder for checkpoints in a stage's folder."""
 WEIGHTS = "weights.safetensors"
 STATE = "trainer_state.json"
+LEAST = 10
+"""Checkpoints of a training, however short it is."""
+SHARE = 10
+"""Training takes at least this many times as long as saving."""
 _FILE = re.compile(r"step-(\d+)/(.+)")
 
 
@@ -185,13 +191,53 @@ def resumable(trainer: type[Any]) -> type[Any]:
     return Resumable
 
 
+class Timetable:
+    """When to save a checkpoint (reconstruction).
+
+    Every `minutes`, and after each eleventh of the steps, so that a short training has ten, too.
+    Those are left out while saving would take more than a tenth of the time: uploading R-Scorer's
+    states may take longer than an eleventh of its training.
+    """
+
+    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Starts the time.
+
+        Args:
+            minutes: Longest time between two checkpoints; 0 means none at all.
+            clock: Returns the time in seconds.
+        """
+        self.minutes = minutes
+        self._clock = clock
+        self._saved = self._asked = clock()
+        self._cost = 0.0
+
+    def is_due(self, done: int, total: int) -> bool:
+        """Decides whether to save now.
+
+        Args:
+            done: Optimiser steps done.
+            total: Optimiser steps of the training; none is saved after the last.
+        """
+        self._asked = self._clock()
+        if not self.minutes or done >= total:
+            return False
+        since = self._asked - self._saved
+        is_part = done % max(1, total // (LEAST + 1)) == 0
+        return since >= 60 * self.minutes or (is_part and since >= SHARE * self._cost)
+
+    def saved(self) -> None:
+        """Records that what was due has been saved."""
+        self._saved = self._clock()
+        self._cost = self._saved - self._asked
+
+
 def step_callback(
-    every: int, seed: int, processes: Processes, progress: Callable[[int, int], None]
+    timetable: Timetable, seed: int, processes: Processes, progress: Callable[[int, int], None]
 ) -> Any:
     """Makes the callback that seeds each optimiser step, requests checkpoints, reports progress.
 
     Args:
-        every: Optimiser steps between two checkpoints; 0 means none.
+        timetable: When to save; that of the first process decides for all.
         seed: The run's seed.
         processes: The processes that train together; each drops out different units.
         progress: Receives the optimiser steps done, and how many there are.
@@ -209,6 +255,11 @@ def step_callback(
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             done = state.global_step
             progress(done, state.max_steps)
-            control.should_save = bool(every) and done % every == 0 and done < state.max_steps
+            control.should_save = bool(
+                processes.from_first(timetable.is_due(done, state.max_steps))
+            )
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            timetable.saved()
 
     return Steps()

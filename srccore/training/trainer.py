@@ -35,7 +35,7 @@ from srccore.models.families import image_tokens, language_model_targets
 from srccore.models.policy import Policy, load_policy, prompt_text, response_text
 from srccore.training.machine import Machine
 from srccore.training.ranks import Processes, joined, local_share
-from srccore.training.resume import CHECKPOINTS, Checkpoints, step_callback
+from srccore.training.resume import CHECKPOINTS, Checkpoints, Timetable, step_callback
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -173,7 +173,9 @@ def training(
             device=_own_device(device),
             processes=processes,
             checkpoints=machine.checkpoints or Checkpoints(out / CHECKPOINTS),
-            callback=step_callback(config.checkpoint_steps, seed, processes, machine.progress),
+            callback=step_callback(
+                Timetable(config.checkpoint_minutes), seed, processes, machine.progress
+            ),
         )
 
 

@@ -19,7 +19,7 @@ from cluster.installation import ACCOUNT, NAMESPACE, Site
 from cluster.pipeline_pods import Pods, Task
 from kustomize import copied
 
-LONG = {"epochs": 12, "checkpoint_steps": 1}
+LONG = {"epochs": 12, "checkpoint_minutes": 1e-9}
 """Long enough to remove something in the middle."""
 LIMIT = 240.0
 FIRST = 100

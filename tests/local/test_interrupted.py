@@ -19,9 +19,11 @@ from srccore.files import MANIFEST
 
 pytestmark = pytest.mark.long
 
+EVERY_STEP = {"checkpoint_minutes": 1e-9}
+
 # Dropout draws random numbers in every step; 6 samples in batches of 4 are 2 steps per epoch.
 TRAININGS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "dpo": (small_trainings.dpo, {}),
+    "dpo": (small_trainings.dpo, {"lora": LoraSettings(rank=2, alpha=4, dropout=0.5)}),
     "rationale": (small_trainings.rationale, {"lora": LoraSettings(rank=2, alpha=4, dropout=0.5)}),
     "scorer": (small_trainings.scorer, {}),
     "scorer-of-lora": (small_trainings.scorer, {"lora": small_trainings.LORA}),
@@ -60,16 +62,16 @@ def test_it_goes_on_from_its_newest_checkpoint_to_the_same_weights(
 ) -> None:
     train, changes = TRAININGS[name]
     whole = folder(tmp_path / "whole")
-    figures, weights = made(train(whole, checkpoint_steps=2, **changes), whole)
+    figures, weights = made(train(whole, **EVERY_STEP, **changes), whole)
 
     cut, out = Cut(after=5), folder(tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
-        train(out, checkpoint_steps=2, progress=cut, **changes)
+        train(out, **EVERY_STEP, progress=cut, **changes)
     assert [path.name for path in out.iterdir()] == ["checkpoint"]
     assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-4"]
 
     again = Cut()
-    found, other = made(train(out, checkpoint_steps=2, progress=again, **changes), out)
+    found, other = made(train(out, **EVERY_STEP, progress=again, **changes), out)
     assert again.steps == [5, 6]
     assert found == figures
     assert other.keys() == weights.keys()
@@ -85,7 +87,7 @@ def interrupted(out: Path, **changes: Any) -> Path:
 
 
 def test_a_checkpoint_holds_no_more_than_is_needed(tmp_path: Path) -> None:
-    checkpoint = interrupted(tmp_path, checkpoint_steps=2)
+    checkpoint = interrupted(tmp_path, **EVERY_STEP)
     names = {"weights.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", MANIFEST}
     assert {path.name for path in checkpoint.iterdir()} == names
     # Only those of the adapter: the base model's weights are not copied.
@@ -96,7 +98,7 @@ def test_a_checkpoint_holds_no_more_than_is_needed(tmp_path: Path) -> None:
 
 def test_none_is_written_where_none_is_wanted(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        small_trainings.dpo(tmp_path, progress=Cut(after=5), checkpoint_steps=0)
+        small_trainings.dpo(tmp_path, progress=Cut(after=5), checkpoint_minutes=0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,15 +114,15 @@ class Harm:
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, name: str) -> None:
-    checkpoint = interrupted(tmp_path, checkpoint_steps=2)
+    checkpoint = interrupted(tmp_path, **EVERY_STEP)
     torch.save(Harm(tmp_path / "harm"), checkpoint / name)
     with pytest.raises(pickle.UnpicklingError):
-        small_trainings.dpo(tmp_path, checkpoint_steps=2)
+        small_trainings.dpo(tmp_path, **EVERY_STEP)
     assert not (tmp_path / "harm").exists()
 
 
 def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
-    interrupted(tmp_path, checkpoint_steps=2)
+    interrupted(tmp_path, **EVERY_STEP)
     other = LoraSettings(rank=2, alpha=4, target_modules=r".*language_model.*\.q_proj")
     with pytest.raises(ValueError, match="does not have the weights"):
-        small_trainings.dpo(tmp_path, checkpoint_steps=2, lora=other)
+        small_trainings.dpo(tmp_path, **EVERY_STEP, lora=other)

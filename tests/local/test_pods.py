@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from srccore import storage
 from srccore.cluster.task import StageTask, read_artifacts
 from srccore.steps.step import finished_stage, import_output
+from srccore.training.resume import PublishedCheckpoints
 
 jobs = pods.jobs
 moto, no_aws = s3_server.moto, s3_server.no_aws
@@ -104,7 +105,7 @@ def dpo_task(finished: Path, bucket: S3Server, folder: Path) -> StageTask:
         storage.publish(finished / source, uri)
         inputs[name] = str(folder / name)
         import_output(storage.join(uri, file), inputs[name])
-    config = shrunken("dpo.epochs=10", "dpo.checkpoint_steps=3")
+    config = shrunken("dpo.epochs=10", "dpo.checkpoint_minutes=1e-9")
     return StageTask(
         stage="train-dpo",
         artifact_root=f"{bucket.uri}/artifacts",
@@ -131,7 +132,8 @@ def test_two_pods_of_which_one_is_lost_train_what_one_trains(
 
     job = jobs(2, task.model_dump_json())
     first, second = job.start(0), job.start(1)
-    until(lambda: storage.exists(f"{uri}/checkpoint/step-6/manifest.json"))
+    checkpoints = PublishedCheckpoints(tmp_path / "checkpoint", f"{uri}/checkpoint")
+    until(lambda: (checkpoints.newest() or 0) >= 6)
     second.tell(signal.SIGKILL)
     assert second.ends() == -signal.SIGKILL
     second = job.start(1)

@@ -105,7 +105,7 @@ def test_the_place_is_that_of_the_step(root: str, tmp_path: Path) -> None:
     assert made.uri() == locate_stage("train-dpo", root, inputs=inputs, settings=settings)
     assert made.uri().startswith(f"{root}/train-dpo/")
     # How often a training saves its state does not make it a different one.
-    config = {**settings["config"], "checkpoint_steps": 7}  # type: ignore[dict-item]
+    config = {**settings["config"], "checkpoint_minutes": 7}  # type: ignore[dict-item]
     other = made.model_copy(update={"settings": {**settings, "config": config}})
     assert other.uri() == made.uri()
 

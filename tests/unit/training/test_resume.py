@@ -11,7 +11,7 @@ from s3_server import S3Server
 from srccore import storage
 from srccore.errors import UserError
 from srccore.files import MANIFEST
-from srccore.training.resume import Checkpoints, PublishedCheckpoints
+from srccore.training.resume import Checkpoints, PublishedCheckpoints, Timetable
 
 moto, versitygw = s3_server.moto, s3_server.versitygw
 s3, no_aws = s3_server.s3, s3_server.no_aws
@@ -130,3 +130,48 @@ def test_removing_them_here_leaves_the_bucket_alone(s3: S3Server) -> None:
     published(s3).remove()
     assert not published(s3).folder.exists()
     assert published(s3).newest() == 2
+
+
+def saves(steps: int, seconds: float, cost: float, minutes: float = 10) -> list[int]:
+    """The steps after which a training saves, given the seconds of a step and of a saving."""
+    now = 0.0
+    timetable = Timetable(minutes, clock=lambda: now)
+    found = []
+    for done in range(1, steps + 1):
+        now += seconds
+        if timetable.is_due(done, steps):
+            now += cost
+            timetable.saved()
+            found.append(done)
+    return found
+
+
+# Steps of stage 1 and of a round in the LLaVA presets, at 128 and at 16 samples; R-Scorer's.
+@pytest.mark.parametrize("steps", [94, 157, 750, 1250, 1275])
+@pytest.mark.parametrize("seconds", [0.5, 10])
+def test_every_training_saves_ten_times_however_fast_it_is(steps: int, seconds: float) -> None:
+    found = saves(steps, seconds, cost=0.1)
+    assert len(found) >= 10
+    # No more than a tenth of the training is lost.
+    gaps = [after - before for before, after in zip([0, *found], [*found, steps], strict=True)]
+    assert max(gaps) <= steps / 10
+
+
+def test_a_slow_training_saves_every_ten_minutes() -> None:
+    # 110 steps of 2 minutes: after each 10 steps, and after 5 since the last.
+    assert saves(110, 120, cost=6) == list(range(5, 110, 5))
+
+
+def test_savings_do_not_take_more_than_a_tenth_of_the_time() -> None:
+    # 110 steps of 1 s, each eleventh of which takes 10 s; saving takes 3 s, so 30 s must pass.
+    assert saves(110, 1, cost=3) == [10, 40, 70, 100]
+    # But after 20 s at most, if they are wanted.
+    assert saves(110, 1, cost=3, minutes=1 / 3) == [10, 30, 50, 70, 90]
+
+
+def test_a_training_of_few_steps_saves_after_each_but_the_last() -> None:
+    assert saves(4, 1, cost=0.05) == [1, 2, 3]
+
+
+def test_none_is_saved_where_none_is_wanted() -> None:
+    assert saves(94, 60, cost=1, minutes=0) == []
