@@ -233,12 +233,19 @@ class ScoringConfig(Section):
 
     batch_size: int = Field(default=64, ge=1)
     """Prompts of one forward pass."""
+    require_reference: bool = True
+    """Leave samples unrated that have neither a reference rationale nor facts: R-Scorer sees no
+    image and could only compare with the answer."""
 
 
 class CurationConfig(Section):
     """`curate-preference`: ratings to preferences."""
 
-    min_margin: float = Field(default=0.2, ge=0)
+    min_margin: float = Field(default=0.2, ge=0, le=1)
+    """The least folded verdict, in [-1, 1], on the chosen against the rejected response."""
+    anchor_tolerance: float | None = Field(default=0.2, ge=0, le=1)
+    """How much worse than the reference response R-Scorer may find the chosen one: the folded
+    verdict on chosen against reference is at least minus this. None does not ask."""
     # YAML reads a bare `off` as false.
     answer_gate: Annotated[
         Literal["chosen", "strict", "off"],

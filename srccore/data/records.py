@@ -20,6 +20,7 @@ from srccore.files import atomically
 
 __all__ = [
     "RATING_LEVELS",
+    "REFERENCE",
     "Candidate",
     "CandidateSet",
     "Category",
@@ -32,12 +33,16 @@ __all__ = [
     "Record",
     "Response",
     "Sample",
+    "Unrated",
     "read_records",
     "write_records",
 ]
 
 RATING_LEVELS = (1, 2, 3, 4, 5)
 """The rating tokens: 5 = first much better, 3 = equal, 1 = second much better."""
+
+REFERENCE = "reference"
+"""Stands for a sample's reference response where the id of a candidate is expected."""
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -155,7 +160,10 @@ class CandidateSet(Record):
 
 
 class Rating(Record):
-    """R-Scorer's verdict on an ordered pair of candidates of one sample."""
+    """R-Scorer's verdict on an ordered pair of candidates of one sample.
+
+    One of the two may be the sample's reference response: its id is `REFERENCE`.
+    """
 
     record: ClassVar[str] = "ratings"
     sample_id: Text
@@ -172,6 +180,13 @@ class Rating(Record):
         if not (min(self.probabilities) >= 0 and abs(sum(self.probabilities) - 1) <= 1e-3):
             raise ValueError(f"{self.probabilities} is not a distribution over the rating tokens")
         return self
+
+
+class Unrated(Record):
+    """A sample whose candidates were not rated, since there is nothing to judge them against."""
+
+    record: ClassVar[str] = "unrated"
+    sample_id: Text
 
 
 class LabelledPair(Record):
@@ -192,9 +207,12 @@ class Preference(Record):
     chosen: Candidate
     rejected: Candidate
     margin: float
-    """``v_chosen - v_rejected``, in [0, 2]."""
+    """R-Scorer's folded verdict on the chosen against the rejected response, in [-1, 1]."""
     confidence: float = Field(ge=0, le=1)
-    """Mean folded certainty of all pairs that contain either of the two."""
+    """Mean folded certainty of all pairs of candidates that contain either of the two."""
+    anchor: float | None = None
+    """The folded verdict on the chosen against the reference response, in [-1, 1]; null if the
+    sample has none."""
 
 
 R = TypeVar("R", bound=Record)

@@ -1,16 +1,17 @@
 """Ratings to preferences: the confidence-weighted best and worst candidate of each sample. Pure.
 
 The paper aggregates the confidences of the pairwise verdicts; how is a reconstruction (see
-docs/method.md). A sample gives at most one preference; every sample that gives none is counted
-under its reason. Ties are broken by candidate id, which is a hash of the text, so neither the
-order of the candidates nor that of the ratings can change a preference.
+docs/method.md). The best candidate is only the best of what the search found, so it is also
+compared with the reference response. A sample gives at most one preference; every sample that gives
+none is counted under its reason. Ties are broken by candidate id, which is a hash of the text, so
+neither the order of the candidates nor that of the ratings can change a preference.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import permutations
@@ -18,7 +19,14 @@ from itertools import permutations
 from pydantic import BaseModel, ConfigDict
 
 from srccore.config import CurationConfig
-from srccore.data.records import CandidateSet, Category, Preference, Rating, Sample
+from srccore.data.records import (
+    REFERENCE,
+    CandidateSet,
+    Category,
+    Preference,
+    Rating,
+    Sample,
+)
 from srccore.errors import UserError
 from srccore.method import scoring
 from srccore.method.response import gives_answer
@@ -31,11 +39,15 @@ class Reason(StrEnum):
     """Why a sample gives no preference: the first that applies, in this order."""
 
     TOO_FEW_CANDIDATES = "too_few_candidates"
+    NO_REFERENCE = "no_reference"
+    """There is nothing to judge its responses against, so they were not rated."""
     EQUAL_TEXTS = "equal_texts"
     SMALL_MARGIN = "small_margin"
     CHOSEN_ANSWER_WRONG = "chosen_answer_wrong"
     REJECTED_ANSWER_RIGHT = "rejected_answer_right"
     """Only with ``answer_gate: strict``."""
+    WORSE_THAN_REFERENCE = "worse_than_reference"
+    """The best of what the search found is clearly worse than the reference response."""
     NOT_KEPT = "not_kept"
     """Cut by ``keep_fraction``."""
 
@@ -56,10 +68,15 @@ class CurationFigures(BaseModel):
     mean_confidence: float | None
     swap_consistency: float | None
     """Over all ratings."""
+    unanchored: int
+    """Preferences whose chosen response was not compared with a reference."""
     margins: tuple[float, ...]
-    """Of every sample with two or more candidates, kept or not: helps to choose `min_margin`."""
+    """Of every sample that was rated, kept or not: helps to choose `min_margin`."""
     confidences: tuple[float, ...]
     """Of the same samples, in the same order."""
+    anchors: tuple[float, ...]
+    """The verdicts on chosen against reference, of those samples that have a reference: helps to
+    choose `anchor_tolerance`."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +106,7 @@ def values(
     """
     return {
         candidate: math.fsum(
-            folded[candidate, other].certainty * folded[candidate, other].margin
-            for other in candidate_ids
-            if other != candidate
+            folded[candidate, other].weighted for other in candidate_ids if other != candidate
         )
         / (len(candidate_ids) - 1)
         for candidate in candidate_ids
@@ -103,14 +118,16 @@ def curate(
     candidate_sets: Iterable[CandidateSet],
     ratings: Iterable[Rating],
     config: CurationConfig,
+    unrated: Collection[str] = (),
 ) -> CurationResult:
     """Picks a preference for each sample whose ratings are clear enough.
 
     Args:
         samples: The samples by id.
         candidate_sets: What the search found.
-        ratings: Both orders of every pair of every candidate set.
-        config: Minimum margin, answer gate, share to keep.
+        ratings: Both orders of all pairs of `scoring.pair_schedule`.
+        config: Minimum margin, answer gate, comparison with the reference, share to keep.
+        unrated: Ids of samples that were not rated because they have no reference.
 
     Returns:
         The preferences, the reasons for dropping samples, and the report's figures.
@@ -129,6 +146,9 @@ def curate(
         sample = _sample_of(samples, candidate_set)
         if len(candidate_set.candidates) < 2:
             dropped[Reason.TOO_FEW_CANDIDATES] += 1
+            continue
+        if sample.id in unrated:
+            dropped[Reason.NO_REFERENCE] += 1
             continue
         preference = _best_against_worst(candidate_set, by_sample[sample.id])
         found.append(preference)
@@ -160,7 +180,9 @@ def _sample_of(samples: Mapping[str, Sample], candidate_set: CandidateSet) -> Sa
 def _best_against_worst(candidate_set: CandidateSet, ratings: Sequence[Rating]) -> Preference:
     by_id = {candidate.id: candidate for candidate in candidate_set.candidates}
     folded = scoring.fold_ratings(ratings)
-    if folded.keys() != set(permutations(by_id, 2)):
+    pairs = set(permutations(by_id, 2))
+    anchored = pairs | {pair for name in by_id for pair in ((name, REFERENCE), (REFERENCE, name))}
+    if folded.keys() not in (pairs, anchored):
         raise UserError(
             f"The ratings of sample {candidate_set.sample_id} do not cover all pairs of its "
             f"{len(by_id)} candidates, or refer to others.",
@@ -173,14 +195,15 @@ def _best_against_worst(candidate_set: CandidateSet, ratings: Sequence[Rating]) 
     certainties = [
         verdict.certainty
         for (first, second), verdict in folded.items()
-        if first < second and {first, second} & {chosen, rejected}
+        if first < second and {first, second} & {chosen, rejected} and (first, second) in pairs
     ]
     return Preference(
         sample_id=candidate_set.sample_id,
         chosen=by_id[chosen],
         rejected=by_id[rejected],
-        margin=value[chosen] - value[rejected],
+        margin=folded[chosen, rejected].weighted,
         confidence=math.fsum(certainties) / len(certainties),
+        anchor=folded[chosen, REFERENCE].weighted if folded.keys() == anchored else None,
     )
 
 
@@ -193,6 +216,9 @@ def _why_not(preference: Preference, sample: Sample, config: CurationConfig) -> 
         return Reason.CHOSEN_ANSWER_WRONG
     if config.answer_gate == "strict" and gives_answer(preference.rejected.text, sample.answer):
         return Reason.REJECTED_ANSWER_RIGHT
+    tolerance, anchor = config.anchor_tolerance, preference.anchor
+    if tolerance is not None and anchor is not None and anchor < -tolerance:
+        return Reason.WORSE_THAN_REFERENCE
     return None
 
 
@@ -232,8 +258,10 @@ def _figures(
         swap_consistency=scoring.swap_consistency(
             rating for group in ratings.values() for rating in group
         ),
+        unanchored=sum(each.anchor is None for each in kept),
         margins=tuple(each.margin for each in found),
         confidences=tuple(each.confidence for each in found),
+        anchors=tuple(each.anchor for each in found if each.anchor is not None),
     )
 
 

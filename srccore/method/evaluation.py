@@ -11,7 +11,8 @@ not the variation between training seeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +40,7 @@ __all__ = [
     "figures",
     "judge_responses",
     "paired_change",
+    "parse_finished",
 ]
 
 Interval = tuple[float, float]
@@ -299,6 +301,9 @@ def paired_change(
 ) -> dict[str, Change]:
     """Compares two policies on the same samples by the paired bootstrap.
 
+    The figures that look at rationales are compared over the samples that are judged for both
+    policies: a judge may fail on different ones.
+
     Args:
         before: The outcomes of one policy.
         after: The outcomes of the other, in any order.
@@ -306,7 +311,7 @@ def paired_change(
         seed: Seed of the bootstrap.
 
     Returns:
-        The change by figure, for the figures that are defined for both policies.
+        The change by figure, for the figures that are defined for both policies on these samples.
 
     Raises:
         UserError: The two were evaluated on different samples.
@@ -316,6 +321,8 @@ def paired_change(
             "The two evaluations cover different samples, so they cannot be compared in pairs.",
             "Evaluate both policies on the same held-out split.",
         )
+    judged = [{each.sample_id for each in part if each.is_judged} for part in (before, after)]
+    before, after = (_judged_only(part, judged[0] & judged[1]) for part in (before, after))
     weights = _resample(len(after), resamples, seed)
     everything = np.ones((1, len(after)))
     difference = _ratios(everything, after)[0] - _ratios(everything, before)[0]
@@ -327,8 +334,26 @@ def paired_change(
     }
 
 
+def _judged_only(outcomes: Sequence[Outcome], ids: Collection[str]) -> list[Outcome]:
+    """Takes the verdict on the rationale from all other outcomes."""
+    return [
+        each
+        if each.sample_id in ids
+        else dataclasses.replace(each, rationale_right=None, consistent=None)
+        for each in outcomes
+    ]
+
+
+def parse_finished(response: Response) -> ParsedResponse | None:
+    """Parses a response, unless it was cut at the maximum length.
+
+    The end of a cut response may look like an answer: ``Answer: 1`` may have become 12.
+    """
+    return parse(response.text) if response.finished else None
+
+
 def _judge(sample: Sample, response: Response, judgement: Judgement | None) -> Outcome:
-    parsed = parse(response.text)
+    parsed = parse_finished(response)
     rationale_right: bool | None = None
     consistent: bool | None = None
     if sample.facts:

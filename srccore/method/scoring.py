@@ -1,8 +1,9 @@
 """What R-Scorer is asked, and how its ratings are read. Pure, over a `RatingEngine`.
 
 R-Scorer sees no image: the text it judges against is in its prompt. Every ordered pair of a
-sample's candidates is rated, and the two orders of a pair are folded into one verdict, in which a
-rating that flips with the order counts for less. All sums are exact (`math.fsum`), so the order
+sample's candidates is rated, and every candidate against the sample's reference response. The two
+orders of a pair are folded into one verdict, in which a rating that flips with the order counts for
+less. All sums are exact (`math.fsum`), so the order
 of candidates, pairs and levels cannot matter.
 """
 
@@ -16,6 +17,7 @@ from itertools import permutations
 from srccore.config import MAX_CANDIDATES
 from srccore.data.records import (
     RATING_LEVELS,
+    REFERENCE,
     Candidate,
     CandidateSet,
     LabelledPair,
@@ -25,7 +27,7 @@ from srccore.data.records import (
 from srccore.errors import UserError
 from srccore.method.engine import RatingEngine
 from srccore.method.facts import gold_rationale
-from srccore.method.response import gives_answer
+from srccore.method.response import gives_answer, write
 
 __all__ = [
     "FoldedPair",
@@ -37,6 +39,8 @@ __all__ = [
     "preference_of",
     "rate_candidates",
     "rating_prompt",
+    "reference_rationale",
+    "reference_response",
     "swap_consistency",
     "validate",
     "verdict",
@@ -52,13 +56,43 @@ class FoldedPair:
     certainty: float
     """In [0, 1]: how certain R-Scorer is, and how little the order matters to it."""
 
+    @property
+    def weighted(self) -> float:
+        """Certainty times margin, in [-1, 1]: the same scale for any number of candidates."""
+        return self.certainty * self.margin
+
+
+def reference_rationale(sample: Sample) -> str | None:
+    """What responses to a sample are judged against (reconstruction).
+
+    Args:
+        sample: The sample.
+
+    Returns:
+        Its reference rationale, or its needed facts as sentences; None if it has neither.
+    """
+    return sample.rationale or gold_rationale(sample.facts) or None
+
+
+def reference_response(sample: Sample) -> str | None:
+    """Writes the response that gives a sample's reference rationale and answer.
+
+    Args:
+        sample: The sample.
+
+    Returns:
+        The response, or None if the sample has no `reference_rationale`.
+    """
+    rationale = reference_rationale(sample)
+    return None if rationale is None else write(rationale, sample.answer)
+
 
 def rating_prompt(sample: Sample, first_text: str, second_text: str) -> str:
     """Writes the user message in which R-Scorer reads two responses (reconstruction).
 
     Args:
         sample: The sample; the responses are judged against its reference answer and its
-            reference rationale, or its needed facts if it has no rationale.
+            `reference_rationale`.
         first_text: The first response.
         second_text: The second response.
 
@@ -66,25 +100,31 @@ def rating_prompt(sample: Sample, first_text: str, second_text: str) -> str:
         Five lines with short labels, since a small model reads them. The chat template adds the
         rest.
     """
-    facts = sample.rationale or gold_rationale(sample.facts) or "none"
     lines = {
         "Question": sample.question,
         "Reference": sample.answer,
-        "Facts": facts,
+        "Facts": reference_rationale(sample) or "none",
         "First": first_text,
         "Second": second_text,
     }
     return "\n".join(f"{label}: {' '.join(text.splitlines())}" for label, text in lines.items())
 
 
-def pair_schedule(candidates: Sequence[Candidate]) -> list[tuple[Candidate, Candidate]]:
-    """Lists the pairs to rate: all ordered pairs (reconstruction).
+def pair_schedule(
+    sample: Sample, candidates: Sequence[Candidate]
+) -> list[tuple[Candidate, Candidate]]:
+    """Lists the pairs to rate (reconstruction).
+
+    All ordered pairs of candidates. If the sample has a `reference_response`, it takes part as an
+    anchor: each candidate is also rated against it, in both orders.
 
     Args:
-        candidates: The candidates of one sample.
+        sample: The sample.
+        candidates: Its candidates.
 
     Returns:
-        ``N * (N - 1)`` pairs; none for fewer than two candidates.
+        ``N * (N - 1)`` pairs, and ``2 * N`` with the reference, whose id is `REFERENCE`; none for
+        fewer than two candidates.
 
     Raises:
         UserError: There are more than `MAX_CANDIDATES`.
@@ -94,13 +134,22 @@ def pair_schedule(candidates: Sequence[Candidate]) -> list[tuple[Candidate, Cand
             f"A sample has {len(candidates)} candidates, but at most {MAX_CANDIDATES} are rated.",
             f"Search again with search.candidates={MAX_CANDIDATES} or fewer.",
         )
-    return list(permutations(candidates, 2))
+    pairs = list(permutations(candidates, 2))
+    text = reference_response(sample)
+    if pairs and text is not None:
+        reference = _as_candidate(REFERENCE, text)
+        pairs += [
+            pair
+            for candidate in candidates
+            for pair in ((candidate, reference), (reference, candidate))
+        ]
+    return pairs
 
 
 def rate_candidates(
     engine: RatingEngine, samples_and_sets: Sequence[tuple[Sample, CandidateSet]]
 ) -> list[Rating]:
-    """Rates all ordered pairs of candidates of some samples, in one call to the engine.
+    """Rates all pairs of `pair_schedule` of some samples, in one call to the engine.
 
     Args:
         engine: R-Scorer.
@@ -117,7 +166,7 @@ def rate_candidates(
         [
             (sample, first, second)
             for sample, candidate_set in samples_and_sets
-            for first, second in pair_schedule(candidate_set.candidates)
+            for first, second in pair_schedule(sample, candidate_set.candidates)
         ],
     )
 
@@ -164,7 +213,7 @@ def validate(
     asked = []
     for pair in pairs:
         sample = samples[pair.sample_id]
-        first, second = (_response_as_candidate(text) for text in (pair.first, pair.second))
+        first, second = (_as_candidate(text, text) for text in (pair.first, pair.second))
         asked += [(sample, first, second), (sample, second, first)]
     ratings = _rate(engine, asked)
     agrees, agrees_both_right, lengths, means = [], [], [], []
@@ -190,8 +239,8 @@ def validate(
     }
 
 
-def _response_as_candidate(text: str) -> Candidate:
-    return Candidate(id=text, text=text, log_probability=0.0, token_count=1)
+def _as_candidate(name: str, text: str) -> Candidate:
+    return Candidate(id=name, text=text, log_probability=0.0, token_count=1)
 
 
 def _share(values: Sequence[bool]) -> float | None:

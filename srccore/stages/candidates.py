@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Sequence, Set
 from pathlib import Path
 
 from srccore.config import AnnotationConfig, ScoringConfig, SearchConfig
 from srccore.data import dataset, sampling
-from srccore.data.records import CandidateSet, Rating, Sample, read_records, write_records
+from srccore.data.records import CandidateSet, Rating, Sample, Unrated, read_records, write_records
 from srccore.method import scoring, search
 from srccore.method.engine import Prompt
 from srccore.models.engines import rating_engine, sampling_engine
@@ -186,17 +185,21 @@ def score_candidates(
 ) -> Figures:
     """Stage 3: R-Scorer rates every ordered pair of a sample's candidates.
 
+    Each candidate is also rated against the sample's reference response. Samples that have none
+    are left unrated, unless the settings say otherwise.
+
     Args:
         config: The scoring's settings.
         data: The split that the candidates answer.
         candidates: The folder of `search_candidates`.
         scorer: The folder of `train_scorer`.
-        out: Where ``ratings.jsonl`` is written.
+        out: Where ``ratings.jsonl`` and ``unrated.jsonl`` are written.
         rationales: The folder of `augment_rationales` on that split.
         machine: How the work is done; progress counts samples scored.
 
     Returns:
-        Counts, mean rating mass and swap consistency.
+        Counts, mean rating mass and swap consistency; ``no_reference`` is the number of samples
+        without a reference.
     """
     folder = StageFolder(
         "score-candidates",
@@ -211,19 +214,25 @@ def score_candidates(
     )
     if folder.figures is not None:
         return folder.figures
-    sets = [
+    several = [
         record
         for record in read_records(candidates / "candidates.jsonl", CandidateSet)
         if len(record.candidates) > 1
     ]
-    samples = judged_samples(data, rationales, [record.sample_id for record in sets])
+    samples = judged_samples(data, rationales, [record.sample_id for record in several])
+    bare = {name for name, each in samples.items() if scoring.reference_rationale(each) is None}
+    left_out = bare if config.require_reference else set()
+    sets = [record for record in several if record.sample_id not in left_out]
+    pairs = [
+        (record.sample_id, first.id, second.id)
+        for record in sets
+        for first, second in scoring.pair_schedule(samples[record.sample_id], record.candidates)
+    ]
     journal = Journal(out, Rating)
     ratings = {(each.sample_id, each.first, each.second): each for each in journal.records()}
     # An interruption may have cut a sample's ratings in two: then all are made again.
-    counts = Counter(sample_id for sample_id, _, _ in ratings)
-    known = {
-        s.sample_id for s in sets if counts[s.sample_id] == len(scoring.pair_schedule(s.candidates))
-    }
+    missing = {pair[0] for pair in pairs if pair not in ratings}
+    known = {record.sample_id for record in sets} - missing
     todo = [record for record in sets if record.sample_id not in known]
     if todo:
         engine = rating_engine(scorer / "model", machine.device, config.batch_size)
@@ -235,15 +244,14 @@ def score_candidates(
         journal.append(*rated)
         ratings.update({(each.sample_id, each.first, each.second): each for each in rated})
         machine.progress(len(known) + done + len(chunk), len(sets))
-    ordered = [
-        ratings[record.sample_id, first.id, second.id]
-        for record in sets
-        for first, second in scoring.pair_schedule(record.candidates)
-    ]
+    ordered = [ratings[pair] for pair in pairs]
+    unrated = [Unrated(sample_id=name) for name in samples if name in left_out]
+    write_records(out / "unrated.jsonl", Unrated, unrated)
     write_records(out / "ratings.jsonl", Rating, ordered)
     return folder.finish(
         {
             "samples": len(sets),
+            "no_reference": len(bare),
             "ratings": len(ordered),
             "rating_mass": scoring.mean_mass(ordered),
             "swap_consistency": scoring.swap_consistency(ordered),

@@ -10,7 +10,7 @@ from srccore.config import EvaluationConfig
 from srccore.data import dataset
 from srccore.data.records import Judgement, Response, Sample, read_records, write_records
 from srccore.files import write_json
-from srccore.method import evaluation, response
+from srccore.method import evaluation
 from srccore.method.engine import Prompt
 from srccore.models.engines import sampling_engine
 from srccore.stages.folder import StageFolder
@@ -96,7 +96,7 @@ def _ask_judge(
     for sample in opened.samples:
         if sample.facts or sample.id in known:
             continue
-        parsed = response.parse(responses[sample.id].text)
+        parsed = evaluation.parse_finished(responses[sample.id])
         if parsed is not None and parsed.rationale:
             image = functools.partial(opened.image, sample.id)
             asked.append(JudgeRequest(sample, parsed, image))

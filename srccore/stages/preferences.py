@@ -9,7 +9,14 @@ from pathlib import Path
 
 from srccore.config import CurationConfig, DpoConfig
 from srccore.data import dataset
-from srccore.data.records import CandidateSet, Preference, Rating, read_records, write_records
+from srccore.data.records import (
+    CandidateSet,
+    Preference,
+    Rating,
+    Unrated,
+    read_records,
+    write_records,
+)
 from srccore.errors import UserError
 from srccore.method import curation
 from srccore.stages.folder import StageFolder
@@ -57,9 +64,12 @@ def curate_preference(
     ]
     samples = judged_samples(data, None, [record.sample_id for record in sets])
     rated = [rating for path in ratings for rating in read_records(path / "ratings.jsonl", Rating)]
+    # Ratings that somebody else made need not say what they leave out.
+    left_out = [file for path in ratings if (file := path / "unrated.jsonl").is_file()]
+    unrated = {record.sample_id for file in left_out for record in read_records(file, Unrated)}
     # The order of shards must not matter.
     result = curation.curate(
-        samples, sorted(sets, key=lambda record: record.sample_id), rated, config
+        samples, sorted(sets, key=lambda record: record.sample_id), rated, config, unrated
     )
     write_records(out / "preferences.jsonl", Preference, result.preferences)
     machine.progress(len(sets), len(sets))
@@ -119,7 +129,7 @@ def train_dpo(
         raise UserError(
             f"{preferences} has no preferences to train on.",
             "See the reasons in its manifest.json. Start another run with a lower "
-            "curation.min_margin or more search.samples.",
+            "curation.min_margin, a higher curation.anchor_tolerance or more search.samples.",
         )
     start = read_policy(policy)
     outcome = train(start, examples, config, out, seed=seed, machine=machine)

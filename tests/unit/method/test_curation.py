@@ -1,3 +1,4 @@
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -7,7 +8,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from srccore.config import CurationConfig
-from srccore.data.records import Candidate, CandidateSet, Category, Rating, Sample
+from srccore.data.records import (
+    REFERENCE,
+    Candidate,
+    CandidateSet,
+    Category,
+    Rating,
+    Sample,
+)
 from srccore.errors import UserError
 from srccore.method.curation import CurationResult, Reason, curate, values
 from srccore.method.scoring import FoldedPair, fold_ratings
@@ -73,9 +81,9 @@ def test_values_by_hand() -> None:
 def test_a_sure_pair_gives_its_winner_with_full_margin() -> None:
     result = curate_one(WRONG, RIGHT, level=1)
     (preference,) = result.preferences
-    # v_b = 1, v_a = -1: margin 2; the only pair has certainty 1.
+    # The only pair has m = 1 and certainty 1.
     assert (preference.chosen.id, preference.rejected.id) == ("b", "a")
-    assert (preference.margin, preference.confidence) == (2, 1)
+    assert (preference.margin, preference.confidence, preference.anchor) == (1, 1, None)
     assert sum(result.reasons.values()) == 0
     # b has 9 tokens and a has 10.
     assert result.figures.length_difference == -1
@@ -105,12 +113,30 @@ def test_confidence_is_the_mean_over_the_pairs_of_chosen_or_rejected() -> None:
     ratings += both_orders("s", "a", "d", UNIFORM) + both_orders("s", "b", "c", UNIFORM)
     texts = [RIGHT, RIGHT + " ", WRONG, WRONG + " "]
     (preference,) = curate(
-        {"s": sample()}, [candidates("s", *texts)], ratings, CurationConfig()
+        {"s": sample()}, [candidates("s", *texts)], ratings, CurationConfig(min_margin=0)
     ).preferences
+    # v_a = (1 + 1 + 0) / 3, v_d = -2/3.
     assert (preference.chosen.id, preference.rejected.id) == ("a", "d")
     assert preference.confidence == pytest.approx(0.8)
-    # v_a = (1 + 1 + 0) / 3, v_d = -2/3.
-    assert preference.margin == pytest.approx(4 / 3)
+    # The verdict on the two themselves is uniform: their margin says nothing about the others.
+    assert preference.margin == 0
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_margin_means_the_same_for_any_number_of_candidates(count: int) -> None:
+    # a, c, d and e are equal, and b is worse than a by m = 1/2, surely, and equal to the others:
+    # v_a - v_b = 2 * (1/2) / (N - 1), but the margin is the verdict on a against b.
+    names = "abcde"[:count]
+    texts = [RIGHT, WRONG, *[f"Perhaps {name}.\nAnswer: 3" for name in names[2:]]]
+    ratings = [
+        each
+        for first, second in itertools.combinations(names, 2)
+        for each in both_orders(
+            "s", first, second, LEVELS[4 if (first, second) == ("a", "b") else 3]
+        )
+    ]
+    result = curate({"s": sample()}, [candidates("s", *texts)], ratings, CurationConfig())
+    assert result.figures.margins == (0.5,)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +168,55 @@ def test_every_sample_gives_a_preference_or_is_counted_under_its_reason(
     assert set(result.reasons) == set(Reason)
 
 
+def anchored(chosen: Five, rejected: Five = LEVELS[1]) -> list[Rating]:
+    """Candidate a is better than b, surely; each is rated against the reference, too."""
+    return [
+        *both_orders("s", "a", "b", LEVELS[5]),
+        *both_orders("s", "a", REFERENCE, chosen),
+        *both_orders("s", "b", REFERENCE, rejected),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "tolerance", "anchor", "is_kept"),
+    [
+        (LEVELS[3], 0.2, 0, True),
+        (LEVELS[4], 0.2, 0.5, True),
+        # Somewhat worse: m = -1/2, sure.
+        (LEVELS[2], 0.2, -0.5, False),
+        (LEVELS[2], 0.5, -0.5, True),
+        (LEVELS[1], None, -1, True),
+        # Nobody is sure: c = 0, so it is not clearly worse.
+        (UNIFORM, 0, 0, True),
+    ],
+)
+def test_a_chosen_response_that_is_clearly_worse_than_the_reference_is_dropped(
+    chosen: Five, tolerance: float | None, anchor: float, is_kept: bool
+) -> None:
+    config = CurationConfig(anchor_tolerance=tolerance)
+    found = [candidates("s", RIGHT, WRONG)]
+    result = curate({"s": sample()}, found, anchored(chosen), config)
+    assert [each.anchor for each in result.preferences] == [anchor] * is_kept
+    assert result.reasons[Reason.WORSE_THAN_REFERENCE] == (not is_kept)
+    assert result.figures.anchors == (anchor,)
+    assert result.figures.unanchored == 0
+    # The reference is no candidate: neither values nor confidence see it.
+    assert result.figures.margins == result.figures.confidences == (1,)
+
+
+def test_without_a_reference_nothing_is_compared_with_it() -> None:
+    result = curate_one(RIGHT, WRONG, config=CurationConfig(anchor_tolerance=0))
+    assert (result.figures.preferences, result.figures.unanchored) == (1, 1)
+    assert result.figures.anchors == ()
+
+
+def test_a_sample_that_was_not_rated_for_want_of_a_reference_is_counted() -> None:
+    sets = [candidates("s", RIGHT, WRONG)]
+    result = curate({"s": sample()}, sets, [], CurationConfig(), unrated={"s"})
+    assert result.reasons[Reason.NO_REFERENCE] == 1
+    assert (result.preferences, result.figures.margins) == ((), ())
+
+
 def test_with_no_least_margin_a_full_tie_still_has_two_ends() -> None:
     result = curate_one(RIGHT, WRONG, level=3, config=CurationConfig(min_margin=0))
     (preference,) = result.preferences
@@ -166,7 +241,7 @@ def test_keep_fraction_keeps_the_strongest_of_every_category() -> None:
     }  # fmt: skip
     assert (result.figures.samples, result.figures.preferences) == (8, 4)
     assert len(result.figures.margins) == 8
-    assert result.figures.mean_margin == 2
+    assert result.figures.mean_margin == 1
 
 
 def test_a_tenth_of_thirty_is_three() -> None:
@@ -185,6 +260,9 @@ def test_ratings_that_do_not_fit_the_candidates_are_refused() -> None:
     with pytest.raises(UserError, match="sample s do not cover"):
         stranger = both_orders("s", "a", "z", LEVELS[5])
         curate({"s": sample()}, sets, good + stranger, CurationConfig())
+    with pytest.raises(UserError, match="sample s do not cover"):
+        half_anchored = both_orders("s", "a", REFERENCE, LEVELS[3])
+        curate({"s": sample()}, sets, good + half_anchored, CurationConfig())
     with pytest.raises(UserError, match="refer to sample s, which is not in the data set"):
         curate({}, sets, good, CurationConfig())
 
@@ -250,10 +328,11 @@ def test_relabelling_the_candidates_changes_no_text(
     # Exact ties are broken by id, so they may go the other way.
     value = list(values(ids, fold_ratings(ratings)).values())
     assume(value.count(max(value)) == value.count(min(value)) == 1)
-    (before,) = curate({"s": sample()}, [found], ratings, LOOSE).preferences
-    (after,) = curate({"s": sample()}, [relabelled], renamed, LOOSE).preferences
-    assert (after.chosen.text, after.rejected.text) == (before.chosen.text, before.rejected.text)
-    assert (after.margin, after.confidence) == (before.margin, before.confidence)
+    before = curate({"s": sample()}, [found], ratings, LOOSE)
+    after = curate({"s": sample()}, [relabelled], renamed, LOOSE)
+    assert after.figures == before.figures
+    for then, now in zip(before.preferences, after.preferences, strict=True):
+        assert (now.chosen.text, now.rejected.text) == (then.chosen.text, then.rejected.text)
 
 
 @given(rated_sets())

@@ -65,6 +65,15 @@ def test_a_response_is_judged_on_answer_rationale_and_consistency(
     ]
 
 
+def test_a_response_that_was_cut_does_not_parse() -> None:
+    sample = Sample(id="s", category=Category.MATH, question="Sum?", answer="7", facts=FACTS)
+    # It may have been about to write 75.
+    response = Response(sample_id="s", text=f"{GOLD}\nAnswer: 7", token_count=5, finished=False)
+    assert judge_responses([sample], {"s": response}) == [
+        Outcome("s", Category.MATH, False, False, False, False, 5)
+    ]
+
+
 @pytest.mark.parametrize(
     ("right", "derived", "rationale", "consistent"),
     [(True, "7", True, True), (False, "8", False, False), (False, "", False, False)],
@@ -247,3 +256,21 @@ def test_aligned_accuracy_is_accuracy_times_one_minus_spurious(outcomes: list[Ou
         assert summed.spurious_correctness is not None
         expected = summed.accuracy * (1 - summed.spurious_correctness)
         assert summed.aligned_accuracy == pytest.approx(expected)
+
+
+def test_two_policies_are_compared_on_the_samples_that_are_judged_for_both() -> None:
+    # The judge failed on b before and on c after: only a is judged for both, right both times. Over
+    # the samples of each policy on its own, 1/2 would have become 2/2.
+    before = [outcome("a", True, True), outcome("b", True, None, None), outcome("c", True, False)]
+    after = [outcome("a", True, True), outcome("b", False, True), outcome("c", True, None, None)]
+    change = paired_change(before, after, 200, 0)
+    assert change["aligned_accuracy"].difference == 0
+    assert change["rationale_accuracy"].interval == (0, 0)
+    # The answers are compared on all three: 3/3 to 2/3.
+    assert change["accuracy"].difference == pytest.approx(-1 / 3)
+
+
+def test_figures_that_no_common_sample_is_judged_for_do_not_change() -> None:
+    before = [outcome("a", True, True), outcome("b", True, None, None)]
+    after = [outcome("a", True, None, None), outcome("b", True, True)]
+    assert set(paired_change(before, after, 200, 0)) == {"accuracy", "format_rate", "mean_tokens"}

@@ -76,16 +76,36 @@ def test_the_prompt_falls_back_to_the_needed_facts() -> None:
     assert "\nFacts: none\n" in scoring.rating_prompt(bare, "a", "b")
 
 
-def test_the_schedule_holds_all_ordered_pairs() -> None:
-    first, second, third = (candidate(name) for name in "abc")
-    pairs = scoring.pair_schedule([first, second, third])
-    assert [(left.id, right.id) for left, right in pairs] == [
-        ("a", "b"), ("a", "c"), ("b", "a"), ("b", "c"), ("c", "a"), ("c", "b"),
+BARE = SAMPLE.model_copy(update={"facts": ()})
+
+
+def test_the_schedule_holds_all_ordered_pairs_and_the_reference_as_an_anchor() -> None:
+    def ids(sample: Sample, names: str) -> list[tuple[str, str]]:
+        pairs = scoring.pair_schedule(sample, [candidate(name) for name in names])
+        return [(left.id, right.id) for left, right in pairs]
+
+    of_three = [("a", "b"), ("a", "c"), ("b", "a"), ("b", "c"), ("c", "a"), ("c", "b")]
+    assert ids(BARE, "abc") == of_three
+    assert ids(SAMPLE, "abc") == [
+        *of_three,
+        ("a", "reference"), ("reference", "a"),
+        ("b", "reference"), ("reference", "b"),
+        ("c", "reference"), ("reference", "c"),
     ]  # fmt: skip
-    assert scoring.pair_schedule([first]) == []
-    assert len(scoring.pair_schedule([candidate(name) for name in "abcdefgh"])) == 56
+    assert ids(SAMPLE, "a") == []
+    assert len(ids(BARE, "abcdefgh")) == 56
+    assert len(ids(SAMPLE, "abcdefgh")) == 56 + 16
     with pytest.raises(UserError, match="9 candidates"):
-        scoring.pair_schedule([candidate(name) for name in "abcdefghi"])
+        ids(SAMPLE, "abcdefghi")
+
+
+def test_the_reference_response_gives_the_rationale_of_the_sample_or_else_its_facts() -> None:
+    own = SAMPLE.model_copy(update={"rationale": "I see it."})
+    assert scoring.reference_response(own) == "I see it.\nAnswer: 3"
+    assert scoring.reference_response(SAMPLE) == "The bar is 3.\nAnswer: 3"
+    assert scoring.reference_response(BARE) is None
+    _, (_, text) = scoring.pair_schedule(own, [candidate("a"), candidate("b")])[1:3]
+    assert text.text == "I see it.\nAnswer: 3"
 
 
 def test_all_pairs_of_all_samples_are_rated_in_one_call() -> None:
@@ -99,9 +119,14 @@ def test_all_pairs_of_all_samples_are_rated_in_one_call() -> None:
         (other, CandidateSet(sample_id="t", candidates=(candidate("c"),))),
     ]
     ratings = scoring.rate_candidates(engine, sets)
+    # The reference, "The bar is 3. Answer: 3", is longer than both.
     assert [(each.first, each.second, each.probabilities) for each in ratings] == [
         ("a", "b", SURE_WORSE),
         ("b", "a", SURE_BETTER),
+        ("a", "reference", SURE_WORSE),
+        ("reference", "a", SURE_BETTER),
+        ("b", "reference", SURE_WORSE),
+        ("reference", "b", SURE_BETTER),
     ]
     assert [tokens for _, tokens in engine.calls] == [["1", "2", "3", "4", "5"]]
     assert scoring.mean_mass(ratings) == pytest.approx(0.9)
@@ -140,6 +165,7 @@ def test_folding_by_hand() -> None:
     # m_ij = 1, m_ji = 0, c = 1 and 0: m = 1/2, c = (1 + 0) / 2 * (1 - 1/2) = 1/4.
     half = scoring.fold(rating("a", "b", SURE_BETTER), rating("b", "a", UNIFORM))
     assert (half.margin, half.certainty) == pytest.approx((0.5, 0.25))
+    assert half.weighted == pytest.approx(0.125)
 
 
 @given(DISTRIBUTIONS, DISTRIBUTIONS)
