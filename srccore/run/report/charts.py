@@ -140,14 +140,18 @@ def _percent_floor(low: float, step: int) -> int:
 
 
 def histograms(
-    name: str, rounds: Sequence[tuple[int, Sequence[float]]], widest: float, bins: int = 20
+    name: str,
+    rounds: Sequence[tuple[int, Sequence[float]]],
+    *,
+    signed: bool = False,
+    bins: int = 20,
 ) -> list[Chart]:
     """Draws one histogram per round that has values; all share the same axes.
 
     Args:
         name: What the values are.
-        rounds: Pairs of a round and its values.
-        widest: The largest possible value.
+        rounds: Pairs of a round and its values, which are at most 1.
+        signed: Whether the values start at -1, and not at 0.
         bins: Number of bars along the x axis.
 
     Returns:
@@ -156,12 +160,14 @@ def histograms(
     filled = [(number, values) for number, values in rounds if values]
     if not filled:
         return []
-    largest = max(max(values) for _, values in filled)
-    limit = next((edge for edge in (0.25, 0.5, 1.0) if largest <= edge < widest), widest)
-    shares = [_shares(values, limit, bins) for _, values in filled]
+    largest = max(abs(value) for _, values in filled for value in values)
+    high = next((edge for edge in (0.25, 0.5) if largest <= edge), 1.0)
+    low = -high if signed else 0.0
+    shares = [_shares(values, low, high, bins) for _, values in filled]
     top = math.ceil(10 * max(max(heights) for heights in shares)) / 10
-    to_x, to_y = _scale(0, limit, LEFT, RIGHT), _scale(0, top, BOTTOM, TOP)
-    edges = [limit * number / bins for number in range(bins + 1)]
+    to_x, to_y = _scale(low, high, LEFT, RIGHT), _scale(0, top, BOTTOM, TOP)
+    edges = [low + (high - low) * number / bins for number in range(bins + 1)]
+    quarters = [low + (high - low) * number / 4 for number in range(5)]
     charts = []
     for (number, values), heights in zip(filled, shares, strict=True):
         bars = tuple(
@@ -180,7 +186,7 @@ def histograms(
             Chart(
                 title=f"Round {number}",
                 description=f"{name}: {len(values)} samples, median {median:.2f}",
-                x_ticks=tuple((to_x(limit * k / 4), f"{limit * k / 4:g}") for k in range(5)),
+                x_ticks=tuple((to_x(value), f"{value:g}") for value in quarters),
                 y_ticks=tuple((to_y(top * k / 2), percent(top * k / 2, 0)) for k in range(3)),
                 bars=bars,
             )
@@ -188,10 +194,10 @@ def histograms(
     return charts
 
 
-def _shares(values: Sequence[float], limit: float, bins: int) -> list[float]:
+def _shares(values: Sequence[float], low: float, high: float, bins: int) -> list[float]:
     counts = [0] * bins
     for value in values:
-        counts[min(max(int(value / limit * bins), 0), bins - 1)] += 1
+        counts[min(max(int((value - low) / (high - low) * bins), 0), bins - 1)] += 1
     return [count / len(values) for count in counts]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from srccore.config import RunConfig
 from srccore.data import dataset
-from srccore.data.records import Preference, Rating, Sample, read_records
+from srccore.data.records import REFERENCE, Preference, Rating, Sample, read_records
 from srccore.files import atomically, writable
 from srccore.method import evaluation
 from srccore.run.folder import RunFolder
@@ -76,6 +76,7 @@ def collect(run: Path) -> page.ReportData:
         overall_change=overall_change(run, config, len(rounds) - 1) if len(rounds) > 1 else {},
         curation=tuple(_curation(folder, manifests)),
         scorer=scorer.figures["validation"] if scorer else None,
+        search=tuple(_search(folder, manifests)),
         scoring=tuple(_scoring(folder, manifests)),
         samples=tuple(_cards(folder, manifests)),
         stages=tuple(
@@ -138,14 +139,32 @@ def _curation(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.
             yield page.RoundCuration.model_validate({"round": number, **manifest.figures})
 
 
-def _scoring(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.RoundScoring]:
-    """One row per round: the mean over its shards, weighted by their number of ratings."""
+def _shards(
+    run: RunFolder, manifests: dict[Path, Manifest], stage: str
+) -> Iterator[tuple[int, list[Manifest]]]:
+    """The manifests of all shards of a stage, by round."""
     by_round: dict[int, list[Manifest]] = {}
     for output, manifest in manifests.items():
         number = run.round_of(output)
-        if manifest.stage == "score-candidates" and number is not None:
+        if manifest.stage == stage and number is not None:
             by_round.setdefault(number, []).append(manifest)
-    for number, shards in sorted(by_round.items()):
+    yield from sorted(by_round.items())
+
+
+def _search(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.RoundSearch]:
+    """One row per round: the sums over its shards."""
+    for number, shards in _shards(run, manifests, "search-candidates"):
+        counts = {
+            name: sum(shard.figures[name] for shard in shards)
+            for name in page.RoundSearch.model_fields
+            if name != "round"
+        }
+        yield page.RoundSearch(round=number, **counts)
+
+
+def _scoring(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.RoundScoring]:
+    """One row per round: the mean over its shards, weighted by their number of ratings."""
+    for number, shards in _shards(run, manifests, "score-candidates"):
         total = sum(shard.figures["ratings"] for shard in shards)
         means = {
             name: sum(shard.figures[name] * shard.figures["ratings"] for shard in shards) / total
@@ -169,15 +188,20 @@ def _cards(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.Sam
         file = run.output("curate-preference", number) / "preferences.jsonl"
         preferences = list(read_records(file, Preference))
         ratings = {
-            (rating.first, rating.second): rating
+            (rating.sample_id, rating.first, rating.second): rating
             for shard in run.all_ratings(number)
             for rating in read_records(shard / "ratings.jsonl", Rating)
         }
         for preference in _some(preferences, samples):
-            chosen, rejected = preference.chosen.id, preference.rejected.id
+            ids = {
+                "chosen": preference.chosen.id,
+                "rejected": preference.rejected.id,
+                "reference": REFERENCE,
+            }
             orders = (
-                ("chosen", "rejected", ratings.get((chosen, rejected))),
-                ("rejected", "chosen", ratings.get((rejected, chosen))),
+                (first, second, ratings.get((preference.sample_id, ids[first], ids[second])))
+                for pair in (("chosen", "rejected"), ("chosen", "reference"))
+                for first, second in (pair, pair[::-1])
             )
             yield page.SampleCard(
                 round=number,

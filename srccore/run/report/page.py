@@ -22,7 +22,7 @@ from srccore.data.records import Preference, Sample
 from srccore.method import response, sentences
 from srccore.method.curation import CurationFigures
 from srccore.method.evaluation import HEADLINE, SHOWN, Change, Figure, Figures, FigureSet
-from srccore.run.report.charts import PLOT, Panel, Point, Series, histograms, line_charts
+from srccore.run.report.charts import PLOT, Chart, Panel, Point, Series, histograms, line_charts
 from srccore.run.report.format import FILTERS, visible
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "ReportData",
     "RoundCuration",
     "RoundScoring",
+    "RoundSearch",
     "SampleCard",
     "StageTime",
     "render",
@@ -78,6 +79,17 @@ class RoundCuration(CurationFigures):
     """Number of samples without a preference, by reason."""
 
 
+class RoundSearch(Part):
+    """What one round's search found, over all its shards."""
+
+    round: int
+    samples: int
+    candidates: int
+    fewer_than_two: int
+    unparsed: int
+    unfinished: int
+
+
 class RoundScoring(Part):
     """How R-Scorer does on one round's candidates, which have no teacher's ratings."""
 
@@ -109,6 +121,7 @@ class ReportData(Part):
     curation: tuple[RoundCuration, ...] = ()
     scorer: dict[str, int | float | None] | None = None
     """R-Scorer on its validation pairs, as `srccore.method.scoring.validate` measures it."""
+    search: tuple[RoundSearch, ...] = ()
     scoring: tuple[RoundScoring, ...] = ()
     samples: tuple[SampleCard, ...] = ()
     stages: tuple[StageTime, ...] = ()
@@ -150,12 +163,7 @@ def render(data: ReportData) -> str:
         fractions=FRACTIONS,
         figure_charts=line_charts(_figure_panels(data.rounds), last),
         category_charts=line_charts(_category_panels(data.rounds), last),
-        margin_charts=histograms(
-            "Margin", [(part.round, part.margins) for part in data.curation], widest=2.0
-        ),
-        confidence_charts=histograms(
-            "Confidence", [(part.round, part.confidences) for part in data.curation], widest=1.0
-        ),
+        curation_charts=_curation_charts(data.curation),
         reasons=list(dict.fromkeys(r for part in data.curation for r in part.reasons)),
         sample_rounds=sorted({card.round for card in data.samples}),
         compare=_compare,
@@ -164,6 +172,23 @@ def render(data: ReportData) -> str:
         plot=PLOT,
     )
     return page.lstrip()
+
+
+def _curation_charts(rounds: Sequence[RoundCuration]) -> list[tuple[str, list[Chart]]]:
+    """Histograms of what the settings of curation are chosen by, each with its heading."""
+    margins = [(part.round, part.margins) for part in rounds]
+    confidences = [(part.round, part.confidences) for part in rounds]
+    anchors = [(part.round, part.anchors) for part in rounds]
+    charts = [
+        ("Margin: chosen against rejected, of every rated sample", "Margin", margins),
+        ("Confidence of the same pairs", "Confidence", confidences),
+        ("Verdict on the chosen against the reference response", "Verdict", anchors),
+    ]
+    return [
+        (heading, histograms(name, values, signed=name != "Confidence"))
+        for heading, name, values in charts
+        if any(numbers for _, numbers in values)
+    ]
 
 
 def _verdict(change: Change, figure: Figure) -> str:

@@ -129,8 +129,10 @@ def curated(**changes: object) -> dict[str, object]:
         "mean_margin": 0.65,
         "mean_confidence": 0.68,
         "swap_consistency": 0.9,
-        "margins": [0.3, 0.4, 0.8, 1.1],
+        "margins": [0.3, 0.4, 0.8, 1.0],
         "confidences": [0.5, 0.6, 0.7, 0.9],
+        "anchors": [-0.7, -0.1, 0.1],
+        "unanchored": 1,
     }
     return {**values, **changes}
 
@@ -159,6 +161,16 @@ def full(**changes: object) -> ReportData:
             "rating_mass": 0.99,
             "validation_pairs": 50,
         },
+        "search": [
+            {
+                "round": 1,
+                "samples": 10,
+                "candidates": 44,
+                "fewer_than_two": 2,
+                "unparsed": 17,
+                "unfinished": 3,
+            }
+        ],
         "scoring": [{"round": 1, "swap_consistency": 0.93, "rating_mass": 0.99}],
         "samples": [card()],
         "stages": [{"name": "train-dpo", "round": 1, "seconds": 61, "peak_memory_mb": 2048}],
@@ -195,6 +207,8 @@ def test_what_was_measured_is_on_the_page() -> None:
         "excludes zero",
         "Margin too small",
         "4 samples, median 0.60",
+        "3 samples, median -0.10",
+        "Without a rationale or an answer17",
         "84.0%",
         "−0.0030",  # noqa: RUF001 - a minus sign is what the page shows
         "1 min 01 s",
@@ -350,18 +364,25 @@ def test_an_axis_holds_every_interval(bounds: list[list[float]]) -> None:
     assert 100 * high <= floor + 5 * step <= 100
 
 
-@given(st.lists(st.floats(0, 2), min_size=1))
+@given(st.lists(st.floats(-1, 1), min_size=1))
 def test_a_histogram_counts_every_value_once(values: list[float]) -> None:
-    assert sum(charts._shares(values, 2.0, 20)) == pytest.approx(1)
+    assert sum(charts._shares(values, -1.0, 1.0, 20)) == pytest.approx(1)
 
 
 def test_bins_hold_the_values_from_their_left_edge_on() -> None:
     # Ten bins of 0.1: 0.05 in the first, 0.1 and 0.15 in the second, 1.0 in the last.
-    assert charts._shares([0.05, 0.1, 0.15, 1.0], 1.0, 10) == [0.25, 0.5, *[0.0] * 7, 0.25]
+    assert charts._shares([0.05, 0.1, 0.15, 1.0], 0.0, 1.0, 10) == [0.25, 0.5, *[0.0] * 7, 0.25]
+    # Four bins of 0.5 from -1.
+    assert charts._shares([-1.0, -0.2, 0.0, 1.0], -1.0, 1.0, 4) == [0.25] * 4
+
+
+def test_a_signed_histogram_is_centred_on_zero() -> None:
+    (chart,) = charts.histograms("Verdict", [(1, (-0.4, 0.1))], signed=True)
+    assert [label for _, label in chart.x_ticks] == ["-0.5", "-0.25", "0", "0.25", "0.5"]
 
 
 def test_equal_and_zero_values_still_make_a_histogram() -> None:
-    (chart,) = charts.histograms("Margin", [(1, ()), (2, (0.0, 0.0))], widest=2.0)
+    (chart,) = charts.histograms("Margin", [(1, ()), (2, (0.0, 0.0))])
     assert chart.title == "Round 2"
     assert len(chart.bars) == 1
 
