@@ -187,6 +187,9 @@ class AnnotationConfig(Section):
     temperature: float = Field(default=1.0, gt=0)
     pairs: int = Field(default=6, ge=1)
     """Unordered pairs annotated per sample."""
+    reference_pairs: int = Field(default=2, ge=0)
+    """Further pairs of a sample: a response and the reference response, which R-Scorer also rates
+    against each other."""
     validation_share: float = Field(default=0.15, gt=0, lt=1)
     """Share of the samples that R-Scorer is tested on and not trained on."""
 

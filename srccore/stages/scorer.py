@@ -7,10 +7,18 @@ from pathlib import Path
 
 from srccore.config import AnnotationConfig, ScorerConfig, TextModelConfig
 from srccore.data import sampling
-from srccore.data.records import Candidate, CandidateSet, LabelledPair, read_records, write_records
+from srccore.data.records import (
+    REFERENCE,
+    CandidateSet,
+    LabelledPair,
+    Sample,
+    read_records,
+    write_records,
+)
 from srccore.errors import UserError
 from srccore.hashing import stable_hash
 from srccore.method import scoring
+from srccore.method.duplicates import words
 from srccore.models.engines import rating_engine
 from srccore.stages import inputs as identify
 from srccore.stages.checks import check_facts
@@ -64,14 +72,17 @@ def annotate_ratings(
     pairs = [
         (samples[record.sample_id], first, second)
         for record in sets
-        for first, second in _some_pairs(record, config.pairs, seed)
+        for first, second in (
+            *_some_pairs(record, config.pairs, seed),
+            *_some_references(record, samples[record.sample_id], config.reference_pairs, seed),
+        )
     ]
     journal = Journal(out, LabelledPair)
     known = {(pair.sample_id, pair.first, pair.second) for pair in journal.records()}
     todo = [
-        PairRequest(sample, first.text, second.text)
+        PairRequest(sample, first, second)
         for sample, first, second in pairs
-        if (sample.id, first.text, second.text) not in known
+        if (sample.id, first, second) not in known
     ]
     problems: dict[str, int] = {}
     answers = make_teacher(config.teacher, config.endpoint).ratings(todo) if todo else ()
@@ -95,14 +106,36 @@ def annotate_ratings(
     return folder.finish({"pairs": len(rated), "ratings": counts, "problems": problems})
 
 
-def _some_pairs(record: CandidateSet, count: int, seed: int) -> list[tuple[Candidate, Candidate]]:
+def _some_pairs(record: CandidateSet, count: int, seed: int) -> list[tuple[str, str]]:
     """Unordered pairs of a set in an order that the seed gives; which comes first, too."""
     keyed = []
     for number, first in enumerate(record.candidates):
         for second in record.candidates[number + 1 :]:
             key = stable_hash(f"{seed}/{first.id}/{second.id}")
-            keyed.append((key, (first, second) if key % 2 else (second, first)))
-    return [pair for _, pair in sorted(keyed, key=lambda entry: entry[0])[:count]]
+            keyed.append((key, first.text, second.text))
+    return _first(keyed, count)
+
+
+def _some_references(
+    record: CandidateSet, sample: Sample, count: int, seed: int
+) -> list[tuple[str, str]]:
+    """Pairs of a candidate and the reference response, unless that is a candidate itself."""
+    reference = scoring.reference_response(sample)
+    if reference is None or any(words(each.text) == words(reference) for each in record.candidates):
+        return []
+    keyed = [
+        (stable_hash(f"{seed}/{each.id}/{REFERENCE}"), each.text, reference)
+        for each in record.candidates
+    ]
+    return _first(keyed, count)
+
+
+def _first(keyed: list[tuple[int, str, str]], count: int) -> list[tuple[str, str]]:
+    """The pairs with the lowest keys; the key also decides which response comes first."""
+    return [
+        (first, second) if key % 2 else (second, first)
+        for key, first, second in sorted(keyed)[:count]
+    ]
 
 
 def train_scorer(

@@ -19,6 +19,7 @@ SETTINGS = (
     "evaluation.resamples=100",
     "curation.min_margin=0",
     "curation.answer_gate=off",
+    "curation.anchor_tolerance=null",
     "rounds=1",
 )
 
