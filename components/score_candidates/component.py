@@ -30,7 +30,7 @@ def score_candidates(
         rationales: The output of augment-rationales on the same data.
         device: ``cpu``, ``cuda`` or ``auto``.
         threads: CPU threads of torch; 0 for torch's default.
-        ratings: Output. A rating for every ordered pair.
+        ratings: Output. A rating of every ordered pair, and of candidate and reference.
     """
     from srccore.steps.step import run_stage
 

@@ -156,6 +156,8 @@ class CandidateSet(Record):
         ids = [candidate.id for candidate in self.candidates]
         if len(set(ids)) != len(ids):
             raise ValueError(f"sample {self.sample_id} has two candidates with the same id")
+        if REFERENCE in ids:
+            raise ValueError(f"no candidate of sample {self.sample_id} may have the id {REFERENCE}")
         return self
 
 

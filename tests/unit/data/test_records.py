@@ -97,3 +97,9 @@ def test_two_candidates_of_one_id_are_refused() -> None:
 
 def test_a_fact_reads_as_a_sentence() -> None:
     assert Fact(subject="the red bar", relation="is", value="3").sentence == "The red bar is 3."
+
+
+def test_no_candidate_may_pass_for_the_reference() -> None:
+    fake = Candidate(id="reference", text="x", log_probability=0, token_count=1)
+    with pytest.raises(ValidationError, match="may have the id reference"):
+        CandidateSet(sample_id="s", candidates=(fake,))
