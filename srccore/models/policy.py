@@ -8,14 +8,13 @@ here, so that training and inference see the same token ids.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -24,23 +23,18 @@ from srccore.config import ModelConfig, TextModelConfig
 from srccore.errors import UserError
 from srccore.files import write_json
 from srccore.models.families import family_of, load_processor_of
-
-if TYPE_CHECKING:
-    import torch
+from srccore.models.folding import Folding, fold_adapters
 
 __all__ = [
-    "Adapter",
     "LoadedPolicy",
     "Policy",
     "checkpoint_family",
-    "fold_adapters",
     "load_policy",
     "load_processor",
     "parse_policy",
     "pinned",
     "policy_document",
     "prompt_text",
-    "read_adapter",
     "read_policy",
     "resolve_model_path",
     "response_text",
@@ -51,21 +45,6 @@ Checkpoint = TypeVar("Checkpoint", bound=TextModelConfig)
 EMBEDDED = {"embedded:lvlm": "lvlm", "embedded:rating": "rating"}
 VERSION = 1
 POLICY_FILE = "policy.json"
-
-# The settings with which an adapter can be folded as scale * B @ A.
-_PLAIN_LORA: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "use_dora": (False,),
-    "lora_bias": (False,),
-    "fan_in_fan_out": (False,),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-}
 
 
 class Policy(BaseModel):
@@ -95,16 +74,8 @@ class LoadedPolicy:
     model: Any
     """A model for conditional generation of one of `srccore.models.families`, in eval mode."""
     processor: Any
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A plain LoRA adapter as it is stored on disk."""
-
-    scale: float
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    """By module name: A of shape (rank, inputs) and B of shape (outputs, rank)."""
-    target_modules: str | list[str]
+    folding: Folding | None = None
+    """How well the adapters were folded in; None without adapters."""
 
 
 def write_policy(path: Path, policy: Policy) -> None:
@@ -340,94 +311,11 @@ def load_policy(policy: Policy, device: str = "cpu") -> LoadedPolicy:
             dtype=getattr(torch, policy.base.dtype),
             trust_remote_code=False,
             use_safetensors=True,
+            # Straight to the device: processes of one machine would each need host memory for it.
+            device_map={"": device},
         )
-    model.to(device)
-    fold_adapters(model, policy.adapters)
-    return LoadedPolicy(model=model.eval(), processor=load_processor(policy.base))
-
-
-def read_adapter(path: str | Path) -> Adapter:
-    """Reads a PEFT adapter folder.
-
-    Args:
-        path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or the URI
-            of one.
-
-    Returns:
-        The adapter, on the CPU.
-
-    Raises:
-        UserError: A file is missing, or the adapter is more than plain LoRA on linear layers.
-    """
-    from safetensors.torch import load_file
-
-    folder = storage.fetch(str(path)) if storage.is_remote(str(path)) else Path(path)
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except OSError as error:
-        raise UserError(
-            f"The adapter {folder} cannot be read ({error}).",
-            "Pass a folder with adapter_config.json and adapter_model.safetensors.",
-        ) from None
-    for name, allowed in _PLAIN_LORA.items():
-        if config.get(name, allowed[0]) not in allowed:
-            raise UserError(
-                f"The adapter {folder} has {name} = {config[name]!r}, which cannot be folded.",
-                "Train a plain LoRA adapter on the language model's linear layers.",
-            )
-    scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        module, _, half = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if half not in ("A.weight", "B.weight") or tensor.dim() != 2:
-            raise UserError(
-                f"The adapter {folder} has {key}, which is not a LoRA matrix of a linear layer.",
-                "Train a plain LoRA adapter on the language model's linear layers.",
-            )
-        halves.setdefault(module, {})[half[0]] = tensor
-    pairs = {module: (half["A"], half["B"]) for module, half in halves.items()}
-    return Adapter(scale=scale, pairs=pairs, target_modules=config["target_modules"])
-
-
-def fold_adapters(model: Any, adapters: Sequence[str | Path]) -> None:
-    """Adds adapters to a model's weights, in place.
-
-    The deltas of all adapters are summed in float32 and cast once (reconstruction): folding them
-    into bfloat16 weights one by one would lose small deltas.
-
-    Args:
-        model: The base model.
-        adapters: Adapter folders, in the order in which they were trained.
-
-    Raises:
-        UserError: An adapter is not plain LoRA, or does not fit the model.
-    """
-    import torch
-
-    read = [(path, read_adapter(path)) for path in adapters]
-    modules = dict(model.named_modules())
-    with torch.no_grad():
-        for name in dict.fromkeys(name for _, adapter in read for name in adapter.pairs):
-            deltas = []
-            for path, adapter in read:
-                if name not in adapter.pairs:
-                    continue
-                weight = getattr(modules.get(name), "weight", None)
-                a, b = adapter.pairs[name]
-                if weight is None or weight.shape != (b.shape[0], a.shape[1]):
-                    raise UserError(
-                        f"The adapter {path} does not fit the base model at {name}.",
-                        "Use the base model that the adapter was trained on.",
-                    )
-                deltas.append((adapter.scale, a, b))
-            weight = modules[name].weight
-            total = weight.float()
-            for scale, a, b in deltas:
-                total = total + scale * (
-                    b.to(weight.device, torch.float32) @ a.to(weight.device, torch.float32)
-                )
-            weight.copy_(total.to(weight.dtype))
+    folding = fold_adapters(model, policy.adapters)
+    return LoadedPolicy(model=model.eval(), processor=load_processor(policy.base), folding=folding)
 
 
 def prompt_text(processor: Any, question: str) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 
 from srccore.errors import UserError
 from srccore.models.families import save_processor
+from srccore.models.folding import read_adapter
 from srccore.models.policy import (
     Policy,
     checkpoint_family,
     load_policy,
     load_processor,
-    read_adapter,
     resolve_model_path,
 )
 

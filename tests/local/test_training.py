@@ -19,12 +19,12 @@ from srccore.config import (
 )
 from srccore.embedded.model import RATING_TEMPLATE
 from srccore.errors import UserError
+from srccore.models.folding import read_adapter
 from srccore.models.policy import (
     Policy,
     load_policy,
     load_processor,
     prompt_text,
-    read_adapter,
     response_text,
 )
 from srccore.models.transformers import encode_rating_prompt, single_token

@@ -125,7 +125,7 @@ def test_two_adapters_are_both_folded(base: ModelConfig, tmp_path: Path) -> None
 def test_small_deltas_add_up_before_the_cast() -> None:
     # One bfloat16 step above 1 is 2^-7. Four deltas of 2^-9 make 2^-7 together, but each alone
     # rounds back to 1.
-    from srccore.models.policy import Adapter, fold_adapters
+    from srccore.models.folding import Adapter, fold_adapters
 
     linear = torch.nn.Linear(1, 1, bias=False)
     model = torch.nn.ModuleDict({"layer": linear}).to(torch.bfloat16)
@@ -135,7 +135,7 @@ def test_small_deltas_add_up_before_the_cast() -> None:
         scale=2.0**-9, pairs={"layer": (torch.ones(1, 1), torch.ones(1, 1))}, target_modules="x"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("srccore.models.policy.read_adapter", lambda path: small)
+        patch.setattr("srccore.models.folding.read_adapter", lambda path: small)
         fold_adapters(model, ["a", "b", "c", "d"])
     assert linear.weight.item() == 1 + 2.0**-7
 
