@@ -123,7 +123,7 @@ def read_adapter(path: str | Path) -> Adapter:
     return Adapter(scale=scale, pairs=pairs, target_modules=config["target_modules"])
 
 
-def fold_adapters(model: Any, adapters: Sequence[str | Path]) -> Folding | None:
+def fold_adapters(model: Any, adapters: Sequence[str | Path]) -> Folding:
     """Adds adapters to a model's weights, in place.
 
     The deltas of all adapters are summed in float32 and rounded once, with `stochastic_round`
@@ -134,7 +134,7 @@ def fold_adapters(model: Any, adapters: Sequence[str | Path]) -> Folding | None:
         adapters: Adapter folders, in the order in which they were trained.
 
     Returns:
-        How much of the deltas is in the weights; None without adapters.
+        How much of the deltas is in the weights.
 
     Raises:
         UserError: An adapter is not plain LoRA, or does not fit the model.
@@ -142,8 +142,6 @@ def fold_adapters(model: Any, adapters: Sequence[str | Path]) -> Folding | None:
     import torch
 
     read = [(path, read_adapter(path)) for path in adapters]
-    if not read:
-        return None
     modules = dict(model.named_modules())
     total, newest = _Products(), _Products()
     with torch.no_grad():

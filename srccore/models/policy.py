@@ -74,8 +74,8 @@ class LoadedPolicy:
     model: Any
     """A model for conditional generation of one of `srccore.models.families`, in eval mode."""
     processor: Any
-    folding: Folding | None = None
-    """How well the adapters were folded in; None without adapters."""
+    folding: Folding
+    """How much of the adapters is in the weights."""
 
 
 def write_policy(path: Path, policy: Policy) -> None:

@@ -99,9 +99,13 @@ def train_dpo(
         machine: How the work is done; progress counts optimiser steps.
 
     Returns:
-        Steps, losses, rewards.
+        Steps, losses, rewards, and how much of the new adapter is left after folding.
+
+    Raises:
+        UserError: There are no preferences, or most of the adapter is lost in folding.
     """
     from srccore.models.policy import read_policy, write_policy
+    from srccore.stages.trained import check_kept, load_trained
     from srccore.training.dpo import PreferenceExample
     from srccore.training.dpo import train_dpo as train
 
@@ -135,5 +139,9 @@ def train_dpo(
     outcome = train(start, examples, config, out, seed=seed, machine=machine)
     if not is_first():
         return dataclasses.asdict(outcome)
-    write_policy(out, start.with_adapter(out / "adapter"))
-    return folder.finish(dataclasses.asdict(outcome))
+    adapter = out / "adapter"
+    trained = start.with_adapter(adapter)
+    kept = load_trained(trained, machine).folding.newest
+    check_kept(kept, adapter=adapter, dtype=start.base.dtype, section="dpo")
+    write_policy(out, trained)
+    return folder.finish({**dataclasses.asdict(outcome), "folding": dataclasses.asdict(kept)})

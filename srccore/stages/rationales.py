@@ -106,9 +106,14 @@ def tune_rationale(
         machine: How the work is done; progress counts optimiser steps.
 
     Returns:
-        Steps, losses and how many samples were used.
+        Steps, losses, how many samples were used, and how much of the adapter is left after
+        folding.
+
+    Raises:
+        UserError: No sample has a rationale, or most of the adapter is lost in folding.
     """
     from srccore.models.policy import Policy, pinned, write_policy
+    from srccore.stages.trained import check_kept, load_trained
     from srccore.training.rationale import RationaleExample
     from srccore.training.rationale import tune_rationale as train
 
@@ -144,9 +149,19 @@ def tune_rationale(
     outcome = train(start, examples, config, out, seed=seed, machine=machine)
     if not is_first():
         return dataclasses.asdict(outcome)
-    write_json(out / "adapter" / TRAINED_ON, sorted(sample.id for sample in drawn))
-    write_policy(out, start.with_adapter(out / "adapter"))
-    return folder.finish({**dataclasses.asdict(outcome), "revision": start.base.revision})
+    adapter = out / "adapter"
+    write_json(adapter / TRAINED_ON, sorted(sample.id for sample in drawn))
+    policy = start.with_adapter(adapter)
+    kept = load_trained(policy, machine).folding.newest
+    check_kept(kept, adapter=adapter, dtype=model.dtype, section="rationale")
+    write_policy(out, policy)
+    return folder.finish(
+        {
+            **dataclasses.asdict(outcome),
+            "revision": start.base.revision,
+            "folding": dataclasses.asdict(kept),
+        }
+    )
 
 
 def trained_on(policy: Path) -> set[str]:

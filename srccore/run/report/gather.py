@@ -74,6 +74,11 @@ def collect(run: Path) -> page.ReportData:
         rounds_planned=config.rounds,
         rounds=tuple(evaluation.Figures.model_validate(figures) for figures in rounds),
         overall_change=overall_change(run, config, len(rounds) - 1) if len(rounds) > 1 else {},
+        folding={
+            folder.round_of(output) or 0: page.Folded.model_validate(manifest.figures["folding"])
+            for output, manifest in manifests.items()
+            if "folding" in manifest.figures
+        },
         curation=tuple(_curation(folder, manifests)),
         scorer=scorer.figures["validation"] if scorer else None,
         search=tuple(_search(folder, manifests)),

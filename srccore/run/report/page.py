@@ -26,6 +26,7 @@ from srccore.run.report.charts import PLOT, Chart, Panel, Point, Series, histogr
 from srccore.run.report.format import FILTERS, visible
 
 __all__ = [
+    "Folded",
     "RatingRow",
     "ReportData",
     "RoundCuration",
@@ -98,6 +99,13 @@ class RoundScoring(Part):
     rating_mass: float | None = None
 
 
+class Folded(Part):
+    """How much of a trained adapter is left after folding, as `srccore.models.folding.Share`."""
+
+    projection: float
+    cosine: float
+
+
 class StageTime(Part):
     """Time and memory of one stage."""
 
@@ -118,6 +126,8 @@ class ReportData(Part):
     """In order; round 0 is the policy after stage 1."""
     overall_change: dict[str, Change] = {}
     """By figure, the last policy against that of round 0."""
+    folding: dict[int, Folded] = {}
+    """By round, of the adapter that it trained; round 0 is stage 1."""
     curation: tuple[RoundCuration, ...] = ()
     scorer: dict[str, int | float | None] | None = None
     """R-Scorer on its validation pairs, as `srccore.method.scoring.validate` measures it."""

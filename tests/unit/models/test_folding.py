@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from srccore.hashing import stable_hash
 from srccore.models import folding
-from srccore.models.folding import fold_adapters, read_adapter, stochastic_round
+from srccore.models.folding import Share, fold_adapters, read_adapter, stochastic_round
 
 ROWS, COLUMNS, RANK, ALPHA = 2048, 1024, 256, 512
 LEARNING_RATE = 5e-7
@@ -81,7 +81,8 @@ def cosine(kept: torch.Tensor, true: torch.Tensor) -> float:
 def weights(dtype: torch.dtype, *adapters: Path) -> torch.Tensor:
     made = model(dtype)
     fold_adapters(made, adapters)
-    return made.get_submodule(NAME).weight.detach()
+    weight: torch.Tensor = made.get_submodule(NAME).weight
+    return weight.detach()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -109,7 +110,6 @@ def test_what_survives_is_reported_for_all_adapters_and_for_the_newest(
     first, second = (adapter(tmp_path / f"{seed}", 94, seed) for seed in (1, 2))
     made = model(dtype)
     found = fold_adapters(made, [first, second])
-    assert found is not None
     whole = made.get_submodule(NAME).weight.detach().double()
     kept, true = whole - weights(dtype).double(), delta(first) + delta(second)
     assert found.total.projection == pytest.approx(projection(kept, true), abs=1e-4)
@@ -122,11 +122,13 @@ def test_what_survives_is_reported_for_all_adapters_and_for_the_newest(
         assert found.newest.cosine == pytest.approx(1, abs=1e-4)
 
 
-def test_only_one_adapter_is_the_newest_and_the_total(tmp_path: Path) -> None:
+def test_a_single_adapter_is_the_newest_and_the_total_and_none_loses_nothing(
+    tmp_path: Path,
+) -> None:
     found = fold_adapters(model(torch.bfloat16), [adapter(tmp_path / "a", 94, seed=1)])
-    assert found is not None
     assert found.newest == found.total
-    assert fold_adapters(model(torch.bfloat16), []) is None
+    none = fold_adapters(model(torch.bfloat16), [])
+    assert none.total == none.newest == Share(projection=1, cosine=1)
 
 
 def test_a_layer_that_the_newest_adapter_leaves_alone_counts_only_in_the_total(
@@ -138,7 +140,6 @@ def test_a_layer_that_the_newest_adapter_leaves_alone_counts_only_in_the_total(
     paths = [adapter(tmp_path / "a", 94, 1, other), adapter(tmp_path / "b", 750, 2)]
     found = fold_adapters(made, paths)
     kept = made.get_submodule(NAME).weight.detach().double() - weights(torch.bfloat16).double()
-    assert found is not None
     assert found.newest.projection == pytest.approx(projection(kept, delta(paths[1])), abs=1e-4)
     moved = made.get_submodule(other).weight.detach().double() - before.double()
     true = delta(paths[0], other)
@@ -192,14 +193,12 @@ def test_a_delta_of_zero_changes_no_bit(tmp_path: Path) -> None:
     found = fold_adapters(made, [path, path])
     after = made.get_submodule(NAME).weight.detach()
     assert torch.equal(after.view(torch.int16), before.view(torch.int16))
-    assert found is not None
     assert (found.newest.projection, found.newest.cosine) == (1, 1)
 
 
 def test_a_delta_that_float32_cannot_hold_is_reported_as_lost(tmp_path: Path) -> None:
     path = adapter(tmp_path / "a", 94, seed=1, lora_alpha=1e-4)
     found = fold_adapters(model(torch.float32), [path])
-    assert found is not None
     assert found.newest.projection < 0.5
 
 

@@ -1,5 +1,6 @@
 """The report: it loads nothing, escapes all text, and renders whatever a run has so far."""
 
+import re
 from html.parser import HTMLParser
 from typing import Literal
 
@@ -152,6 +153,7 @@ def full(**changes: object) -> ReportData:
             ),
         ],
         "overall_change": {"aligned_accuracy": {"difference": 0.09, "interval": [0.02, 0.16]}},
+        "folding": {0: {"projection": 1, "cosine": 1}, 1: {"projection": 0.875, "cosine": 0.33}},
         "curation": [curated(preferences=4, reasons={"margin_too_small": 6})],
         "scorer": {
             "teacher_agreement": 0.84,
@@ -220,6 +222,13 @@ def test_what_was_measured_is_on_the_page() -> None:
         "4 May 2026, 12:33 UTC",
     ]:
         assert shown in text
+
+
+def test_what_is_left_of_an_adapter_is_shown_for_its_round() -> None:
+    assert "87.5%cosine 0.33" in Page(render(full())).text
+    assert "Adapter kept" not in Page(render(full(folding={}))).text
+    only_stage_1 = Page(render(full(folding={0: {"projection": 0.5, "cosine": 0.5}}))).text
+    assert re.search(r"50\.0%cosine 0\.50\s*\N{EN DASH}", only_stage_1)
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.key)
