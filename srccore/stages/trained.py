@@ -56,9 +56,16 @@ def check_kept(kept: Share, *, adapter: Path, dtype: str, section: str) -> None:
         f"{section}.batch_size), a higher {section}.learning_rate, or a finer model.dtype "
         "(float16 or float32)."
     )
-    what = f"Folding into {dtype} weights keeps {kept.projection:.0%} of the adapter {adapter}"
+    share = f"{kept.projection:.0%}"
     # Written so that NaN fails, too.
     if not kept.projection >= FAIL_BELOW:
-        raise UserError(f"{what}: it changes them by too little.", advice)
+        raise UserError(
+            f"Folding into {dtype} weights keeps {share} of the adapter {adapter}: it changes them "
+            "by too little.",
+            advice,
+        )
     if kept.projection < WARN_BELOW:
-        print(f"{what}. {advice}", file=sys.stderr)
+        print(
+            f"Folding into {dtype} weights keeps {share} of the adapter {adapter}. {advice}",
+            file=sys.stderr,
+        )
