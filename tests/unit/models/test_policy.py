@@ -266,3 +266,37 @@ def test_an_exported_adapter_equals_the_sum_of_the_policys(
         atol=1e-5,
         rtol=1e-5,
     )
+
+
+def test_a_merged_export_keeps_a_delta_below_the_spacing_of_its_weights(
+    base: ModelConfig, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForImageTextToText
+
+    from srccore.models.folding import read_adapter
+
+    coarse = base.model_copy(update={"dtype": "bfloat16"})
+    path = tiny_models.adapter(base, tmp_path / "a", rank=16, seed=1)
+    # Random weights are about 0.02, with a spacing of 1e-4; these deltas are about 1e-5.
+    file = path / "adapter_model.safetensors"
+    scale = 1e-5 / max(float((b @ a).std()) for a, b in read_adapter(path).pairs.values())
+    save_file({n: w * scale**0.5 for n, w in load_file(file).items()}, file)
+    policy = Policy(base=coarse).with_adapter(path)
+    export_merged(policy, tmp_path / "merged", "# A policy\n")
+    exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype="auto")
+    plain = load_policy(Policy(base=coarse)).model
+    adapter = read_adapter(path)
+    kept = true = lost = 0.0
+    for name, (a, b) in adapter.pairs.items():
+        delta = adapter.scale * (b.double() @ a.double())
+        before = plain.get_submodule(name).weight.detach().double()
+        after = exported.get_submodule(name).weight.detach()
+        assert after.dtype == torch.bfloat16
+        kept += float(((after.double() - before) * delta).sum())
+        lost += float((((before + delta).bfloat16().double() - before) * delta).sum())
+        true += float((delta * delta).sum())
+    assert lost / true < 0.5
+    # Some 12,000 weights: the projection has a standard deviation of about 0.03.
+    assert kept / true == pytest.approx(1, abs=0.15)
+    assert load_policy(policy).folding.newest.projection == pytest.approx(kept / true, abs=1e-3)
