@@ -25,7 +25,11 @@ BLOCK = 32
 """Tokens by which the caches of responses grow."""
 
 Layers = list[tuple[Tensor, Tensor]]
-"""Keys and values by layer, each of shape (rows, heads, length, width)."""
+"""Keys and values by layer, each of shape (heads, rows, length, width).
+
+Heads come first, so that the responses to a prompt are neighbours in every head: then one product
+per head and prompt serves all of them, and nothing has to be moved.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,19 +92,21 @@ class Decoding:
         self._cache = Cache(
             layers=[
                 _ResponseLayer(
-                    keys.new_zeros(len(sources), keys.shape[1], length + BLOCK, keys.shape[3]),
-                    values.new_zeros(
-                        len(sources), values.shape[1], length + BLOCK, values.shape[3]
+                    *(
+                        states.new_zeros(
+                            states.shape[0], len(sources), length + BLOCK, states.shape[3]
+                        )
+                        for states in layer
                     ),
-                    length,
+                    length=length,
                 )
-                for keys, values in self._prompts.layers
+                for layer in self._prompts.layers
             ]
         )
         for batch, rows, numbers in parts:
             for layer, states in zip(self._cache.layers, batch.layers, strict=False):
                 for room, old in zip(layer.room, states, strict=True):
-                    room[rows, :, : old.shape[2]] = old[numbers]
+                    room[:, rows, : old.shape[2]] = old[:, numbers]
         self._shared = _Shared(self._prompts, self._owners)
 
     def feed(self, tokens: Tensor, alive: Tensor) -> None:
@@ -131,7 +137,7 @@ class Decoding:
         return Responses(
             prompts=self._prompts,
             owners=self._owners[chosen],
-            layers=layers if everything else [(k[chosen], v[chosen]) for k, v in layers],
+            layers=layers if everything else [(k[:, chosen], v[:, chosen]) for k, v in layers],
             mask=self._mask[chosen],
             logits=self.logits[chosen],
         )
@@ -180,7 +186,7 @@ class _Shared:
         self._biases = {}
 
     def bias(self, window: int | None) -> Tensor:
-        """Returns (rows, 1, 1, length): 0 where a row may attend, else minus infinity."""
+        """Returns (rows, 1, length): 0 where a row may attend, else minus infinity."""
         if window not in self._biases:
             allowed = self._mask
             if window is not None:
@@ -188,22 +194,21 @@ class _Shared:
                 since = allowed.flip(-1).cumsum(-1).flip(-1)
                 allowed = allowed & (since <= window)
             bias = torch.zeros(allowed.shape, device=allowed.device)
-            self._biases[window] = bias.masked_fill_(~allowed, -torch.inf)[:, None, None]
+            self._biases[window] = bias.masked_fill_(~allowed, -torch.inf)[:, None]
         return self._biases[window]
 
     def spread(self, rows: Tensor) -> Tensor:
-        """Turns (rows, heads, group, width) into (prompts, heads, responses * group, width)."""
+        """Turns (heads, rows, group, width) into (heads, prompts, responses * group, width)."""
         if not self._is_grid:
-            grid = rows.new_zeros(self.count * self._width, *rows.shape[1:])
-            grid[self._slots] = rows
-            rows = grid
-        grid = rows.unflatten(0, (self.count, self._width)).transpose(1, 2)
-        return grid.flatten(2, 3)
+            heads, _, *rest = rows.shape
+            grid = rows.new_zeros(heads, self.count * self._width, *rest)
+            rows = grid.index_copy_(1, self._slots, rows)
+        return rows.unflatten(1, (self.count, self._width)).flatten(2, 3)
 
     def gather(self, grid: Tensor) -> Tensor:
         """Reverses `spread`."""
-        rows = grid.unflatten(2, (self._width, -1)).transpose(1, 2).flatten(0, 1)
-        return rows if self._is_grid else rows[self._slots]
+        rows = grid.unflatten(2, (self._width, -1)).flatten(1, 2)
+        return rows if self._is_grid else rows.index_select(1, self._slots)
 
 
 def _attend(
@@ -226,7 +231,7 @@ def _attend(
     Args:
         module: The attention layer.
         query: (rows, heads, 1, width).
-        key: (rows, key heads, length, width), of the row's own tokens.
+        key: (key heads, rows, length, width), of the row's own tokens.
         value: As ``key``.
         attention_mask: None: the masks are in ``shared``.
         shared: The prompts.
@@ -243,7 +248,7 @@ def _attend(
     if unknown or attention_mask is not None or query.shape[2] != 1:
         raise NotImplementedError(f"Attention with {unknown or 'a mask, or several queries'}.")
     rows, heads, _, width = query.shape
-    queries = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
+    queries = query.reshape(rows, key.shape[0], -1, width).transpose(0, 1).contiguous()
     prompt_keys, prompt_values = shared.layers[module.layer_idx]
     scores = torch.cat(
         [
@@ -252,12 +257,14 @@ def _attend(
         ],
         dim=-1,
     )
-    scores = scores * (width**-0.5 if scaling is None else scaling) + shared.bias(sliding_window)
+    factor = width**-0.5 if scaling is None else scaling
+    scores = torch.add(shared.bias(sliding_window), scores, alpha=factor)
     weights = scores.softmax(-1).to(value.dtype)
     over_prompt, over_own = weights.split([shared.length, key.shape[2]], dim=-1)
     mixed = _product(over_own, value)
     mixed = mixed + shared.gather(_product(shared.spread(over_prompt), prompt_values))
-    return mixed.to(query.dtype).reshape(rows, 1, heads, -1), None
+    mixed = mixed.transpose(0, 1).to(query.dtype, memory_format=torch.contiguous_format)
+    return mixed.reshape(rows, 1, heads, -1), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
@@ -290,7 +297,7 @@ class _ResponseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is rea
             keys, values = self.room
             self.room = (_grown(keys), _grown(values))
         for room, new in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, self._length] = new[:, :, 0]
+            room[:, :, self._length] = new[:, :, 0].transpose(0, 1)
         self._length += 1
         self._show()
         return self.keys, self.values
@@ -298,7 +305,7 @@ class _ResponseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is rea
     def keep(self, rows: Tensor) -> None:
         """Drops all other rows."""
         keys, values = self.room
-        self.room = (keys[rows], values[rows])
+        self.room = (keys[:, rows], values[:, rows])
         self._show()
 
     def _show(self) -> None:
@@ -306,8 +313,8 @@ class _ResponseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is rea
 
 
 def _grown(room: Tensor) -> Tensor:
-    rows, heads, length, width = room.shape
-    grown = room.new_empty(rows, heads, length + BLOCK, width)
+    heads, rows, length, width = room.shape
+    grown = room.new_zeros(heads, rows, length + BLOCK, width)
     grown[:, :, :length] = room
     return grown
 
@@ -319,9 +326,9 @@ class _PromptLayer(DynamicLayer):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         self.lazy_initialization(key_states, value_states)
-        # Otherwise each product would copy it: models write (rows, length, heads, width).
-        self.keys, self.values = key_states.contiguous(), value_states.contiguous()
-        return self.keys, self.values
+        self.keys = key_states.transpose(0, 1).contiguous()
+        self.values = value_states.transpose(0, 1).contiguous()
+        return key_states, value_states
 
 
 def prompt_cache() -> Cache:
