@@ -63,6 +63,9 @@ class Image:
     patches: int
 
 
+NO_IMAGE = Image(tokens=0, patches=0)
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the memory of a model depends on.
@@ -90,7 +93,7 @@ class Shape:
     keys: int
     vocabulary: int
     tied: bool = False
-    image: Image = Image(0, 0)
+    image: Image = NO_IMAGE
     vision_hidden: int = 0
     vision_intermediate: int = 0
     vision_layers: int = 0
@@ -123,7 +126,7 @@ class Shape:
         return 2 * self.layers * self.keys * width
 
 
-def shape_of(config: Mapping[str, Any], image: Image = Image(0, 0)) -> Shape:
+def shape_of(config: Mapping[str, Any], image: Image = NO_IMAGE) -> Shape:
     """Reads a shape from a checkpoint's configuration.
 
     Args:
@@ -236,11 +239,14 @@ class Lengths:
     rating: int = 1024
 
 
+LENGTHS = Lengths()
+
+
 def parts(
     config: RunConfig,
     policy: Shape,
     scorer: Shape,
-    lengths: Lengths = Lengths(),
+    lengths: Lengths = LENGTHS,
     device: Device = "cuda",
 ) -> dict[str, Parts]:
     """Computes what the peak of each stage consists of.
@@ -326,7 +332,7 @@ def peaks(
     config: RunConfig,
     policy: Shape,
     scorer: Shape,
-    lengths: Lengths = Lengths(),
+    lengths: Lengths = LENGTHS,
     device: Device = "cuda",
 ) -> dict[str, float]:
     """Computes the peak of each stage.
@@ -385,7 +391,7 @@ def _sampling(
 
 
 def _forward(shape: Shape, rows: int, length: int, width: int) -> float:
-    """What a layer has at once without gradients, with embeddings and image features, each twice."""
+    """What a layer has at once without gradients, with embeddings and features, each twice."""
     numbers = max(
         # Two matrices' outputs and their product, on top of the residual stream.
         2 * shape.hidden + 3 * shape.intermediate,
@@ -525,7 +531,7 @@ def largest_batch(stage: str, card: int, config: RunConfig, compute: Callable[..
     return best
 
 
-def table(config: RunConfig, policy: Shape, scorer: Shape, lengths: Lengths = Lengths()) -> str:
+def table(config: RunConfig, policy: Shape, scorer: Shape, lengths: Lengths = LENGTHS) -> str:
     """Writes the table of a preset, in Markdown.
 
     Args:
@@ -566,8 +572,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--preset", action="append", default=[])
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--response", type=int, default=Lengths().response)
-    parser.add_argument("--image-tokens", type=int, default=576, help="for a checkpoint in a folder")
+    parser.add_argument("--response", type=int, default=LENGTHS.response)
+    parser.add_argument(
+        "--image-tokens", type=int, default=576, help="for a checkpoint in a folder"
+    )
     given = parser.parse_args()
     for name in given.preset or [name for name in preset_names() if name != "tiny"]:
         config = load_config(name, given.overrides)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import itertools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,14 @@ import tiny_models
 import torch
 from tiny_models import image
 
-from srccore.config import DpoConfig, LoraSettings, ModelConfig, RationaleTuningConfig, load_config
+from srccore.config import (
+    DpoConfig,
+    LoraSettings,
+    ModelConfig,
+    RationaleTuningConfig,
+    load_config,
+    preset_names,
+)
 from srccore.method.engine import Draw, Prompt
 from srccore.method.search import search_candidates
 from srccore.models.policy import LoadedPolicy, Policy, load_policy, prompt_text, response_text
@@ -167,6 +175,42 @@ def test_an_adapters_weights_are_counted_exactly(base: ModelConfig) -> None:
     assert shape_of(policy).adapter(8) == trained
 
 
+PRESETS = [name for name in preset_names() if name != "tiny"]
+
+
+def _too_large(preset: str, card: int, overrides: list[str]) -> list[str]:
+    config = load_config(preset, overrides)
+    policy, scorer = (model_of.SHAPES[m.path] for m in (config.model, config.rating_model))
+    found = model_of.peaks(config, policy, scorer)
+    for section in (config.rationale, config.dpo):
+        assert section.batch_size * section.gradient_accumulation_steps == 16
+    return [stage for stage, peak in found.items() if not model_of.fits(peak, card)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fits_80_gb_and_the_documented_settings_make_it_fit_40(preset: str) -> None:
+    assert _too_large(preset, 80, []) == []
+    page = (ROOT / "docs" / "research.md").read_text()
+    (row,) = re.findall(rf"^\| `{re.escape(preset)}` \| (.+) \|$", page, re.MULTILINE)
+    settings = [setting for quoted in re.findall("`(.+?)`", row) for setting in quoted.split()]
+    assert _too_large(preset, 40, settings) == []
+    assert _too_large(preset, 48, settings) == []
+
+
+def test_a_batch_that_is_too_large_is_found_out() -> None:
+    # A token takes 0.5 MiB: 8 prompts of 704 tokens and 8 x 12 responses of 160 and 256 before and
+    # after a sentence are 22 GiB, 64 prompts with responses of 512 are 38 GiB; weights 13 GiB.
+    assert _too_large("llava-1.5-7b", 40, []) == ["search-candidates", "evaluate"]
+
+
+def test_the_table_names_the_largest_batch_of_each_card() -> None:
+    config = load_config("llava-1.5-7b")
+    policy, scorer = (model_of.SHAPES[m.path] for m in (config.model, config.rating_model))
+    lines = model_of.table(config, policy, scorer).splitlines()
+    (search,) = (line for line in lines if line.startswith("| search-candidates"))
+    assert search.endswith("| 16 | 8 | 4 |")
+
+
 def _prompts(count: int) -> list[tuple[str, Prompt]]:
     return [(str(n), Prompt(image(40 + n, 30), tiny_models.QUESTION)) for n in range(count)]
 
@@ -195,9 +239,7 @@ def test_a_search(loaded: LoadedPolicy, monkeypatch: pytest.MonkeyPatch) -> None
     overrides = [f"search.{name}={value}" for name, value in settings.items()]
     config = load_config("tiny", overrides).search
     wanted = predicted(loaded, "search-candidates", 2 * 32, overrides)
-    found = measured(
-        lambda: search_candidates(engine, _prompts(3), config, seed=0, round_number=1)
-    )
+    found = measured(lambda: search_candidates(engine, _prompts(3), config, seed=0, round_number=1))
     assert found == pytest.approx(wanted, rel=TOLERANCE)
 
 
