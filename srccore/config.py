@@ -246,9 +246,10 @@ class CurationConfig(Section):
 
     min_margin: float = Field(default=0.2, ge=0, le=1)
     """The least folded verdict, in [-1, 1], on the chosen against the rejected response."""
-    anchor_tolerance: float | None = Field(default=0.2, ge=0, le=1)
+    anchor_tolerance: float | None = Field(default=0.5, ge=0, le=1)
     """How much worse than the reference response R-Scorer may find the chosen one: the folded
-    verdict on chosen against reference is at least minus this. None does not ask."""
+    verdict on chosen against reference is at least minus this. 0.5 is that of a sure rating "the
+    reference is better", but not "much better". None does not ask."""
     # YAML reads a bare `off` as false.
     answer_gate: Annotated[
         Literal["chosen", "strict", "off"],
