@@ -246,6 +246,9 @@ class CurationConfig(Section):
 
     min_margin: float = Field(default=0.2, ge=0, le=1)
     """The least folded verdict, in [-1, 1], on the chosen against the rejected response."""
+    rejected: Literal["worst", "likeliest"] = "worst"
+    """Which response is rejected: the one with the lowest value (paper), or the likeliest of those
+    that are worse than the chosen one by at least `min_margin`."""
     anchor_tolerance: float | None = Field(default=0.5, ge=0, le=1)
     """How much worse than the reference response R-Scorer may find the chosen one: the folded
     verdict on chosen against reference is at least minus this. 0.5 is that of a sure rating "the

@@ -150,7 +150,7 @@ def curate(
         if sample.id in unrated:
             dropped[Reason.NO_REFERENCE] += 1
             continue
-        preference = _best_against_worst(candidate_set, by_sample[sample.id])
+        preference = _compare(candidate_set, by_sample[sample.id], config)
         found.append(preference)
         reason = _why_not(preference, sample, config)
         if reason is None:
@@ -177,7 +177,10 @@ def _sample_of(samples: Mapping[str, Sample], candidate_set: CandidateSet) -> Sa
     return sample
 
 
-def _best_against_worst(candidate_set: CandidateSet, ratings: Sequence[Rating]) -> Preference:
+def _compare(
+    candidate_set: CandidateSet, ratings: Sequence[Rating], config: CurationConfig
+) -> Preference:
+    """Compares the best candidate with the one to reject, if the sample gives a preference."""
     by_id = {candidate.id: candidate for candidate in candidate_set.candidates}
     folded = scoring.fold_ratings(ratings)
     pairs = set(permutations(by_id, 2))
@@ -192,6 +195,12 @@ def _best_against_worst(candidate_set: CandidateSet, ratings: Sequence[Rating]) 
     # One ranking for both ends: even if all values are equal, the two differ.
     ranked = sorted(by_id, key=lambda candidate: (-value[candidate], candidate))
     chosen, rejected = ranked[0], ranked[-1]
+    if config.rejected == "likeliest":
+        worse = [name for name in ranked[1:] if folded[chosen, name].weighted >= config.min_margin]
+        # The worst is often a text that the policy would hardly write anyway.
+        rejected = min(
+            worse, key=lambda name: (-by_id[name].log_probability, name), default=rejected
+        )
     certainties = [
         verdict.certainty
         for (first, second), verdict in folded.items()

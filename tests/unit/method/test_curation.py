@@ -168,6 +168,33 @@ def test_every_sample_gives_a_preference_or_is_counted_under_its_reason(
     assert set(result.reasons) == set(Reason)
 
 
+@pytest.mark.parametrize(
+    ("rejected", "least", "expected"),
+    [("worst", 0.2, "d"), ("likeliest", 0.2, "c"), ("likeliest", 0.8, "d"), ("likeliest", 0, "b")],
+)
+def test_the_rejected_response_is_the_worst_or_the_likeliest_that_is_worse(
+    rejected: str, least: float, expected: str
+) -> None:
+    # a is best. Against it b is equal (0), c worse (0.5), d much worse (1). b is the likeliest,
+    # then c, then d, whatever its length.
+    texts = [RIGHT, "So.\nAnswer: 3", "No.\nAnswer: 4", WRONG]
+    found = candidates("s", *texts)
+    likely = tuple(
+        each.model_copy(update={"log_probability": score})
+        for each, score in zip(found.candidates, (-3, -1, -2, -9), strict=True)
+    )
+    levels = {("a", "b"): 3, ("a", "c"): 4, ("a", "d"): 5, ("b", "c"): 3}
+    ratings = [
+        each
+        for pair in itertools.combinations("abcd", 2)
+        for each in both_orders("s", *pair, LEVELS[levels.get(pair, 4)])
+    ]
+    config = CurationConfig.model_validate({"rejected": rejected, "min_margin": least})
+    found = found.model_copy(update={"candidates": likely})
+    (preference,) = curate({"s": sample()}, [found], ratings, config).preferences
+    assert (preference.chosen.id, preference.rejected.id) == ("a", expected)
+
+
 def anchored(chosen: Five, rejected: Five = LEVELS[1]) -> list[Rating]:
     """Candidate a is better than b, surely; each is rated against the reference, too."""
     return [
