@@ -33,7 +33,7 @@ from srccore.training.dpo import PreferenceExample, train_dpo
 from srccore.training.machine import Machine
 from srccore.training.rationale import RationaleExample, tune_rationale
 from srccore.training.scorer import RatingExample, train_scorer
-from srccore.training.trainer import sample_order
+from srccore.training.trainer import lora_config, sample_order
 
 base = tiny_models.base
 LORA = LoraSettings(rank=2, alpha=4)
@@ -127,7 +127,7 @@ def test_rationale_tuning_sees_the_ids_of_inference_and_learns_the_response_only
     assert learnt == [expected[0][1]] * 4
     if "next" in base.path:
         assert len({len(prompt) for prompt, _ in expected}) > 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "checkpoint"]
     check_adapter(base, tmp_path / "adapter")
 
 
@@ -426,6 +426,33 @@ def rating_base(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     return ModelConfig(path=str(folder))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_lora_is_trained_in_float32_whatever_the_weights_are(base: ModelConfig, dtype: str) -> None:
+    from peft import get_peft_model
+
+    loaded = load_policy(Policy(base=base.model_copy(update={"dtype": dtype})))
+    model = get_peft_model(loaded.model, lora_config(LORA))
+    trained = [each for each in model.parameters() if each.requires_grad]
+    # A scaled loss (fp16) needs gradients in float32.
+    assert {each.dtype for each in trained} == {torch.float32}
+    assert loaded.model.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_scorer_keeps_updates_that_bfloat16_would_round_away(
+    rating_base: ModelConfig, tmp_path: Path, lora: LoraSettings | None
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = rating_base.model_copy(update={"dtype": "bfloat16"})
+    config = ScorerConfig(learning_rate=1e-5, batch_size=2, lora=lora)
+    train_scorer(base, [RatingExample(RESPONSE, 1)] * 4, config, tmp_path, seed=0)
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").state_dict()
+    assert {each.dtype for each in weights.values()} == {torch.float32}
+    trained = weights["model.layers.0.self_attn.q_proj.weight"]
+    assert not torch.equal(trained, trained.bfloat16().float())
+
+
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_the_scorer_learns_one_token_per_prompt(
     rating_base: ModelConfig,
@@ -468,4 +495,4 @@ def test_the_scorer_learns_one_token_per_prompt(
     assert any(not torch.equal(after[name], before[name]) for name in before)
     if lora:
         assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model"]
