@@ -172,6 +172,9 @@ class RationaleTuningConfig(OptimizerSettings):
     """`tune-rationale`: stage 1 of the paper."""
 
     samples: int = Field(ge=1)
+    min_format_rate: Annotated[float, OPERATIONAL] = Field(default=0.8, ge=0, le=1)
+    """Share of responses that must have a rationale and an answer after the training, or the run
+    stops before anything expensive is done."""
     lora: LoraSettings
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 import srccore
+from srccore import storage
 from srccore.config import identity
 from srccore.errors import UserError
 from srccore.files import JOURNAL, MANIFEST, STARTED, writable, write_json
@@ -27,6 +28,7 @@ from srccore.hashing import hash_file, hash_text
 from srccore.stages import inputs as identify
 from srccore.stages.manifest import Manifest, read_manifest
 from srccore.stages.table import STAGES, Stage
+from srccore.training.resume import CHECKPOINTS
 
 __all__ = ["StageFolder"]
 
@@ -107,7 +109,7 @@ class StageFolder:
         return None
 
     def finish(self, figures: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes the manifest, last of all, and deletes the journal.
+        """Writes the manifest, last of all, and deletes the journal and the checkpoints.
 
         Args:
             figures: What the stage measured of its work.
@@ -121,6 +123,7 @@ class StageFolder:
             if path.is_file()
             and path.name not in (MANIFEST, STARTED, JOURNAL)
             and path.suffix != ".tmp"
+            and path.relative_to(self.path).parts[0] != CHECKPOINTS
         }
         self.manifest = Manifest(
             stage=self.stage,
@@ -134,8 +137,9 @@ class StageFolder:
             peak_memory_mb=_peak_memory_mb(),
         )
         write_json(self.path / MANIFEST, self.manifest.model_dump(mode="json"))
-        # Not before: until then its records are the stage's only ones.
+        # Not before: until then they are all that the stage resumes from.
         (self.path / JOURNAL).unlink(missing_ok=True)
+        storage.remove(str(self.path / CHECKPOINTS))
         return self.manifest.figures
 
 

@@ -106,13 +106,16 @@ def tune_rationale(
         machine: How the work is done; progress counts optimiser steps.
 
     Returns:
-        Steps, losses, how many samples were used, and how much of the adapter is left after
-        folding.
+        Steps, losses, how many samples were used, how much of the adapter is left after folding,
+        and the share of responses that have the format of a response afterwards.
 
     Raises:
-        UserError: No sample has a rationale, or most of the adapter is lost in folding.
+        UserError: No sample has a rationale, most of the adapter is lost in folding, or too few
+            responses have the format.
     """
     from srccore.models.policy import Policy, pinned, write_policy
+    from srccore.models.transformers import TransformersSamplingEngine
+    from srccore.stages.format_check import FORMAT_SAMPLES, answer_some, check_format, format_rate
     from srccore.stages.trained import check_kept, load_trained
     from srccore.training.rationale import RationaleExample
     from srccore.training.rationale import tune_rationale as train
@@ -152,14 +155,22 @@ def tune_rationale(
     adapter = out / "adapter"
     write_json(adapter / TRAINED_ON, sorted(sample.id for sample in drawn))
     policy = start.with_adapter(adapter)
-    kept = load_trained(policy, machine).folding.newest
+    loaded = load_trained(policy, machine)
+    kept = loaded.folding.newest
     check_kept(kept, adapter=adapter, dtype=model.dtype, section="rationale")
+    engine = TransformersSamplingEngine(loaded.model, loaded.processor)
+    ids = {sample.id for sample in drawn}
+    unseen = [sample for sample in opened.samples if sample.id not in ids] or drawn
+    asked = sampling.draw(unseen, min(FORMAT_SAMPLES, len(unseen)), seed=seed)
+    responses = answer_some(engine, opened, asked)
+    check_format(responses, config.min_format_rate, out)
     write_policy(out, policy)
     return folder.finish(
         {
             **dataclasses.asdict(outcome),
             "revision": start.base.revision,
             "folding": dataclasses.asdict(kept),
+            "format_rate": format_rate(responses),
         }
     )
 

@@ -214,13 +214,15 @@ class Timetable:
     def is_due(self, done: int, total: int) -> bool:
         """Decides whether to save now.
 
+        Always after the last step, so that nothing is trained again if what follows fails.
+
         Args:
             done: Optimiser steps done.
-            total: Optimiser steps of the training; none is saved after the last.
+            total: Optimiser steps of the training.
         """
         self._asked = self._clock()
         if not self.minutes or done >= total:
-            return False
+            return bool(self.minutes)
         since = self._asked - self._saved
         is_part = done % max(1, total // (LEAST + 1)) == 0
         return since >= 60 * self.minutes or (is_part and since >= SHARE * self._cost)

@@ -234,7 +234,6 @@ def train_adapter(
         outcome = session.run(ready, samples=len(fitting), skipped=len(rows) - len(fitting))
         if session.processes.is_first:
             _save_adapter(ready, policy.base, out / "adapter")
-            session.checkpoints.remove()
     return outcome, ready
 
 

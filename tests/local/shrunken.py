@@ -14,6 +14,8 @@ SETTINGS = (
     "data.calibration=60",
     "data.heldout=24",
     "rationale.samples=48",
+    # So short a training does not teach the format.
+    "rationale.min_format_rate=0",
     "annotation.samples=24",
     "search.samples=24",
     "evaluation.resamples=100",

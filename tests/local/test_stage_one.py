@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny_models
 
 from srccore.config import (
     AnnotationConfig,
@@ -15,11 +16,14 @@ from srccore.config import (
     SearchConfig,
 )
 from srccore.data.dataset import open_data
-from srccore.data.records import CandidateSet, read_records
+from srccore.data.records import CandidateSet, Response, read_records
+from srccore.errors import UserError
 from srccore.models.policy import Policy, write_policy
 from srccore.stages.candidates import sample_responses
 from srccore.stages.data import prepare_data
+from srccore.stages.format_check import format_rate
 from srccore.stages.rationales import trained_on, tune_rationale
+from srccore.training.machine import Figures, Machine
 
 MODEL = ModelConfig(path="embedded:lvlm")
 SEARCH = SearchConfig(samples=4, max_sentences=2, max_sentence_tokens=8)
@@ -41,10 +45,61 @@ def tuned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def tuning(samples: int = 4) -> RationaleTuningConfig:
+def tuning(min_format_rate: float = 0) -> RationaleTuningConfig:
     return RationaleTuningConfig(
-        samples=samples, learning_rate=1e-3, batch_size=4, lora=LoraSettings(rank=2, alpha=4)
+        samples=4,
+        learning_rate=1e-3,
+        batch_size=4,
+        min_format_rate=min_format_rate,
+        lora=LoraSettings(rank=2, alpha=4),
     )
+
+
+def test_a_policy_that_did_not_learn_the_format_is_refused_and_not_trained_again(
+    data: Path, tmp_path: Path
+) -> None:
+    # The weights are random, and one step does not teach them anything.
+    model = tiny_models.checkpoint("embedded", tmp_path / "model")
+    out = tmp_path / "out"
+    steps: list[int] = []
+    machine = Machine(progress=lambda done, total: steps.append(done))
+
+    def tune(min_format_rate: float) -> Figures:
+        config = tuning(min_format_rate)
+        return tune_rationale(config, model=model, data=data, out=out, seed=0, machine=machine)
+
+    with pytest.raises(
+        UserError, match=r"Stage 1 did not take: 0% of 8 responses .* train-\d+"
+    ) as e:
+        tune(0.8)
+    assert "--set rationale.min_format_rate=0:" in str(e.value)
+    assert steps == [1]
+    assert not (out / "policy.json").exists()
+    figures = tune(0)
+    assert steps == [1]
+    assert (figures["format_rate"], figures["steps"]) == (0, 1)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "adapter",
+        "manifest.json",
+        "policy.json",
+        "stage.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "rate"),
+    [
+        ("The bar is high.\nAnswer: 3", True, 1),
+        ("The bar is high.\nAnswer: 3", False, 0),
+        ("Answer: 3", True, 0),
+        ("The bar is high.", True, 0),
+    ],
+)
+def test_a_response_has_the_format_if_it_ends_with_a_rationale_and_an_answer(
+    text: str, finished: bool, rate: float
+) -> None:
+    said = Response(sample_id="1", text=text, token_count=9, finished=finished)
+    assert format_rate([said]) == rate
 
 
 def sampled(data: Path, policy: Path, out: Path, samples: int) -> tuple[set[str], int]:

@@ -27,6 +27,8 @@ def test_the_llava_presets_hold_the_numbers_of_the_paper(name: str, rank: int, a
     assert (config.dpo.lora.rank, config.dpo.lora.alpha) == (256, 512)
     assert (config.dpo.beta, config.dpo.sft_weight, config.dpo.learning_rate) == (0.1, 0.02, 5e-7)
     assert config.dpo.sft_normalization == "response"
+    # R-Scorer learns from samples that stage 1 does not use.
+    assert config.data.train >= config.rationale.samples + config.annotation.samples
     assert (config.search.samples, config.rounds) == (12_000, 3)
     assert (config.search.width, config.search.branch, config.search.candidates) == (4, 3, 5)
 

@@ -102,7 +102,7 @@ def collect(run: Path) -> page.ReportData:
             str(output.relative_to(run)): manifest.key for output, manifest in manifests.items()
         },
         config_yaml=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
-        notes=tuple(_notes(folder, config)),
+        notes=tuple(_notes(folder, config, manifests)),
     )
 
 
@@ -237,9 +237,20 @@ def _some(preferences: list[Preference], samples: dict[str, Sample]) -> list[Pre
     return [preference for _, found in sorted(by_category.items()) for preference in found[:share]]
 
 
-def _notes(run: RunFolder, config: RunConfig) -> Iterator[str]:
+def _notes(run: RunFolder, config: RunConfig, manifests: dict[Path, Manifest]) -> Iterator[str]:
     if config.data.source == "embedded":
         yield TINY_NOTE
+    if tuned := manifests.get(run.output("tune-rationale")):
+        yield (
+            f"Stage 1: {tuned.figures['format_rate']:.0%} of some responses to the train split "
+            "have a rationale and an answer line."
+        )
+    sampled = manifests.get(run.output("sample-responses"))
+    if sampled and (again := sampled.figures["trained_on"]):
+        yield (
+            f"R-Scorer: stage 1 was trained on {again} of the {sampled.figures['samples']} samples "
+            "whose responses it learned from."
+        )
     for number in range(1, config.rounds + 1):
         if not run.is_kept(number):
             yield f"Round {number}: the previous policy was kept (on_regression: keep_previous)."
