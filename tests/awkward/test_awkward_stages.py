@@ -146,7 +146,13 @@ def test_every_stage_runs_and_what_was_trained_is_said(
 ) -> None:
     tuned = tune_rationale(
         RationaleTuningConfig(
-            samples=8, learning_rate=2e-2, batch_size=4, epochs=30, lora=LORA, checkpoint_steps=0
+            samples=8,
+            learning_rate=2e-2,
+            batch_size=4,
+            epochs=30,
+            lora=LORA,
+            checkpoint_minutes=0,
+            min_format_rate=0,
         ),
         model=awkward(name),
         data=data,

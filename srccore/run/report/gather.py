@@ -240,13 +240,14 @@ def _some(preferences: list[Preference], samples: dict[str, Sample]) -> list[Pre
 def _notes(run: RunFolder, config: RunConfig, manifests: dict[Path, Manifest]) -> Iterator[str]:
     if config.data.source == "embedded":
         yield TINY_NOTE
-    if tuned := manifests.get(run.output("tune-rationale")):
+    tuned = manifests.get(run.output("tune-rationale"))
+    if tuned and (rate := tuned.figures.get("format_rate")) is not None:
         yield (
-            f"Stage 1: {tuned.figures['format_rate']:.0%} of some responses to the train split "
+            f"Stage 1: {rate:.0%} of some responses to the train split "
             "have a rationale and an answer line."
         )
     sampled = manifests.get(run.output("sample-responses"))
-    if sampled and (again := sampled.figures["trained_on"]):
+    if sampled and (again := sampled.figures.get("trained_on")):
         yield (
             f"R-Scorer: stage 1 was trained on {again} of the {sampled.figures['samples']} samples "
             "whose responses it learned from."

@@ -49,6 +49,7 @@ def tune(model: ModelConfig, folder: Path, learning_rate: float) -> dict[str, An
         batch_size=2,
         epochs=2,
         warmup_ratio=0,
+        min_format_rate=0,
         lora=LoraSettings(rank=8, alpha=16),
     )
     return tune_rationale(
