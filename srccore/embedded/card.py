@@ -110,7 +110,7 @@ def _rating_figures(items: list[Item]) -> str:
     from srccore.models.transformers import TransformersRatingEngine
 
     rng = random.Random(0)
-    engine = TransformersRatingEngine.load(MODELS / "rating", "cpu", 64, dtype="float32")
+    engine = TransformersRatingEngine.load(MODELS / "rating", "cpu", 64)
     pairs = []
     for item in items:
         first, second = (flaws.flawed_response(item, rng) for _ in range(2))

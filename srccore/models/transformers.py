@@ -345,16 +345,19 @@ class TransformersRatingEngine:
         self._batch_size = batch_size
 
     @classmethod
-    def load(
-        cls, folder: Path, device: str, batch_size: int, *, dtype: str = "auto"
-    ) -> TransformersRatingEngine:
-        """Loads the model from a folder that `train-scorer` wrote, by default in its own dtype."""
+    def load(cls, folder: Path, device: str, batch_size: int) -> TransformersRatingEngine:
+        """Loads the model from a folder that `train-scorer` wrote, in float32 whatever it was.
+
+        In bfloat16, scores have 8 bits, so candidates of nearly equal quality would be told apart
+        by rounding.
+        """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
         )
-        return cls(model.to(device), AutoTokenizer.from_pretrained(folder), batch_size)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return cls(model.to(device), tokenizer, batch_size)
 
     @torch.inference_mode()
     def next_token_distribution(
