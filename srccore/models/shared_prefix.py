@@ -73,12 +73,12 @@ class Decoding:
         device = self._prompts.mask.device
         batches: dict[int, tuple[Responses, list[int], list[int]]] = {}
         for row, (batch, number) in enumerate(sources):
-            _, rows, numbers = batches.setdefault(id(batch), (batch, [], []))
-            rows.append(row)
-            numbers.append(number)
+            _, new_rows, old_rows = batches.setdefault(id(batch), (batch, [], []))
+            new_rows.append(row)
+            old_rows.append(number)
         parts = [
-            (batch, torch.tensor(rows, device=device), torch.tensor(numbers, device=device))
-            for batch, rows, numbers in batches.values()
+            (batch, torch.tensor(new_rows, device=device), torch.tensor(old_rows, device=device))
+            for batch, new_rows, old_rows in batches.values()
         ]
         length = max(batch.mask.shape[1] for batch, _, _ in parts)
         first = sources[0][0]
@@ -89,24 +89,21 @@ class Decoding:
             self._owners[rows] = batch.owners[numbers]
             self._mask[rows, : batch.mask.shape[1]] = batch.mask[numbers]
             self.logits[rows] = batch.logits[numbers]
-        self._cache = Cache(
-            layers=[
-                _ResponseLayer(
-                    *(
-                        states.new_zeros(
-                            states.shape[0], len(sources), length + BLOCK, states.shape[3]
-                        )
-                        for states in layer
-                    ),
-                    length=length,
-                )
-                for layer in self._prompts.layers
-            ]
-        )
+
+        def room(states: Tensor) -> Tensor:
+            # Zeros: some rows are shorter than others, and what a mask hides is still multiplied.
+            heads, _, _, width = states.shape
+            return states.new_zeros(heads, len(sources), length + BLOCK, width)
+
+        layers = [
+            _ResponseLayer(room(keys), room(values), length)
+            for keys, values in first.prompts.layers
+        ]
         for batch, rows, numbers in parts:
-            for layer, states in zip(self._cache.layers, batch.layers, strict=False):
-                for room, old in zip(layer.room, states, strict=True):
-                    room[:, rows, : old.shape[2]] = old[:, numbers]
+            for layer, states in zip(layers, batch.layers, strict=False):
+                for new, old in zip(layer.room, states, strict=True):
+                    new[:, rows, : old.shape[2]] = old[:, numbers]
+        self._cache = Cache(layers=layers)
         self._shared = _Shared(self._prompts, self._owners)
 
     def feed(self, tokens: Tensor, alive: Tensor) -> None:
@@ -203,11 +200,11 @@ class _Shared:
             heads, _, *rest = rows.shape
             grid = rows.new_zeros(heads, self.count * self._width, *rest)
             rows = grid.index_copy_(1, self._slots, rows)
-        return rows.unflatten(1, (self.count, self._width)).flatten(2, 3)
+        return torch.unflatten(rows, 1, (self.count, self._width)).flatten(2, 3)
 
     def gather(self, grid: Tensor) -> Tensor:
         """Reverses `spread`."""
-        rows = grid.unflatten(2, (self._width, -1)).flatten(1, 2)
+        rows = torch.unflatten(grid, 2, (self._width, -1)).flatten(1, 2)
         return rows if self._is_grid else rows.index_select(1, self._slots)
 
 
@@ -260,7 +257,7 @@ def _attend(
     factor = width**-0.5 if scaling is None else scaling
     scores = torch.add(shared.bias(sliding_window), scores, alpha=factor)
     weights = scores.softmax(-1).to(value.dtype)
-    over_prompt, over_own = weights.split([shared.length, key.shape[2]], dim=-1)
+    over_prompt, over_own = weights[..., : shared.length], weights[..., shared.length :]
     mixed = _product(over_own, value)
     mixed = mixed + shared.gather(_product(shared.spread(over_prompt), prompt_values))
     mixed = mixed.transpose(0, 1).to(query.dtype, memory_format=torch.contiguous_format)
@@ -276,7 +273,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
     if left.is_cuda:
         product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out_dtype=torch.float32)
-        return product.unflatten(0, left.shape[:2])
+        return torch.unflatten(product, 0, left.shape[:2])
     return left.float() @ right.float()
 
 
