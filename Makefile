@@ -8,7 +8,7 @@ STAMP := .venv/.stamp
 RESOLVE := $(UV) pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 RESOLVE_IMAGE = $(RESOLVE) --no-annotate --python-platform linux -c requirements.lock
 # Tests that need no root, no GPU and no cluster.
-TESTS := $(wildcard tests/compile tests/unit tests/local)
+TESTS := $(wildcard tests/compile tests/unit tests/local tests/awkward)
 # Tests that need root and containers, and tests that find more servers once their programs are
 # built. tests/kubeflow needs a Kubeflow: KFP_HOST=... python -m pytest tests/kubeflow.
 CLUSTER_TESTS := tests/cluster tests/container tests/unit/test_storage.py

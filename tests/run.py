@@ -18,7 +18,7 @@ PIPELINE = "tests/local/test_pipeline_local.py"
 # Each takes about the same time, and the tests that share a finished run are in one part.
 PARTS = (
     ("tests/local", f"--ignore={PIPELINE}"),
-    ("tests/compile", "tests/unit", PIPELINE),
+    ("tests/compile", "tests/unit", "tests/awkward", PIPELINE),
 )
 # Otherwise, the threads of one process wait for those of the other.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}

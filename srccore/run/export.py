@@ -19,7 +19,7 @@ CARD = """---
 library_name: transformers
 pipeline_tag: image-text-to-text
 base_model: {base}
-tags: [self-rationale-calibration, dpo, llava]
+tags: [self-rationale-calibration, dpo]
 ---
 
 # {name}, round {round}

@@ -121,7 +121,7 @@ def preferences(data: Path, candidates: Path, tmp_path_factory: pytest.TempPathF
         out=root / "ratings",
     )
     curate_preference(
-        CurationConfig(min_margin=0.0),
+        CurationConfig(min_margin=0.0, anchor_tolerance=None),
         data=data,
         candidates=[candidates],
         ratings=[root / "ratings"],
@@ -149,7 +149,7 @@ def test_every_stage_runs_and_what_was_trained_is_said(
             samples=8,
             learning_rate=2e-2,
             batch_size=4,
-            epochs=30,
+            epochs=20,
             lora=LORA,
             checkpoint_minutes=0,
             min_format_rate=0,
@@ -175,7 +175,7 @@ def test_every_stage_runs_and_what_was_trained_is_said(
     )
     assert (sampled["samples"], found["samples"]) == (8, 8)
     aligned = train_dpo(
-        DpoConfig(learning_rate=1e-3, batch_size=2, lora=LoraSettings(rank=2, alpha=4)),
+        DpoConfig(learning_rate=5e-3, batch_size=2, lora=LoraSettings(rank=2, alpha=4)),
         data=data,
         preferences=preferences,
         policy=policy,
