@@ -1,10 +1,13 @@
-"""Every stage runs on every awkward checkpoint, and search and evaluation say what was trained."""
+"""Every stage runs on every awkward checkpoint, and training sees what inference sees."""
 
 from __future__ import annotations
 
+import functools
 import io
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -31,13 +34,21 @@ from srccore.data.records import (
     Category,
     LabelledPair,
     Preference,
-    Response,
     Sample,
     read_records,
     write_records,
 )
+from srccore.method.engine import Prompt
 from srccore.models.families import image_tokens
-from srccore.models.policy import load_policy, load_processor, prompt_text, read_policy
+from srccore.models.policy import (
+    Policy,
+    load_policy,
+    load_processor,
+    prompt_text,
+    read_policy,
+    response_text,
+)
+from srccore.models.transformers import encode_prompts
 from srccore.stages.candidates import sample_responses, score_candidates, search_candidates
 from srccore.stages.evaluation import evaluate
 from srccore.stages.folder import StageFolder
@@ -45,10 +56,14 @@ from srccore.stages.preferences import curate_preference, train_dpo
 from srccore.stages.rationales import tune_rationale
 from srccore.stages.scorer import train_scorer
 from srccore.training.checkpoints import export_merged
+from srccore.training.dpo import PreferenceExample
+from srccore.training.dpo import train_dpo as align
+from srccore.training.rationale import RationaleExample
+from srccore.training.rationale import tune_rationale as tune
 
 RATIONALE = tiny_models.RESPONSE.partition("\n")[0]
 WORSE = "The red bar is four high.\nAnswer: 4"
-LORA = LoraSettings(rank=16, alpha=32)
+LORA = LoraSettings(rank=4, alpha=8)
 SAMPLES = [
     Sample(
         id=f"s{number}",
@@ -137,31 +152,34 @@ def test_curation_prefers_the_right_answer(preferences: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_every_stage_runs_and_what_was_trained_is_said(
+def test_every_stage_runs(
     awkward: Callable[[str], ModelConfig],
     name: str,
     data: Path,
     preferences: Path,
     tmp_path: Path,
 ) -> None:
+    policy = tmp_path / "tuned"
     tuned = tune_rationale(
         RationaleTuningConfig(
             samples=8,
-            learning_rate=2e-2,
+            learning_rate=1e-2,
             batch_size=4,
-            epochs=20,
+            epochs=2,
             lora=LORA,
-            checkpoint_minutes=0,
             min_format_rate=0,
         ),
         model=awkward(name),
         data=data,
-        out=tmp_path / "tuned",
+        out=policy,
         seed=0,
     )
-    assert (tuned["samples"], tuned["skipped"]) == (8, 0)
-    policy = tmp_path / "tuned"
-    search = SearchConfig(samples=8, width=2, branch=1, candidates=2, max_sentence_tokens=40)
+    assert (tuned["samples"], tuned["skipped"], tuned["steps"]) == (8, 0, 4)
+    # All samples have the same response.
+    assert tuned["last_loss"] < tuned["first_loss"]
+    search = SearchConfig(
+        samples=8, width=2, branch=1, candidates=2, max_sentences=2, max_sentence_tokens=6
+    )
     sampled = sample_responses(
         search,
         annotation=AnnotationConfig(samples=8, candidates=2),
@@ -175,42 +193,87 @@ def test_every_stage_runs_and_what_was_trained_is_said(
     )
     assert (sampled["samples"], found["samples"]) == (8, 8)
     aligned = train_dpo(
-        DpoConfig(learning_rate=5e-3, batch_size=2, lora=LoraSettings(rank=2, alpha=4)),
+        DpoConfig(learning_rate=1e-2, batch_size=4, epochs=2, lora=LORA),
         data=data,
         preferences=preferences,
         policy=policy,
         out=tmp_path / "aligned",
         seed=0,
     )
-    assert aligned["training"]["samples"] == 8
+    assert (aligned["training"]["samples"], aligned["training"]["skipped"]) == (8, 0)
+    assert aligned["training"]["last_loss"] < aligned["training"]["first_loss"]
     figures = evaluate(
-        EvaluationConfig(max_tokens=60, resamples=100),
+        EvaluationConfig(max_tokens=12, resamples=100),
         data=data,
         policy=tmp_path / "aligned",
         out=tmp_path / "evaluated",
         seed=0,
         round_number=1,
     )
-    assert figures["accuracy"] == 1
-    said = read_records(tmp_path / "evaluated" / "responses.jsonl", Response)
-    assert {record.text for record in said} == {tiny_models.RESPONSE}
+    assert figures["n"] == 8
 
     trained = read_policy(tmp_path / "aligned")
     export_merged(trained, tmp_path / "merged", "# A policy\n")
     own = load_policy(trained)
-    merged = load_policy(
-        read_policy(tmp_path / "aligned").model_copy(
-            update={
-                "base": ModelConfig(path=str(tmp_path / "merged"), dtype=trained.base.dtype),
-                "adapters": (),
-            }
-        )
-    )
+    base = ModelConfig(path=str(tmp_path / "merged"), dtype=trained.base.dtype)
+    merged = load_policy(Policy(base=base))
     assert merged.processor.chat_template == own.processor.chat_template
     assert torch.equal(
         tiny_models.logits(merged.model, merged.processor),
         tiny_models.logits(own.model, own.processor),
     )
+
+
+class SeenError(Exception):
+    """Carries the first batch that a model was to be trained on."""
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("training", ["rationale", "dpo"])
+def test_training_sees_the_tokens_and_pixels_of_inference(
+    awkward: Callable[[str], ModelConfig],
+    training: str,
+    name: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    collator = {
+        "rationale": "sft_trainer.DataCollatorForVisionLanguageModeling",
+        "dpo": "dpo_trainer.DataCollatorForVisionPreference",
+    }[training]
+    kind = pkgutil.resolve_name(f"trl.trainer.{collator.replace('.', ':')}")
+    original = kind.torch_call
+
+    def torch_call(this: Any, examples: list[dict[str, Any]]) -> None:
+        raise SeenError(original(this, examples))
+
+    monkeypatch.setattr(kind, "torch_call", torch_call)
+    opened = open_data(data)
+    policy = Policy(base=awkward(name))
+    chosen, sample = tiny_models.RESPONSE, SAMPLES[1]
+    image = functools.partial(opened.image, sample.id)
+    settings = {"learning_rate": 1e-3, "batch_size": 1, "lora": LORA}
+    with pytest.raises(SeenError) as caught:
+        if training == "rationale":
+            examples = [RationaleExample(sample.question, chosen, image)]
+            tuning = RationaleTuningConfig(samples=1, **settings)
+            tune(policy, examples, tuning, tmp_path, seed=0)
+        else:
+            pair = [PreferenceExample(sample.question, chosen, WORSE, image)]
+            align(policy, pair, DpoConfig(**settings), tmp_path, seed=0)
+    (batch,) = caught.value.args
+
+    processor = load_processor(policy.base)
+    asked = encode_prompts(processor, [Prompt(image(), sample.question)])
+    said = processor.tokenizer.encode(response_text(processor, chosen), add_special_tokens=False)
+    length = int(batch["attention_mask"][0].sum())
+    assert batch["input_ids"][0, :length].tolist() == [*asked["input_ids"][0].tolist(), *said]
+    # The first row of a DPO batch is the chosen response, and the image is repeated.
+    pixels = asked["pixel_values"]
+    assert torch.equal(batch["pixel_values"][: len(pixels)], pixels)
+    others = set(asked) - {"input_ids", "attention_mask", "pixel_values", "mm_token_type_ids"}
+    assert all(torch.equal(batch[each][: len(asked[each])], asked[each]) for each in others)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
