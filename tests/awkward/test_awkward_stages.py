@@ -158,7 +158,10 @@ def test_every_stage_runs(
     data: Path,
     preferences: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # An untrained model rarely ends a response.
+    monkeypatch.setattr("srccore.stages.format_check._MAX_TOKENS", 8)
     policy = tmp_path / "tuned"
     tuned = tune_rationale(
         RationaleTuningConfig(
