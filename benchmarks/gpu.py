@@ -1,11 +1,11 @@
-"""Runs and times every model stage on one GPU, with random models of real shapes.
+"""Runs and times the model stages on one GPU, with random models of real shapes.
 
     python benchmarks/gpu.py --out runs/gpu      # one H100: at most 9 minutes
     python benchmarks/gpu.py --smoke             # the same parts with tiny models, on a CPU
 
 It makes bfloat16 checkpoints of the shapes of LLaVA-1.5-7B, LLaVA-NeXT-8B and Qwen2.5-1.5B, and
-runs the project's own stages on them with the presets' settings: greedy answers, search, scoring,
-stage 1, DPO with an interruption and a resume. Nothing is downloaded. Weights are random, so what
+runs the project's own stages on them with the presets' settings, except R-Scorer's training: greedy
+answers, search, scoring, stage 1, DPO with an interruption and a resume. Nothing is downloaded. Weights are random, so what
 a model says is noise; memory, speed and the equality of two ways to compute one thing are not.
 
 Needs torch, transformers, peft, accelerate, datasets, trl, safetensors and this project; not what

@@ -46,7 +46,7 @@ __all__ = [
 
 TeacherName = Literal["facts", "endpoint"]
 MAX_CANDIDATES = 8
-"""The most candidates of one sample: all ordered pairs are rated, 56 of them (reconstruction)."""
+"""The most candidates of one sample: with the reference, 72 ratings (reconstruction)."""
 OPERATIONAL = object()
 """Marks a field that says how the work is done and does not change what comes out: see
 `identity`."""
@@ -255,7 +255,7 @@ class CurationConfig(Section):
     anchor_tolerance: float | None = Field(default=0.5, ge=0, le=1)
     """How much worse than the reference response R-Scorer may find the chosen one: the folded
     verdict on chosen against reference is at least minus this. 0.5 is that of a sure rating "the
-    reference is better", but not "much better". None does not ask."""
+    reference is better", but not "much better". None turns this off."""
     # YAML reads a bare `off` as false.
     answer_gate: Annotated[
         Literal["chosen", "strict", "off"],

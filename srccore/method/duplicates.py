@@ -17,10 +17,16 @@ __all__ = ["is_duplicate", "words"]
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+"
 _LETTERS = r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*"
 _TOKEN = re.compile(rf"{_NUMBER}|{_LETTERS}|\S")
-_HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_])")
+# Between words, x-ray too; x-y is a difference.
+_HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_]{2})|(?<=[^\W\d_]{2})-(?=[^\W\d_])")
+# A label and not the article: "point A", but not "A point". The mark is content of its own.
+_LABEL_A = re.compile(r"(?<=[^\s.!?:] )A\b")
 _NOT = re.compile(r"n['\u2019]t\b")
 # Operators, signs and units are not punctuation: "5 > 3" and "5 < 3" differ in nothing else.
 _PUNCTUATION = frozenset(".,;:!?\"'`()[]{}\u2018\u2019\u201c\u201d\u2026\u2014")
+# Beside a number or an operator, these are part of a calculation: 2*(3+4), 3:4, 5! / 2.
+_OPERATORS = frozenset("()[]{}:!")
+_CALCULATION = re.compile(r"[\d+*/^=<>-]")
 _LINKING = frozenset(
     [
         "a",
@@ -35,10 +41,6 @@ _LINKING = frozenset(
         "being",
         "it",
         "its",
-        "this",
-        "that",
-        "these",
-        "those",
         "there",
         "which",
         "so",
@@ -86,9 +88,18 @@ def words(text: str) -> list[str]:
         The words in order. ``1,000`` becomes ``1000`` and ``isn't`` becomes ``is``, ``not``; a
         hyphen between letters separates two words.
     """
-    plain = _HYPHEN.sub(" ", _NOT.sub(" not", text.casefold()))
-    tokens = (token for token in _TOKEN.findall(plain) if token not in _PUNCTUATION)
-    return [token.replace(",", "") for token in tokens]
+    marked = text if text.isupper() else _LABEL_A.sub("A _", text)
+    plain = _HYPHEN.sub(" ", _NOT.sub(" not", marked.casefold()))
+    found = []
+    for match in _TOKEN.finditer(plain):
+        token = match.group()
+        around = plain[max(0, match.start() - 1) : match.end() + 1]
+        if token == "!":
+            # A factorial goes on; a sentence has ended.
+            around = plain[match.end() :].lstrip()[:1]
+        if token not in _PUNCTUATION or (token in _OPERATORS and _CALCULATION.search(around)):
+            found.append(token.replace(",", ""))
+    return found
 
 
 def _content(found: list[str]) -> list[str]:

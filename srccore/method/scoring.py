@@ -3,8 +3,7 @@
 R-Scorer sees no image: the text it judges against is in its prompt. Every ordered pair of a
 sample's candidates is rated, and every candidate against the sample's reference response. The two
 orders of a pair are folded into one verdict, in which a rating that flips with the order counts for
-less. All sums are exact (`math.fsum`), so the order
-of candidates, pairs and levels cannot matter.
+less. All sums are exact (`math.fsum`), so the order of candidates, pairs and levels cannot matter.
 """
 
 from __future__ import annotations

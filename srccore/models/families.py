@@ -72,8 +72,8 @@ def family_of(path: str, revision: str | None = None) -> str:
         return str(name)
     tested = ", ".join(f"{known} ({family.example})" for known, family in FAMILIES.items())
     raise UserError(
-        f"The checkpoint {path} is of the family {name!r}, which is not supported: no stage has "
-        "been tested on it.",
+        f"The checkpoint {path} is of the family {name!r}, which is not supported: the name "
+        "of its language model is not known, and no stage has been tested on it.",
         f"Use a checkpoint of one of these families: {tested}.",
     )
 

@@ -354,10 +354,14 @@ class TransformersRatingEngine:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+            folder,
+            dtype=torch.float32,
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return cls(model.to(device), tokenizer, batch_size)
+        return cls(model, tokenizer, batch_size)
 
     @torch.inference_mode()
     def next_token_distribution(

@@ -19,7 +19,7 @@ from srccore.config import RunConfig, identity
 from srccore.errors import UserError
 from srccore.files import MANIFEST, writable, write_json
 from srccore.method.evaluation import HEADLINE
-from srccore.models.policy import checkpoint_family, resolve_model_path
+from srccore.models.policy import load_processor, resolve_model_path, response_text
 from srccore.run.folder import RunFolder
 from srccore.stages.checks import check_data, check_device, check_settings
 from srccore.stages.manifest import read_manifest
@@ -65,7 +65,8 @@ def run(config: RunConfig, out: Path, observer: Observer) -> list[Figures]:
     # Asking for fewer rounds than are finished must not drop any.
     config = config.model_copy(update={"rounds": max([config.rounds, *folder.finished_rounds()])})
     if not (folder.output("tune-rationale") / MANIFEST).exists():
-        checkpoint_family(config.model)
+        # Its family, padding and chat template, too, before a teacher is paid.
+        response_text(load_processor(config.model), "Yes.")
     check_settings(_asking(folder, config.rounds), dict(config))
     if not (folder.data / MANIFEST).exists():
         check_data(config)

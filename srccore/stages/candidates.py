@@ -183,10 +183,10 @@ def score_candidates(
     rationales: Path | None = None,
     machine: Machine = Machine(),
 ) -> Figures:
-    """Stage 3: R-Scorer rates every ordered pair of a sample's candidates.
+    """Stage 3: R-Scorer rates every ordered pair of candidates of the samples with a reference.
 
-    Each candidate is also rated against the sample's reference response. Samples that have none
-    are left unrated, unless the settings say otherwise.
+    Each candidate is also rated against the sample's reference response. Other samples are left
+    unrated, unless the settings say otherwise.
 
     Args:
         config: The scoring's settings.

@@ -102,6 +102,7 @@ class StageFolder:
                 f"Choose another --out or delete {self.path}; nothing was changed.",
             )
         if (self.path / MANIFEST).exists():
+            self._remove_what_was_for_resuming()
             return read_manifest(self.path)
         # Of an attempt that was killed while it wrote a file.
         for path in self.path.rglob("*.tmp"):
@@ -138,9 +139,12 @@ class StageFolder:
         )
         write_json(self.path / MANIFEST, self.manifest.model_dump(mode="json"))
         # Not before: until then they are all that the stage resumes from.
+        self._remove_what_was_for_resuming()
+        return self.manifest.figures
+
+    def _remove_what_was_for_resuming(self) -> None:
         (self.path / JOURNAL).unlink(missing_ok=True)
         storage.remove(str(self.path / CHECKPOINTS))
-        return self.manifest.figures
 
 
 def _identified(stage: Stage, inputs: Mapping[str, Path | Sequence[Path] | None]) -> dict[str, str]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from srccore.data.dataset import DataSet
 from srccore.data.records import Response, Sample
 from srccore.errors import UserError
-from srccore.method import evaluation, response
+from srccore.method import evaluation
 from srccore.method.engine import Prompt, SamplingEngine
+from srccore.method.response import has_rationale
 
 __all__ = ["FORMAT_SAMPLES", "answer_some", "check_format", "format_rate"]
 
@@ -20,7 +21,8 @@ FORMAT_SAMPLES = 64
 """Responses that are looked at: enough to tell a policy that mostly follows the format from one
 that mostly does not (reconstruction)."""
 _BATCH = 16
-_MAX_TOKENS = 512
+_MAX_TOKENS = 1024
+"""More than a search allows by default: a long rationale must not look like a missing answer."""
 
 
 def answer_some(
@@ -76,5 +78,4 @@ def check_format(responses: Sequence[Response], least: float, out: Path) -> None
 
 
 def _has_format(each: Response) -> bool:
-    parsed = response.parse(each.text)
-    return each.finished and parsed is not None and bool(parsed.rationale)
+    return each.finished and has_rationale(each.text)

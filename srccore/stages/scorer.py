@@ -167,6 +167,7 @@ def train_scorer(
         Steps and losses, and the scorer's health on the validation pairs.
     """
     from srccore.models.policy import pinned
+    from srccore.stages.trained import free_training_memory
     from srccore.training.scorer import RatingExample
     from srccore.training.scorer import train_scorer as train
 
@@ -213,6 +214,7 @@ def train_scorer(
     outcome = train(pinned_model, examples, config, out, seed=seed, machine=machine)
     if not is_first():
         return dataclasses.asdict(outcome)
+    free_training_memory()
     engine = rating_engine(out / "model", machine.device, config.batch_size)
     health = scoring.validate(engine, samples, validation)
     return folder.finish(

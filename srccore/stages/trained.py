@@ -12,7 +12,7 @@ from srccore.models.folding import Share
 from srccore.models.policy import LoadedPolicy, Policy, load_policy
 from srccore.training.machine import Machine
 
-__all__ = ["check_kept", "load_trained"]
+__all__ = ["check_kept", "free_training_memory", "load_trained"]
 
 WARN_BELOW, FAIL_BELOW = 0.9, 0.5
 """Limits of the share of an adapter that is left after rounding (reconstruction)."""
@@ -30,13 +30,18 @@ def load_trained(policy: Policy, machine: Machine) -> LoadedPolicy:
     Returns:
         The policy, with a folding.
     """
+    free_training_memory()
+    return load_policy(policy, open_device(machine.device))
+
+
+def free_training_memory() -> None:
+    """Frees the model and the optimiser of a training that has returned."""
     import torch
 
     # A trainer refers to itself, so it is not freed when its last user returns.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return load_policy(policy, open_device(machine.device))
 
 
 def check_kept(kept: Share, *, adapter: Path, dtype: str, section: str) -> None:
@@ -52,7 +57,7 @@ def check_kept(kept: Share, *, adapter: Path, dtype: str, section: str) -> None:
         UserError: Most of it is lost, so later stages would not see what was learned.
     """
     advice = (
-        f"Take more optimizer steps (a smaller {section}.gradient_accumulation_steps or "
+        f"Take more optimiser steps (a smaller {section}.gradient_accumulation_steps or "
         f"{section}.batch_size), a higher {section}.learning_rate, or a finer model.dtype "
         "(float16 or float32)."
     )

@@ -36,7 +36,7 @@ CHECKPOINTS = "checkpoint"
 WEIGHTS = "weights.safetensors"
 STATE = "trainer_state.json"
 LEAST = 10
-"""Checkpoints of a training, however short it is."""
+"""Checkpoints of a training at least, if it has as many steps and saving is cheap."""
 SHARE = 10
 """Training takes at least this many times as long as saving."""
 _FILE = re.compile(r"step-(\d+)/(.+)")
@@ -92,10 +92,6 @@ class Checkpoints:
         for other in self.folder.iterdir():
             if other != made:
                 storage.remove(str(other))
-
-    def remove(self) -> None:
-        """Removes all checkpoints from this machine."""
-        storage.remove(str(self.folder))
 
 
 class PublishedCheckpoints(Checkpoints):

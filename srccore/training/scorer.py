@@ -56,8 +56,9 @@ def train_scorer(
     """Trains R-Scorer; the loss is on the rating token only (reconstruction).
 
     The paper fine-tunes Qwen2.5-1.5B. Either all weights are trained, or a LoRA adapter that is
-    merged at the end. Weights are trained, merged and stored in float32, whatever their type was:
-    bfloat16 would round small updates away. That takes 6 GB of disk for 1.5B parameters.
+    merged at the end. What is trained, merged and stored is float32: bfloat16 would round small
+    updates away. That takes 6 GB of disk for 1.5B parameters. With LoRA, the base stays in its own
+    type on a GPU while it is trained.
 
     Args:
         base: The text model to start from.
@@ -90,10 +91,11 @@ def train_scorer(
             path,
             revision=base.revision,
             dtype=getattr(torch, base.dtype) if on_gpu and config.lora else torch.float32,
+            # Straight to the device: every rank would hold a copy in the node's memory.
+            device_map={"": session.device},
             trust_remote_code=False,
             use_safetensors=True,
         )
-        model.to(session.device)
         rows = _rows(examples, tokenizer, ratings, model.config.max_position_embeddings)
         samples = len(rows["input_ids"])
         session.processes.agree(map(str, rows["input_ids"]), "prompts")

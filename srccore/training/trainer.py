@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 ImageLoader = Callable[[], "Image"]
-"""Reads one image (RGB); called once per epoch."""
+"""Reads one image (RGB); called once per epoch, and to get its size where `Row.size` is None."""
 
 FINAL_STEPS = 10
 """A figure "at the end" is the mean over this many last steps, or the last quarter if fewer."""
@@ -223,7 +223,8 @@ def train_adapter(
         _switch_dropout_off(loaded.model)
         fitting = _within_context(loaded.model, loaded.processor, rows)
         order = sample_order(len(fitting), config, seed)
-        session.processes.agree((str(columns) for columns, _ in fitting), "samples")
+        agreed = itertools.chain([str(policy.base.revision)], (str(row) for row, _ in fitting))
+        session.processes.agree(agreed, "samples or revisions of the model")
         ready = trainer(
             session.arguments,
             model=loaded.model,

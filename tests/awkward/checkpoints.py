@@ -324,6 +324,10 @@ CHECKPOINTS = {
         "the processor scales the shorter side and cuts the rest off",
         _llava("llava-1.5", pixels={"size": {"shortest_edge": SIDE + 4}}),
     ),
+    "padded-to-square": Checkpoint(
+        "images are padded to squares before they are scaled",
+        lambda out: _llava("llava-1.5")(out).model_copy(update={"pad_to_square": True}),
+    ),
     "llava-next-shapes": Checkpoint(
         "images are tiled by their shape; two heads share the keys and values",
         _llava("llava-next"),

@@ -205,6 +205,7 @@ def test_every_stage_runs(
     )
     assert (aligned["training"]["samples"], aligned["training"]["skipped"]) == (8, 0)
     assert aligned["training"]["last_loss"] < aligned["training"]["first_loss"]
+    assert aligned["folding"]["projection"] == pytest.approx(1, abs=0.1)
     figures = evaluate(
         EvaluationConfig(max_tokens=12, resamples=100),
         data=data,

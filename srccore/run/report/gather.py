@@ -169,7 +169,9 @@ def _search(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.Ro
 
 def _scoring(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.RoundScoring]:
     """One row per round: the mean over its shards, weighted by their number of ratings."""
-    for number, shards in _shards(run, manifests, "score-candidates"):
+    for number, found in _shards(run, manifests, "score-candidates"):
+        # A shard whose samples have no reference has no ratings.
+        shards = [shard for shard in found if shard.figures["ratings"]]
         total = sum(shard.figures["ratings"] for shard in shards)
         means = {
             name: sum(shard.figures[name] * shard.figures["ratings"] for shard in shards) / total
@@ -243,7 +245,7 @@ def _notes(run: RunFolder, config: RunConfig, manifests: dict[Path, Manifest]) -
     tuned = manifests.get(run.output("tune-rationale"))
     if tuned and (rate := tuned.figures.get("format_rate")) is not None:
         yield (
-            f"Stage 1: {rate:.0%} of some responses to the train split "
+            f"Stage 1: {rate:.0%} of the responses to some samples of the train split "
             "have a rationale and an answer line."
         )
     sampled = manifests.get(run.output("sample-responses"))

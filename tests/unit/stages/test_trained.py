@@ -97,7 +97,7 @@ def test_a_training_that_the_weights_do_not_show_is_an_error_and_keeps_its_adapt
     model: ModelConfig, tmp_path: Path
 ) -> None:
     # Deltas of 1e-13 on weights of 0.02, whose spacing in float32 is 2e-9.
-    with pytest.raises(UserError, match=r"keeps -?\d% of the adapter .*optimizer steps") as error:
+    with pytest.raises(UserError, match=r"keeps -?\d% of the adapter .*optimiser steps") as error:
         tune(model, tmp_path, learning_rate=1e-12)
     assert "rationale.learning_rate" in error.value.fix
     assert (tmp_path / "tuned" / "adapter" / "adapter_model.safetensors").is_file()

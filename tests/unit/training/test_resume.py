@@ -34,8 +34,6 @@ def test_the_newest_is_kept_alone(tmp_path: Path) -> None:
         assert checkpoints.newest() == step
     assert names(checkpoints.folder) == ["step-20"]
     assert names(checkpoints.bring(20)) == [MANIFEST, "weights.safetensors"]
-    checkpoints.remove()
-    assert names(tmp_path) == []
 
 
 def test_one_that_was_cut_off_does_not_count_and_is_cleared_away(tmp_path: Path) -> None:
@@ -125,13 +123,6 @@ def test_a_newer_one_of_another_pod_is_let_alone(s3: S3Server) -> None:
     assert published(s3).newest() == 6
 
 
-def test_removing_them_here_leaves_the_bucket_alone(s3: S3Server) -> None:
-    published(s3).save(2, write)
-    published(s3).remove()
-    assert not published(s3).folder.exists()
-    assert published(s3).newest() == 2
-
-
 def saves(steps: int, seconds: float, cost: float, minutes: float = 10) -> list[int]:
     """The steps after which a training saves, given the seconds of a step and of a saving."""
     now = 0.0
@@ -146,8 +137,9 @@ def saves(steps: int, seconds: float, cost: float, minutes: float = 10) -> list[
     return found
 
 
-# Steps of stage 1 and of a round in the LLaVA presets, at 128 and at 16 samples; R-Scorer's.
-@pytest.mark.parametrize("steps", [94, 157, 750, 1250, 1275])
+# Steps of stage 1 and of a round in the LLaVA presets, at 128 and at 16 samples; R-Scorer's:
+# 2,000 samples x 0.85 x 8 pairs x 2 orders / 16.
+@pytest.mark.parametrize("steps", [94, 157, 750, 1250, 1700])
 @pytest.mark.parametrize("seconds", [0.5, 10])
 def test_every_training_saves_ten_times_however_fast_it_is(steps: int, seconds: float) -> None:
     found = saves(steps, seconds, cost=0.1)
