@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,37 @@ def test_little_loss_is_silent_some_is_a_warning_and_most_is_an_error(
     for lost in (0.49, -0.1, float("nan")):
         with pytest.raises(UserError, match=r"run/adapter: it changes them by too little"):
             check(lost)
+
+
+def test_no_image_is_decoded_just_to_learn_its_size(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+    read = dataset.DataSet.image
+
+    def image(opened: dataset.DataSet, sample_id: str) -> Any:
+        decoded.append(sample_id)
+        return read(opened, sample_id)
+
+    monkeypatch.setattr(dataset.DataSet, "image", image)
+    tune(model, tmp_path, learning_rate=1e-2)
+    # Twice for two epochs, once to check the format of the response, and once for TRL's look at
+    # the first row of the data set.
+    assert sorted(decoded.count(f"{number}") for number in range(4)) == [3, 3, 3, 4]
+
+
+def test_a_policy_of_the_hub_is_recorded_with_its_commit(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "1" * 40
+    cached = tmp_path / "hub" / "models--some--checkpoint"
+    shutil.copytree(model.path, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    figures = tune(model.model_copy(update={"path": "some/checkpoint"}), tmp_path, 1e-2)
+
+    assert figures["revision"] == commit
+    assert read_policy(tmp_path / "tuned").base.revision == commit
