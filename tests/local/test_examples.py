@@ -66,7 +66,7 @@ def test_candidates_that_are_there_are_scored_and_curated(finished: Path, tmp_pa
         data_uri=str(finished / "data" / "calibration.parquet"),
         scorer_uri=str(finished / "train-scorer"),
         candidates_uris=[str(finished / "round-1" / "search-candidates-0")],
-        curation={"min_margin": 0, "answer_gate": "off", "anchor_tolerance": None},
+        curation={"min_margin": 0, "answer_gate": "off", "anchor_tolerance": 1},
         **COMPUTE,
     )
     uri = json.loads(Path(task.output.path).read_text())["uri"]
