@@ -252,10 +252,10 @@ class CurationConfig(Section):
     rejected: Literal["worst", "likeliest"] = "worst"
     """Which response is rejected: the one with the lowest value (paper), or the likeliest of those
     that are worse than the chosen one by at least `min_margin`."""
-    anchor_tolerance: float | None = Field(default=0.5, ge=0, le=1)
+    anchor_tolerance: float = Field(default=0.5, ge=0, le=1)
     """How much worse than the reference response R-Scorer may find the chosen one: the folded
     verdict on chosen against reference is at least minus this. 0.5 is that of a sure rating "the
-    reference is better", but not "much better". None turns this off."""
+    reference is better", but not "much better". 1 turns this off."""
     # YAML reads a bare `off` as false.
     answer_gate: Annotated[
         Literal["chosen", "strict", "off"],

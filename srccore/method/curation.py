@@ -225,8 +225,7 @@ def _why_not(preference: Preference, sample: Sample, config: CurationConfig) -> 
         return Reason.CHOSEN_ANSWER_WRONG
     if config.answer_gate == "strict" and gives_answer(preference.rejected.text, sample.answer):
         return Reason.REJECTED_ANSWER_RIGHT
-    tolerance, anchor = config.anchor_tolerance, preference.anchor
-    if tolerance is not None and anchor is not None and anchor < -tolerance:
+    if preference.anchor is not None and preference.anchor < -config.anchor_tolerance:
         return Reason.WORSE_THAN_REFERENCE
     return None
 

@@ -136,7 +136,7 @@ def preferences(data: Path, candidates: Path, tmp_path_factory: pytest.TempPathF
         out=root / "ratings",
     )
     curate_preference(
-        CurationConfig(min_margin=0.0, anchor_tolerance=None),
+        CurationConfig(min_margin=0.0, anchor_tolerance=1),
         data=data,
         candidates=[candidates],
         ratings=[root / "ratings"],

@@ -21,7 +21,7 @@ SETTINGS = (
     "evaluation.resamples=100",
     "curation.min_margin=0",
     "curation.answer_gate=off",
-    "curation.anchor_tolerance=null",
+    "curation.anchor_tolerance=1",
     "rounds=1",
 )
 

@@ -212,13 +212,13 @@ def anchored(chosen: Five, rejected: Five = LEVELS[1]) -> list[Rating]:
         # Somewhat worse: m = -1/2, sure.
         (LEVELS[2], 0.2, -0.5, False),
         (LEVELS[2], 0.5, -0.5, True),
-        (LEVELS[1], None, -1, True),
+        (LEVELS[1], 1, -1, True),
         # Nobody is sure: c = 0, so it is not clearly worse.
         (UNIFORM, 0, 0, True),
     ],
 )
 def test_a_chosen_response_that_is_clearly_worse_than_the_reference_is_dropped(
-    chosen: Five, tolerance: float | None, anchor: float, is_kept: bool
+    chosen: Five, tolerance: float, anchor: float, is_kept: bool
 ) -> None:
     config = CurationConfig(anchor_tolerance=tolerance)
     found = [candidates("s", RIGHT, WRONG)]

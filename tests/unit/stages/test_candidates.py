@@ -75,7 +75,7 @@ def test_a_sample_without_a_reference_is_left_unrated_and_counted(
     assert sum(REFERENCE in (rating.first, rating.second) for rating in ratings) == 4
     assert list(read_records(rated / "unrated.jsonl", Unrated)) == [Unrated(sample_id="untold")]
     given = {"data": folders["data"], "candidates": [folders["candidates"]]}
-    config = CurationConfig(min_margin=0, anchor_tolerance=None)
+    config = CurationConfig(min_margin=0, anchor_tolerance=1)
     curated = curate_preference(config, **given, ratings=[rated], out=tmp_path / "curated")
     assert curated["reasons"]["no_reference"] == 1
     assert len(curated["anchors"]) == 1
