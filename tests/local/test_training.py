@@ -19,6 +19,7 @@ from srccore.config import (
 )
 from srccore.embedded.model import RATING_TEMPLATE
 from srccore.errors import UserError
+from srccore.models.families import language_model_targets
 from srccore.models.folding import read_adapter
 from srccore.models.policy import (
     Policy,
@@ -431,7 +432,7 @@ def test_lora_is_trained_in_float32_whatever_the_weights_are(base: ModelConfig, 
     from peft import get_peft_model
 
     loaded = load_policy(Policy(base=base.model_copy(update={"dtype": dtype})))
-    model = get_peft_model(loaded.model, lora_config(LORA))
+    model = get_peft_model(loaded.model, lora_config(LORA, language_model_targets(loaded.model)))
     trained = [each for each in model.parameters() if each.requires_grad]
     # A scaled loss (fp16) needs gradients in float32.
     assert {each.dtype for each in trained} == {torch.float32}
