@@ -5,8 +5,9 @@
 
 It makes bfloat16 checkpoints of the shapes of LLaVA-1.5-7B, LLaVA-NeXT-8B and Qwen2.5-1.5B, and
 runs the project's own stages on them with the presets' settings, except R-Scorer's training: greedy
-answers, search, scoring, stage 1, DPO with an interruption and a resume. Nothing is downloaded. Weights are random, so what
-a model says is noise; memory, speed and the equality of two ways to compute one thing are not.
+answers, search, scoring, stage 1, DPO with an interruption and a resume. Nothing is downloaded.
+Weights are random, so what a model says is noise; memory, speed and the equality of two ways to
+compute one thing are not.
 
 Needs torch, transformers, peft, accelerate, datasets, trl, safetensors and this project; not what
 only buckets and clusters need. Each part is caught: if one fails, the others still run. A table is
