@@ -11,13 +11,13 @@ from srccore.data import dataset
 from srccore.data.records import Judgement, Response, Sample, read_records, write_records
 from srccore.files import write_json
 from srccore.method import evaluation
-from srccore.method.engine import Prompt
+from srccore.method.engine import Prompt, SamplingEngine
 from srccore.models.engines import sampling_engine
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
 from srccore.training.machine import Figures, Machine, Progress
 
-__all__ = ["evaluate", "read_outcomes"]
+__all__ = ["answer_all", "evaluate", "read_outcomes"]
 
 
 def evaluate(
@@ -58,12 +58,9 @@ def evaluate(
     opened = dataset.open_data(data)
     engine = sampling_engine(policy, machine.device)
     order = sorted(opened.samples, key=lambda sample: (len(sample.question), sample.id))
-    responses: dict[str, Response] = {}
-    for start in range(0, len(order), config.batch_size):
-        batch = order[start : start + config.batch_size]
-        prompts = [(each.id, Prompt(opened.image(each.id), each.question)) for each in batch]
-        responses |= evaluation.answer(engine, prompts, config.max_tokens)
-        machine.progress(start + len(batch), len(order))
+    responses = answer_all(
+        engine, opened, order, config.batch_size, config.max_tokens, machine.progress
+    )
     write_records(
         out / "responses.jsonl", Response, [responses[sample.id] for sample in opened.samples]
     )
@@ -79,6 +76,36 @@ def evaluate(
     ).model_dump(mode="json")
     write_json(out / "figures.json", figures)
     return folder.finish(figures)
+
+
+def answer_all(
+    engine: SamplingEngine,
+    opened: dataset.DataSet,
+    samples: Sequence[Sample],
+    batch_size: int,
+    max_tokens: int,
+    progress: Progress = Machine().progress,
+) -> dict[str, Response]:
+    """Answers samples greedily, batch by batch.
+
+    Args:
+        engine: Writes the policy's responses.
+        opened: The data set that has the images.
+        samples: What to answer, in the order of the batches.
+        batch_size: Samples that are answered together.
+        max_tokens: The maximum number of tokens in one response.
+        progress: Receives how many samples are answered.
+
+    Returns:
+        The responses by sample id, in the order of the samples.
+    """
+    responses: dict[str, Response] = {}
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        prompts = [(each.id, Prompt(opened.image(each.id), each.question)) for each in batch]
+        responses |= evaluation.answer(engine, prompts, max_tokens)
+        progress(start + len(batch), len(samples))
+    return responses
 
 
 def _ask_judge(

@@ -8,42 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from srccore.data.dataset import DataSet
-from srccore.data.records import Response, Sample
+from srccore.data.records import Response
 from srccore.errors import UserError
-from srccore.method import evaluation
-from srccore.method.engine import Prompt, SamplingEngine
 from srccore.method.response import has_rationale
 
-__all__ = ["FORMAT_SAMPLES", "answer_some", "check_format", "format_rate"]
+__all__ = ["BATCH", "FORMAT_SAMPLES", "MAX_TOKENS", "check_format", "format_rate"]
 
 FORMAT_SAMPLES = 64
 """Responses that are looked at: enough to tell a policy that mostly follows the format from one
 that mostly does not (reconstruction)."""
-_BATCH = 16
-_MAX_TOKENS = 1024
+BATCH = 16
+MAX_TOKENS = 1024
 """More than a search allows by default: a long rationale must not look like a missing answer."""
-
-
-def answer_some(
-    engine: SamplingEngine, opened: DataSet, samples: Sequence[Sample]
-) -> list[Response]:
-    """Answers samples greedily.
-
-    Args:
-        engine: Writes the policy's responses.
-        opened: The data set that has the images.
-        samples: What to answer.
-
-    Returns:
-        The responses, in the order of the samples.
-    """
-    found: list[Response] = []
-    for start in range(0, len(samples), _BATCH):
-        batch = samples[start : start + _BATCH]
-        prompts = [(each.id, Prompt(opened.image(each.id), each.question)) for each in batch]
-        found += evaluation.answer(engine, prompts, _MAX_TOKENS).values()
-    return found
 
 
 def format_rate(responses: Sequence[Response]) -> float:

@@ -115,7 +115,8 @@ def tune_rationale(
     """
     from srccore.models.policy import Policy, pinned, write_policy
     from srccore.models.transformers import TransformersSamplingEngine
-    from srccore.stages.format_check import FORMAT_SAMPLES, answer_some, check_format, format_rate
+    from srccore.stages import format_check
+    from srccore.stages.evaluation import answer_all
     from srccore.stages.trained import check_kept, load_trained
     from srccore.training.rationale import RationaleExample
     from srccore.training.rationale import tune_rationale as train
@@ -161,16 +162,17 @@ def tune_rationale(
     engine = TransformersSamplingEngine(loaded.model, loaded.processor)
     ids = {sample.id for sample in drawn}
     unseen = [sample for sample in opened.samples if sample.id not in ids] or drawn
-    asked = sampling.draw(unseen, min(FORMAT_SAMPLES, len(unseen)), seed=seed)
-    responses = answer_some(engine, opened, asked)
-    check_format(responses, config.min_format_rate, out)
+    asked = sampling.draw(unseen, min(format_check.FORMAT_SAMPLES, len(unseen)), seed=seed)
+    answered = answer_all(engine, opened, asked, format_check.BATCH, format_check.MAX_TOKENS)
+    responses = list(answered.values())
+    format_check.check_format(responses, config.min_format_rate, out)
     write_policy(out, policy)
     return folder.finish(
         {
             **dataclasses.asdict(outcome),
             "revision": start.base.revision,
             "folding": dataclasses.asdict(kept),
-            "format_rate": format_rate(responses),
+            "format_rate": format_check.format_rate(responses),
         }
     )
 
