@@ -167,7 +167,7 @@ def test_every_stage_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # An untrained model rarely ends a response.
-    monkeypatch.setattr("srccore.stages.format_check._MAX_TOKENS", 8)
+    monkeypatch.setattr("srccore.stages.format_check.MAX_TOKENS", 8)
     policy = tmp_path / "tuned"
     tuned = tune_rationale(
         RationaleTuningConfig(
