@@ -20,6 +20,7 @@ import json
 import random
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ from srccore.data.records import (
 )
 from srccore.hashing import stable_hash
 from srccore.method import evaluation
-from srccore.method.engine import Draw, Prompt
+from srccore.method.driver import Search, drive
+from srccore.method.engine import Draw, Node, Prompt, Steps
 from srccore.method.response import gives_answer
 from srccore.method.search import candidate_id
 from srccore.models.engines import sampling_engine
@@ -248,29 +250,37 @@ def raw_samples(
     count: int = 6,
 ) -> dict[str, list[Candidate]]:
     """Complete responses as sampled, including duplicates and those that do not parse."""
-    engine = sampling_engine(policy, config.device)
-    found: dict[str, list[Candidate]] = {}
-    for start in range(0, len(samples), config.search.batch_size):
-        batch = samples[start : start + config.search.batch_size]
-        nodes = engine.open([Prompt(opened.image(s.id), s.question) for s in batch])
-        draws = [
-            Draw(node, stable_hash(f"raw/{key}/{sample.id}/{number}"), config.search.temperature)
-            for sample, node in zip(batch, nodes, strict=True)
+    engine = sampling_engine(policy, config.device, config.search.batch_size)
+
+    def responses(root: Node, sample: Sample) -> Steps[tuple[str, list[Candidate]]]:
+        drawn = yield [
+            Draw(
+                root,
+                config.evaluation.max_tokens,
+                stable_hash(f"raw/{key}/{sample.id}/{number}"),
+                config.search.temperature,
+                whole=True,
+            )
             for number in range(count)
         ]
-        drawn = iter(engine.extend(draws, max_tokens=config.evaluation.max_tokens, whole=True))
-        for sample in batch:
-            texts = [next(drawn) for _ in range(count)]
-            found[sample.id] = [
-                Candidate(
-                    id=candidate_id(sample.id, text.text.strip()),
-                    text=text.text.strip(),
-                    log_probability=text.log_probability,
-                    token_count=text.token_count,
-                )
-                for text in texts
-            ]
-    return found
+        return sample.id, [
+            Candidate(
+                id=candidate_id(sample.id, each.text.strip()),
+                text=each.text.strip(),
+                log_probability=each.log_probability,
+                token_count=each.token_count,
+            )
+            for each in drawn
+        ]
+
+    searches = (
+        Search(
+            Prompt(partial(opened.image, sample.id), sample.question, sample.id),
+            partial(responses, sample=sample),
+        )
+        for sample in samples
+    )
+    return dict(pair for found in drive(engine, searches) for pair in found)
 
 
 def headroom(config: RunConfig, folder: Path) -> dict:

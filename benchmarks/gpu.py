@@ -32,6 +32,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,10 @@ import torch
 from PIL import Image
 
 from srccore.config import RunConfig, load_config
-from srccore.data.records import RATING_LEVELS
+from srccore.data.records import RATING_LEVELS, CandidateSet
 from srccore.method import response, search
-from srccore.method.engine import Draw, Prompt, SamplingEngine
+from srccore.method.driver import Search, draw_all, drive
+from srccore.method.engine import Draw, Node, Prompt, SamplingEngine, Steps
 from srccore.models.engines import rating_engine, sampling_engine
 from srccore.models.policy import Policy, load_policy, write_policy
 from srccore.models.transformers import banned_tokens, encode_prompts, encode_rating_prompt
@@ -474,9 +476,12 @@ def images(count: int) -> list[Image.Image]:
     return [made[number % len(made)] for number in range(count)]
 
 
-def prompts(count: int) -> list[tuple[str, Prompt]]:
-    """Makes prompts with ids of samples."""
-    return [(f"sample-{n}", Prompt(image, QUESTION)) for n, image in enumerate(images(count))]
+def prompts(count: int) -> list[Prompt]:
+    """Makes prompts with different images."""
+    return [
+        Prompt(lambda image=image: image, QUESTION, f"sample-{n}")
+        for n, image in enumerate(images(count))
+    ]
 
 
 def preferences(count: int) -> list[PreferenceExample]:
@@ -556,7 +561,7 @@ def load(bench: Bench, results: list[str], config: RunConfig, folder: Path) -> S
     """Loads the base policy into the sampling engine."""
     write_policy(folder, Policy(base=config.model))
     began = bench.wait()
-    engine = sampling_engine(folder / "policy.json", bench.device)
+    engine = sampling_engine(folder / "policy.json", bench.device, config.search.batch_size)
     results.append(f"{_size(folder / 'base') / 1e9 / (bench.wait() - began):.2f} GB/s")
     return engine
 
@@ -575,9 +580,9 @@ def _size(folder: Path) -> int:
 def compare_greedy(bench: Bench, results: list[str], engine: Any) -> None:
     """Compares greedy decoding with `generate` on the same batch, token by token."""
     model, processor = engine._model, engine._processor
-    asked = [prompt for _, prompt in prompts(len(IMAGES))]
-    draws = [Draw(node, greedy=True) for node in engine.open(asked)]
-    ours = engine.extend(draws, max_tokens=GREEDY_TOKENS, whole=True)
+    asked = prompts(len(IMAGES))
+    nodes = engine.open(engine.prepare(asked))
+    ours = draw_all(engine, [Draw(node, GREEDY_TOKENS, greedy=True, whole=True) for node in nodes])
     inputs = encode_prompts(processor, asked).to(bench.device, model.dtype)
     length = inputs["input_ids"].shape[1]
     with torch.inference_mode():
@@ -609,18 +614,18 @@ def answer(bench: Bench, results: list[str], engine: Any, config: RunConfig) -> 
     settings = config.evaluation
     batch = prompts(settings.batch_size)
     started = bench.wait()
-    nodes = engine.open([prompt for _, prompt in batch])
+    nodes = engine.open(engine.prepare(batch))
     opened = bench.wait()
-    draws = [Draw(node, greedy=True) for node in nodes]
+    draws = [Draw(node, settings.max_tokens, greedy=True, whole=True) for node in nodes]
     del nodes
-    drawn = engine.extend(draws, max_tokens=settings.max_tokens, whole=True)
+    drawn = draw_all(engine, draws)
     ended = bench.wait()
     del draws
     steps = max(each.token_count for each in drawn)
     tokens = sum(each.token_count for each in drawn)
-    sampled = [prompt for _, prompt in batch[: len(IMAGES)]]
+    sampled = batch[: len(IMAGES)]
     began = time.monotonic()
-    inputs = encode_prompts(engine._processor, sampled)
+    inputs = engine.prepare(sampled)
     processing = len(sampled) / (time.monotonic() - began)
     context = int(inputs["attention_mask"].sum()) / len(sampled)
     text = engine._model.config.get_text_config()
@@ -646,18 +651,21 @@ def search_batch(bench: Bench, results: list[str], engine: Any, config: RunConfi
     """Searches candidates for one batch, and counts what it draws."""
     drawn = []
 
-    class Counting:
-        open = engine.open
-
-        @staticmethod
-        def extend(draws: Sequence[Draw], **settings: Any) -> Any:
-            continuations = engine.extend(draws, **settings)
+    def counted(root: Node, prompt: Prompt) -> Steps[CandidateSet]:
+        steps = search.search(
+            root, sample_id=prompt.key, config=config.search, seed=0, round_number=1
+        )
+        continuations = None
+        while True:
+            try:
+                continuations = yield steps.send(continuations)
+            except StopIteration as end:
+                return end.value
             drawn.extend(each.token_count for each in continuations)
-            return continuations
 
     batch = prompts(config.search.batch_size)
     began = bench.wait()
-    search.search_candidates(Counting(), batch, config.search, seed=0, round_number=1)
+    list(drive(engine, [Search(prompt, partial(counted, prompt=prompt)) for prompt in batch]))
     seconds = bench.wait() - began
     results.append(f"batch {len(batch)}, {len(drawn)} draws")
     results.append(f"{sum(drawn) / seconds:.0f} tokens/s")
@@ -668,17 +676,18 @@ def profile(bench: Bench, results: list[str], config: RunConfig) -> None:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
 
-    engine = sampling_engine(Path(config.model.path).parent / "policy.json", bench.device)
+    policy = Path(config.model.path).parent / "policy.json"
+    engine = sampling_engine(policy, bench.device, config.search.batch_size)
     count = config.search.width * config.search.branch
-    nodes = engine.open([prompt for _, prompt in prompts(config.search.batch_size)])
-    draws = [Draw(node, seed=n) for node in nodes for n in range(count)]
-    engine.extend(draws, max_tokens=PROFILED, whole=True)
+    nodes = engine.open(engine.prepare(prompts(config.search.batch_size)))
+    draws = [Draw(node, PROFILED, seed=n, whole=True) for node in nodes for n in range(count)]
+    draw_all(engine, draws)
     began = bench.wait()
-    engine.extend(draws, max_tokens=PROFILED, whole=True)
+    draw_all(engine, draws)
     seconds = bench.wait() - began
     activities = [ProfilerActivity.CUDA] if bench.device == "cuda" else [ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as seen:
-        engine.extend(draws, max_tokens=PROFILED, whole=True)
+        draw_all(engine, draws)
         bench.wait()
     device = DeviceType.CUDA if bench.device == "cuda" else DeviceType.CPU
     times = [
@@ -690,7 +699,7 @@ def profile(bench: Bench, results: list[str], config: RunConfig) -> None:
         results.append(f"busy {sum(times) / seconds:.0%} of the time")
 
 
-class Steps:
+class StepClock:
     """Notes when each optimiser step ends; may interrupt the training after one."""
 
     def __init__(self, bench: Bench, stop: int | None = None) -> None:
@@ -720,7 +729,7 @@ class Steps:
 class TimedCheckpoints(Checkpoints):
     """Checkpoints that are not counted as part of a step."""
 
-    def __init__(self, folder: Path, steps: Steps) -> None:
+    def __init__(self, folder: Path, steps: StepClock) -> None:
         super().__init__(folder)
         self.steps, self.seconds, self.size, self.step = steps, 0.0, 0, 0
 
@@ -745,7 +754,7 @@ def tune(bench: Bench, results: list[str], config: RunConfig, folder: Path) -> N
         RationaleExample(QUESTION, text, lambda image=image: image)
         for text, image in zip(responses(STEPS * batch), images(STEPS * batch), strict=True)
     ]
-    steps = Steps(bench)
+    steps = StepClock(bench)
     out = folder / "stage-1"
     out.mkdir()
     machine = Machine(bench.device, steps)
@@ -769,7 +778,7 @@ def align(bench: Bench, results: list[str], config: RunConfig, folder: Path) -> 
     out.mkdir()
     attempts = []
     for stop in (LOST_AFTER, None):
-        steps = Steps(bench, stop)
+        steps = StepClock(bench, stop)
         checkpoints = TimedCheckpoints(out / CHECKPOINTS, steps)
         machine = Machine(bench.device, steps, checkpoints)
         with contextlib.suppress(InterruptedTrainingError):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from srccore.config import ModelConfig
 from srccore.embedded.model import LVLM_TEMPLATE
+from srccore.method.engine import Prompt
 from srccore.training.checkpoints import save_in_public_names
 
 SIDE, PATCH, WIDTH = 24, 6, 32
@@ -55,6 +56,10 @@ def image(width: int = 30, height: int = 20) -> Image.Image:
     picture = Image.new("RGB", (width, height), "navy")
     picture.paste((200, 30, 10), (0, 0, width // 2, height // 3))
     return picture
+
+
+def prompt(picture: Image.Image, question: str = QUESTION) -> Prompt:
+    return Prompt(lambda: picture, question, key=str(id(picture)))
 
 
 def tokenizer(kind: str) -> Any:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 
-from srccore.data.records import LabelledPair, Response
+from PIL.Image import Image
+
+from srccore.data.records import LabelledPair
 from srccore.embedded import flaws
 from srccore.embedded.model import MODELS
 from srccore.embedded.world import Item, make_item
 from srccore.method import evaluation, scoring
+from srccore.method.driver import Search, drive
 from srccore.method.engine import Prompt
 from srccore.models.teacher import FactsTeacher, PairRequest
 
@@ -84,19 +88,20 @@ def _lvlm_figures(items: list[Item]) -> str:
     from srccore.models.transformers import TransformersSamplingEngine
 
     loaded = load_policy(Policy(base=ModelConfig(path="embedded:lvlm")))
-    engine = TransformersSamplingEngine(loaded.model, loaded.processor)
+    engine = TransformersSamplingEngine(loaded.model, loaded.processor, batch_size=200)
     rows = [
         "| asked | parses | answer right | answer and rationale right |",
         "| --- | --- | --- | --- |",
     ]
     for title, suffix in (("the question", ""), ("the question and `Explain.`", " Explain.")):
-        responses: dict[str, Response] = {}
-        for start in range(0, len(items), 200):
-            prompts = [
-                (item.sample.id, Prompt(item.image, item.sample.question + suffix))
-                for item in items[start : start + 200]
-            ]
-            responses |= evaluation.answer(engine, prompts, max_tokens=80)
+        searches = [
+            Search(
+                Prompt(partial(_image, item), item.sample.question + suffix, item.sample.id),
+                partial(evaluation.answer, sample_id=item.sample.id, max_tokens=80),
+            )
+            for item in items
+        ]
+        responses = {each.sample_id: each for found in drive(engine, searches) for each in found}
         outcomes = evaluation.judge_responses([item.sample for item in items], responses)
         found_figures = evaluation.figures(outcomes, round=0, previous=None, resamples=100, seed=0)
         rows.append(
@@ -104,6 +109,10 @@ def _lvlm_figures(items: list[Item]) -> str:
             f"| {found_figures.aligned_accuracy:.1%} |"
         )
     return "\n".join([*rows, "\nGreedy."])
+
+
+def _image(item: Item) -> Image:
+    return item.image
 
 
 def _rating_figures(items: list[Item]) -> str:

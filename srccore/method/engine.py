@@ -1,20 +1,30 @@
 """What the search and the scorer require of an engine, and nothing more.
 
-A `SamplingEngine` continues responses sentence by sentence and keeps its caches behind opaque
-nodes; releasing a node frees them. A `RatingEngine` reads the distribution over a few tokens
-after a prompt. An engine without caches may encode the prefix again behind the same interface.
+A `SamplingEngine` continues responses, to the end of a sentence or of the response, and keeps its
+caches behind opaque nodes; dropping the last reference to a node frees them. It takes draws and
+finishes them in any order (`srccore.method.driver` brings them back to the searches that asked). A
+`RatingEngine` reads the distribution over a few tokens after a prompt. An engine without caches may
+encode the prefix again behind the same interface.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Continuation", "Draw", "Prompt", "RatingEngine", "SamplingEngine", "TokenDistribution"]
+__all__ = [
+    "Continuation",
+    "Draw",
+    "Prompt",
+    "RatingEngine",
+    "SamplingEngine",
+    "Steps",
+    "TokenDistribution",
+]
 
 Node = Any
 """An engine's handle for a prefix: image, prompt and the response so far."""
@@ -24,22 +34,29 @@ Node = Any
 class Prompt:
     """An image and a question, as a policy sees them."""
 
-    image: Image
+    image: Callable[[], Image]
+    """Loads the image. Thousands of prompts may wait for their turn, their images do not."""
     question: str
+    key: str
+    """Identifies the image to an engine's caches: prompts with the same key have the same image."""
 
 
 @dataclass(frozen=True)
 class Draw:
     """One continuation to draw from a node.
 
-    Its random numbers depend only on ``seed``, wherever in a batch it ends up. ``greedy`` takes
-    the most likely token instead.
+    Its random numbers depend only on ``seed``, wherever in a batch it ends up.
     """
 
     node: Node
+    max_tokens: int
+    """The maximum number of tokens of this continuation."""
     seed: int = 0
     temperature: float = 1.0
     greedy: bool = False
+    """Take the most likely token instead of a random one."""
+    whole: bool = False
+    """Do not stop at the end of a sentence."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,11 @@ class Continuation:
     """The prefix with this continuation; None after the end of a response."""
 
 
+R = TypeVar("R")
+Steps = Generator[list[Draw], list[Continuation], R]
+"""Work on one prompt: yields draws, is sent their continuations in the same order, returns R."""
+
+
 @dataclass(frozen=True)
 class TokenDistribution:
     """Probabilities of the requested tokens, renormalised, and their share of the full softmax."""
@@ -65,19 +87,28 @@ class TokenDistribution:
 class SamplingEngine(Protocol):
     """Continues responses of a policy."""
 
-    def open(self, prompts: Sequence[Prompt]) -> list[Node]:
-        """Encodes images and prompts, each once, and returns a node for each prompt."""
+    batch: int
+    """Prompts that are opened together."""
+    in_flight: int
+    """Prompts that may be open at the same time; at least ``batch``."""
+
+    def prepare(self, prompts: Sequence[Prompt]) -> Any:
+        """Loads images and encodes texts, on the CPU. May run in another thread than the rest."""
         ...
 
-    def extend(
-        self, draws: Sequence[Draw], *, max_tokens: int, whole: bool = False
-    ) -> list[Continuation]:
-        """Draws one continuation per draw, to the next sentence end or the end of the response.
+    def open(self, prepared: Any) -> list[Node]:
+        """Returns a node for each of the prompts that `prepare` got together."""
+        ...
 
-        Args:
-            draws: What to draw; several may share a node.
-            max_tokens: The maximum number of tokens in one continuation.
-            whole: Do not stop at sentence ends.
+    def submit(self, draws: Sequence[Draw]) -> list[int]:
+        """Accepts draws, of which several may share a node; returns a ticket for each."""
+        ...
+
+    def finished(self) -> list[tuple[int, Continuation]]:
+        """Waits until at least one of the submitted draws is finished.
+
+        Returns:
+            Tickets with what was drawn, in any order, each once; empty if nothing is submitted.
         """
         ...
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from srccore.data.records import Category, Judgement, Response, Sample
 from srccore.errors import UserError
-from srccore.method.engine import Draw, Prompt, SamplingEngine
+from srccore.method.engine import Draw, Node, Steps
 from srccore.method.facts import check_rationale
 from srccore.method.response import ParsedResponse, parse, same_answer
 
@@ -195,31 +195,27 @@ class Figures(FigureSet):
     by_category: dict[Category, FigureSet]
 
 
-def answer(
-    engine: SamplingEngine, prompts: Sequence[tuple[str, Prompt]], max_tokens: int
-) -> dict[str, Response]:
-    """Answers prompts greedily, in one batch.
+def answer(root: Node, *, sample_id: str, max_tokens: int) -> Steps[Response]:
+    """Answers one prompt greedily; for `srccore.method.driver.drive`.
 
     Args:
-        engine: Writes the policy's responses.
-        prompts: Sample ids with their prompts.
-        max_tokens: The maximum number of tokens in one response.
+        root: The sample's prompt, in an engine.
+        sample_id: The sample.
+        max_tokens: The maximum number of tokens in the response.
+
+    Yields:
+        One draw.
 
     Returns:
-        The responses by sample id.
+        The response.
     """
-    nodes = engine.open([prompt for _, prompt in prompts])
-    draws = [Draw(node, greedy=True) for node in nodes]
-    drawn = engine.extend(draws, max_tokens=max_tokens, whole=True)
-    return {
-        sample_id: Response(
-            sample_id=sample_id,
-            text=found.text.strip(),
-            token_count=found.token_count,
-            finished=found.stop == "end",
-        )
-        for (sample_id, _), found in zip(prompts, drawn, strict=True)
-    }
+    (found,) = yield [Draw(root, max_tokens, greedy=True, whole=True)]
+    return Response(
+        sample_id=sample_id,
+        text=found.text.strip(),
+        token_count=found.token_count,
+        finished=found.stop == "end",
+    )
 
 
 def judge_responses(

@@ -1,9 +1,9 @@
-"""Stage 2: sentence-level beam search for candidate responses. Pure, over a `SamplingEngine`.
+"""Stage 2: sentence-level beam search for candidate responses. Pure: it yields what to draw.
 
 The paper searches by sentences so that candidates differ in reasoning and not in wording; the
-details here are a reconstruction (docs/method.md). Every step extends all live beams of all
-samples of a batch by one sentence. Random numbers depend on the seed, the round, the sample and
-the text of the beam, never on a batch or a shard.
+details here are a reconstruction (docs/method.md). Every step extends all live beams of a sample
+by one sentence. Random numbers depend on the seed, the round, the sample and the text of the beam,
+never on a batch, a shard or the order in which an engine finishes draws.
 
 A candidate has a rationale and an answer. Other finished responses, such as a bare answer, are
 counted and take no place among the beams or in the pool: rated as candidates, they would lose to
@@ -20,10 +20,10 @@ from srccore.config import SearchConfig
 from srccore.data.records import Candidate, CandidateSet
 from srccore.hashing import hash_text, stable_hash
 from srccore.method.duplicates import is_duplicate, words
-from srccore.method.engine import Continuation, Draw, Node, Prompt, SamplingEngine
+from srccore.method.engine import Continuation, Draw, Node, Steps
 from srccore.method.response import has_rationale
 
-__all__ = ["Beam", "candidate_id", "search_candidates", "select", "similarity"]
+__all__ = ["Beam", "candidate_id", "search", "select", "similarity"]
 
 
 @dataclass(frozen=True)
@@ -56,64 +56,63 @@ class Beam:
         )
 
 
-def search_candidates(
-    engine: SamplingEngine,
-    prompts: Sequence[tuple[str, Prompt]],
-    config: SearchConfig,
-    *,
-    seed: int,
-    round_number: int,
-) -> list[CandidateSet]:
-    """Searches candidates for a batch of samples.
+def search(
+    root: Node, *, sample_id: str, config: SearchConfig, seed: int, round_number: int
+) -> Steps[CandidateSet]:
+    """Searches candidates for one sample; for `srccore.method.driver.drive`.
 
     Args:
-        engine: Continues the policy's responses.
-        prompts: Sample ids with their prompts; they share the engine's batches.
+        root: The sample's prompt, in an engine.
+        sample_id: The sample.
         config: The search's settings.
         seed: The run's seed.
         round_number: The round; each round draws different random numbers.
 
+    Yields:
+        The draws of a step: a sentence for every live beam, or whole responses at the end.
+
     Returns:
-        A set per sample, in the order of ``prompts``, with the best candidate first. A set may
-        have fewer than ``config.candidates``.
+        The candidates, the best first. There may be fewer than ``config.candidates``.
     """
-    roots = engine.open([prompt for _, prompt in prompts])
-    searches = [
-        _Search(f"{seed}/{round_number}/{sample_id}", Beam("", 0.0, 0, root))
-        for (sample_id, _), root in zip(prompts, roots, strict=True)
-    ]
+    state = _Search(f"{seed}/{round_number}/{sample_id}", Beam("", 0.0, 0, root), config)
     if config.strategy == "beam":
-        _search_beams(engine, searches, config)
-    _fill(engine, searches, config)
-    return [
-        search.result(sample_id, config.candidates)
-        for (sample_id, _), search in zip(prompts, searches, strict=True)
-    ]
+        yield from _search_beams(state)
+    yield from _fill(state)
+    return state.result(sample_id)
 
 
 class _Search:
     """The state of one sample's search: live beams and the pool of candidates."""
 
-    def __init__(self, key: str, root: Beam) -> None:
+    def __init__(self, key: str, root: Beam, config: SearchConfig) -> None:
         self.key = key
         self.root = root
+        self.config = config
         self.live = [root]
         self.pool: dict[str, Beam] = {}
         self.drawn: Counter[str] = Counter()
         self.unfinished = 0
         self.unparsed = 0
 
-    def draws(self, count: int, temperature: float) -> list[list[tuple[Beam, Draw]]]:
-        """Makes ``count`` draws from each live beam; further ones get other random numbers."""
-        planned = []
+    def draw(self, count: int, *, whole: bool = False) -> Steps[list[list[Beam]]]:
+        """Makes ``count`` draws from each live beam; further ones get other random numbers.
+
+        Returns:
+            The children of each live beam.
+        """
+        config = self.config
+        limit = config.max_sentence_tokens * (config.max_sentences if whole else 1)
+        draws = []
         for beam in self.live:
             start = self.drawn[beam.text]
             self.drawn[beam.text] += count
             seeds = [f"{self.key}/{start + number}/{beam.text}" for number in range(count)]
-            planned.append(
-                [(beam, Draw(beam.node, stable_hash(seed), temperature)) for seed in seeds]
-            )
-        return planned
+            draws += [
+                Draw(beam.node, limit, stable_hash(seed), config.temperature, whole=whole)
+                for seed in seeds
+            ]
+        drawn = iter((yield draws))
+        return [[beam.extended(next(drawn)) for _ in range(count)] for beam in self.live]
 
     def usable(self, beams: Sequence[Beam]) -> list[Beam]:
         """Leaves out finished responses that are no candidates, and counts them."""
@@ -127,8 +126,8 @@ class _Search:
         if key not in self.pool or beam.rank < self.pool[key].rank:
             self.pool[key] = beam
 
-    def result(self, sample_id: str, count: int) -> CandidateSet:
-        best = sorted(self.pool.values(), key=lambda beam: beam.rank)[:count]
+    def result(self, sample_id: str) -> CandidateSet:
+        best = sorted(self.pool.values(), key=lambda beam: beam.rank)[: self.config.candidates]
         candidates = (
             Candidate(
                 id=candidate_id(sample_id, beam.text.strip()),
@@ -146,64 +145,42 @@ class _Search:
         )
 
 
-def _search_beams(engine: SamplingEngine, searches: list[_Search], config: SearchConfig) -> None:
+def _search_beams(state: _Search) -> Steps[None]:
+    config = state.config
     for sentence in range(config.max_sentences):
-        active = [search for search in searches if search.live]
+        if not state.live:
+            return
         count = config.branch if sentence else config.width * config.branch
-        families = _draw(engine, active, config, count=count)
-        for search, children in zip(active, families, strict=True):
-            kept = select([search.usable(family) for family in children], config)
-            for beam in kept:
-                if beam.is_finished:
-                    search.finish(beam)
-            search.live = [beam for beam in kept if not beam.is_finished]
-            if len(search.pool) >= config.candidates:
-                search.live = []
-    _draw_to_the_end(engine, searches, config, count=1)
-
-
-def _fill(engine: SamplingEngine, searches: list[_Search], config: SearchConfig) -> None:
-    """Draws whole responses for the samples that have too few candidates."""
-    for _ in range(config.fill_attempts):
-        for search in searches:
-            search.live = [search.root] if len(search.pool) < config.candidates else []
-        _draw_to_the_end(engine, searches, config, count=config.candidates)
-
-
-def _draw_to_the_end(
-    engine: SamplingEngine, searches: list[_Search], config: SearchConfig, count: int
-) -> None:
-    active = [search for search in searches if search.live]
-    families = _draw(engine, active, config, count=count, whole=True)
-    for search, children in zip(active, families, strict=True):
-        for beam in (beam for family in children for beam in search.usable(family)):
+        families = yield from state.draw(count)
+        kept = select([state.usable(family) for family in families], config)
+        for beam in kept:
             if beam.is_finished:
-                search.finish(beam)
-            else:
-                search.unfinished += 1
-        search.live = []
+                state.finish(beam)
+        state.live = [beam for beam in kept if not beam.is_finished]
+        if len(state.pool) >= config.candidates:
+            state.live = []
+    yield from _draw_to_the_end(state, count=1)
 
 
-def _draw(
-    engine: SamplingEngine,
-    searches: list[_Search],
-    config: SearchConfig,
-    *,
-    count: int,
-    whole: bool = False,
-) -> list[list[list[Beam]]]:
-    """Draws from all live beams of all searches at once; returns children by search and parent."""
-    planned = [search.draws(count, config.temperature) for search in searches]
-    draws = [draw for plan in planned for family in plan for _, draw in family]
-    if not draws:
-        return [[] for _ in searches]
-    sentences = config.max_sentences if whole else 1
-    drawn = iter(
-        engine.extend(draws, max_tokens=config.max_sentence_tokens * sentences, whole=whole)
-    )
-    return [
-        [[beam.extended(next(drawn)) for beam, _ in family] for family in plan] for plan in planned
-    ]
+def _fill(state: _Search) -> Steps[None]:
+    """Draws whole responses if there are too few candidates."""
+    for _ in range(state.config.fill_attempts):
+        if len(state.pool) >= state.config.candidates:
+            return
+        state.live = [state.root]
+        yield from _draw_to_the_end(state, count=state.config.candidates)
+
+
+def _draw_to_the_end(state: _Search, count: int) -> Steps[None]:
+    if not state.live:
+        return
+    families = yield from state.draw(count, whole=True)
+    for beam in (beam for family in families for beam in state.usable(family)):
+        if beam.is_finished:
+            state.finish(beam)
+        else:
+            state.unfinished += 1
+    state.live = []
 
 
 def select(families: Sequence[Sequence[Beam]], config: SearchConfig) -> list[Beam]:

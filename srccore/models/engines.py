@@ -10,12 +10,13 @@ from srccore.models.device import open_device
 __all__ = ["rating_engine", "sampling_engine"]
 
 
-def sampling_engine(policy: Path, device: str) -> SamplingEngine:
+def sampling_engine(policy: Path, device: str, batch_size: int) -> SamplingEngine:
     """Loads a policy into the engine that samples from it.
 
     Args:
         policy: A ``policy.json`` or its folder.
         device: ``cpu``, ``cuda`` or ``auto``.
+        batch_size: Prompts whose responses are decoded together.
 
     Returns:
         The engine, on that device.
@@ -24,7 +25,7 @@ def sampling_engine(policy: Path, device: str) -> SamplingEngine:
     from srccore.models.transformers import TransformersSamplingEngine
 
     loaded = load_policy(read_policy(policy), open_device(device))
-    return TransformersSamplingEngine(loaded.model, loaded.processor)
+    return TransformersSamplingEngine(loaded.model, loaded.processor, batch_size)
 
 
 def rating_engine(folder: Path, device: str, batch_size: int) -> RatingEngine:

@@ -1,14 +1,16 @@
 """Engines based on transformers: for any device, and the default on a CPU.
 
 Sampling encodes each image and each prompt once; a node is a row of a batch of responses, and
-extending it continues from its cache, so no prefix is ever encoded twice
+drawing from it continues from its cache, so no prefix is ever encoded twice
 (`srccore.models.shared_prefix`). Positions are the model's own: those of Qwen2.5-VL depend on the
 image.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,20 +51,25 @@ class _Node:
 
 
 class TransformersSamplingEngine:
-    """Continues responses of a vision-language model.
+    """Continues responses of a vision-language model, those of one batch of prompts at a time.
 
     Args:
         model: A model for conditional generation from an image and a text.
         processor: Its processor, with a chat template that ends a turn.
+        batch_size: Prompts that are opened, and whose responses are decoded, together.
 
     Raises:
         UserError: The model's attention is of a kind that the engine does not support, or the
             chat template does not end a turn.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, batch_size: int) -> None:
+        self.batch = self.in_flight = batch_size
         self._model = model.eval()
-        self._processor = processor
+        # Its own: a tokenizer must not be used by two threads at a time.
+        self._processor = copy.deepcopy(processor)
+        self._submitted: dict[int, Draw] = {}
+        self._tickets = itertools.count()
         self._tokenizer = processor.tokenizer
         _check_attention(model)
         tokens = _tokens_by_id(model, self._tokenizer)
@@ -71,14 +78,16 @@ class TransformersSamplingEngine:
         banned = banned_tokens(model, processor)
         self._banned = torch.tensor(banned, dtype=torch.long, device=model.device)
 
+    def prepare(self, prompts: Sequence[Prompt]) -> Any:
+        """Returns the model's inputs, with padding on the left."""
+        return encode_prompts(self._processor, prompts)
+
     @torch.inference_mode()
-    def open(self, prompts: Sequence[Prompt]) -> list[_Node]:
+    def open(self, prepared: Any) -> list[_Node]:
         """Encodes images and prompts in one forward pass."""
         inputs = {
             name: value.to(self._model.dtype) if value.is_floating_point() else value
-            for name, value in encode_prompts(self._processor, prompts)
-            .to(self._model.device)
-            .items()
+            for name, value in prepared.to(self._model.device).items()
         }
         positions, following = self._positions(inputs)
         cache = prompt_cache()
@@ -93,12 +102,12 @@ class TransformersSamplingEngine:
         encoded = Prompts([(layer.keys, layer.values) for layer in cache.layers], mask, following)
         batch = Responses(
             prompts=encoded,
-            owners=torch.arange(len(prompts), device=mask.device),
+            owners=torch.arange(len(mask), device=mask.device),
             layers=[],
             mask=mask[:, :0],
             logits=output.logits[:, -1].float(),
         )
-        return [_Node(batch, row) for row in range(len(prompts))]
+        return [_Node(batch, row) for row in range(len(mask))]
 
     def _positions(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Returns the positions of the prompts' tokens, and of the token after each prompt."""
@@ -110,21 +119,30 @@ class TransformersSamplingEngine:
         positions, shift = of_images(**{n: v for n, v in inputs.items() if n in accepted})
         return positions, mask.sum(-1) + shift[:, 0]
 
-    @torch.inference_mode()
-    def extend(
-        self, draws: Sequence[Draw], *, max_tokens: int, whole: bool = False
-    ) -> list[Continuation]:
-        """Draws one continuation per draw; draws of prompts opened together share batches."""
-        groups: dict[int, list[int]] = {}
-        for number, draw in enumerate(draws):
-            groups.setdefault(id(draw.node.batch.prompts), []).append(number)
-        results: dict[int, Continuation] = {}
-        for numbers in groups.values():
-            group = [draws[number] for number in numbers]
-            results.update(zip(numbers, self._extend_group(group, max_tokens, whole), strict=True))
-        return [results[number] for number in range(len(draws))]
+    def submit(self, draws: Sequence[Draw]) -> list[int]:
+        """Accepts draws; `finished` decodes them."""
+        tickets = list(itertools.islice(self._tickets, len(draws)))
+        self._submitted.update(zip(tickets, draws, strict=True))
+        return tickets
 
-    def _extend_group(self, draws: list[Draw], max_tokens: int, whole: bool) -> list[Continuation]:
+    @torch.inference_mode()
+    def finished(self) -> list[tuple[int, Continuation]]:
+        """Decodes all submitted draws of one length limit, of prompts that were opened together.
+
+        The shortest come first. So a search that draws whole responses waits until the others of
+        its batch do so, too, instead of holding up their sentences.
+        """
+        if not self._submitted:
+            return []
+        first = _group(min(self._submitted.values(), key=_group))
+        tickets = [ticket for ticket, draw in self._submitted.items() if _group(draw) == first]
+        draws = [self._submitted.pop(ticket) for ticket in tickets]
+        found = self._decode_together(draws, draws[0].max_tokens, draws[0].whole)
+        return list(zip(tickets, found, strict=True))
+
+    def _decode_together(
+        self, draws: list[Draw], max_tokens: int, whole: bool
+    ) -> list[Continuation]:
         decoding = Decoding(self._model, [(draw.node.batch, draw.node.row) for draw in draws])
         choose = _Chooser(draws, max_tokens, self._banned)
         writers = [_Row(draw.node.tokens, self._decode(draw.node.tokens)) for draw in draws]
@@ -141,9 +159,11 @@ class TransformersSamplingEngine:
 
         for step in range(max_tokens):
             tokens, scores = choose(decoding.logits, step)
+            # One copy to the host per step. A float64 represents every token id.
+            drawn = torch.stack([tokens.double(), scores.double()]).tolist()
             fed = [
-                self._write(writers[row], token, score, whole)
-                for row, token, score in zip(rows, tokens.tolist(), scores.tolist(), strict=True)
+                self._write(writers[row], int(token), score, whole)
+                for row, token, score in zip(rows, *drawn, strict=True)
             ]
             # A row that drew its last token at the limit is still fed it, to be continued later.
             if not any(fed):
@@ -205,6 +225,11 @@ class TransformersSamplingEngine:
             list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+
+def _group(draw: Draw) -> tuple[int, bool, int]:
+    """Draws of the same group can be decoded together."""
+    return draw.max_tokens, draw.whole, id(draw.node.batch.prompts)
 
 
 class _Row:
@@ -321,7 +346,7 @@ def encode_prompts(processor: Any, prompts: Sequence[Prompt]) -> Any:
     """Renders prompts with the chat template and encodes them, with padding on the left."""
     texts = [prompt_text(processor, prompt.question) for prompt in prompts]
     return processor(
-        images=[prompt.image for prompt in prompts],
+        images=[prompt.image() for prompt in prompts],
         text=texts,
         add_special_tokens=False,
         padding=True,

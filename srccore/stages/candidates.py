@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence, Set
+from functools import partial
 from pathlib import Path
 
 from srccore.config import AnnotationConfig, ScoringConfig, SearchConfig
 from srccore.data import dataset, sampling
 from srccore.data.records import CandidateSet, Rating, Sample, Unrated, read_records, write_records
 from srccore.method import scoring, search
+from srccore.method.driver import Search, drive
 from srccore.method.engine import Prompt
 from srccore.models.engines import rating_engine, sampling_engine
 from srccore.stages.folder import StageFolder
@@ -89,17 +91,25 @@ def _search(
         key=lambda sample: (len(sample.question), sample.id),
     )
     if todo:
-        engine = sampling_engine(policy, machine.device)
-    for done in range(0, len(todo), config.batch_size):
-        batch = todo[done : done + config.batch_size]
-        prompts = [
-            (sample.id, Prompt(opened.image(sample.id), sample.question)) for sample in batch
-        ]
-        found = search.search_candidates(
-            engine, prompts, config, seed=seed, round_number=round_number
+        engine = sampling_engine(policy, machine.device, config.batch_size)
+        searches = (
+            Search(
+                Prompt(partial(opened.image, sample.id), sample.question, sample.id),
+                partial(
+                    search.search,
+                    sample_id=sample.id,
+                    config=config,
+                    seed=seed,
+                    round_number=round_number,
+                ),
+            )
+            for sample in todo
         )
-        journal.append(*found)
-        machine.progress(len(known) + done + len(batch), len(samples))
+        done = len(known)
+        for found in drive(engine, searches):
+            journal.append(*found)
+            done += len(found)
+            machine.progress(done, len(samples))
     sets = {record.sample_id: record for record in journal.records()}
     ordered = [sets[sample.id] for sample in samples]
     write_records(out / "candidates.jsonl", CandidateSet, ordered)

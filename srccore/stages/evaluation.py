@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from srccore.config import EvaluationConfig
@@ -11,6 +11,7 @@ from srccore.data import dataset
 from srccore.data.records import Judgement, Response, Sample, read_records, write_records
 from srccore.files import write_json
 from srccore.method import evaluation
+from srccore.method.driver import Search, drive
 from srccore.method.engine import Prompt, SamplingEngine
 from srccore.models.engines import sampling_engine
 from srccore.stages.folder import StageFolder
@@ -56,19 +57,31 @@ def evaluate(
     if folder.figures is not None:
         return folder.figures
     opened = dataset.open_data(data)
-    engine = sampling_engine(policy, machine.device)
-    order = sorted(opened.samples, key=lambda sample: (len(sample.question), sample.id))
-    responses = answer_all(
-        engine, opened, order, config.batch_size, config.max_tokens, machine.progress
+    journal: Journal[Response | Judgement] = Journal(out, Response, Judgement)
+    records = journal.records()
+    responses = {each.sample_id: each for each in records if isinstance(each, Response)}
+    todo = sorted(
+        (sample for sample in opened.samples if sample.id not in responses),
+        key=lambda sample: (len(sample.question), sample.id),
     )
+    if todo:
+        engine = sampling_engine(policy, machine.device, config.batch_size)
+        for found in answer_all(engine, opened, todo, config.max_tokens):
+            journal.append(*found)
+            responses |= {response.sample_id: response for response in found}
+            machine.progress(len(responses), len(opened.samples))
     write_records(
         out / "responses.jsonl", Response, [responses[sample.id] for sample in opened.samples]
     )
-    journal = Journal(out, Judgement)
+    judgements = {each.sample_id: each for each in records if isinstance(each, Judgement)}
     if config.judge == "endpoint":
-        _ask_judge(config, opened, responses, journal, machine.progress)
-    judgements = sorted(journal.records(), key=lambda record: record.sample_id)
-    write_records(out / "judgements.jsonl", Judgement, judgements)
+        unjudged = [s for s in opened.samples if not s.facts and s.id not in judgements]
+        for judgement in _judge(config, opened, unjudged, responses, machine.progress):
+            journal.append(judgement)
+            judgements[judgement.sample_id] = judgement
+    write_records(
+        out / "judgements.jsonl", Judgement, [judgements[name] for name in sorted(judgements)]
+    )
     outcomes = read_outcomes(opened.samples, out)
     before = read_outcomes(opened.samples, previous) if previous is not None else None
     figures = evaluation.figures(
@@ -79,61 +92,54 @@ def evaluate(
 
 
 def answer_all(
-    engine: SamplingEngine,
-    opened: dataset.DataSet,
-    samples: Sequence[Sample],
-    batch_size: int,
-    max_tokens: int,
-    progress: Progress = Machine().progress,
-) -> dict[str, Response]:
-    """Answers samples greedily, batch by batch.
+    engine: SamplingEngine, opened: dataset.DataSet, samples: Sequence[Sample], max_tokens: int
+) -> Iterator[list[Response]]:
+    """Answers samples greedily.
 
     Args:
         engine: Writes the policy's responses.
         opened: The data set that has the images.
-        samples: What to answer, in the order of the batches.
-        batch_size: Samples that are answered together.
+        samples: What to answer, in the order of the engine's batches.
         max_tokens: The maximum number of tokens in one response.
-        progress: Receives how many samples are answered.
 
-    Returns:
-        The responses by sample id, in the order of the samples.
+    Yields:
+        Responses that became known together.
     """
-    responses: dict[str, Response] = {}
-    for start in range(0, len(samples), batch_size):
-        batch = samples[start : start + batch_size]
-        prompts = [(each.id, Prompt(opened.image(each.id), each.question)) for each in batch]
-        responses |= evaluation.answer(engine, prompts, max_tokens)
-        progress(start + len(batch), len(samples))
-    return responses
+    return drive(
+        engine,
+        (
+            Search(
+                Prompt(partial(opened.image, sample.id), sample.question, sample.id),
+                partial(evaluation.answer, sample_id=sample.id, max_tokens=max_tokens),
+            )
+            for sample in samples
+        ),
+    )
 
 
-def _ask_judge(
+def _judge(
     config: EvaluationConfig,
     opened: dataset.DataSet,
-    responses: dict[str, Response],
-    journal: Journal[Judgement],
+    samples: Sequence[Sample],
+    responses: Mapping[str, Response],
     progress: Progress,
-) -> None:
-    """Asks of every response whose sample has no facts; what fails stays unjudged."""
+) -> Iterator[Judgement]:
+    """Asks about every response that has a rationale; what fails stays unjudged."""
     from srccore.models.teacher import EndpointTeacher, JudgeRequest
 
-    known = {record.sample_id for record in journal.records()}
     asked = []
-    for sample in opened.samples:
-        if sample.facts or sample.id in known:
-            continue
+    for sample in samples:
         parsed = evaluation.parse_finished(responses[sample.id])
         if parsed is not None and parsed.rationale:
-            image = functools.partial(opened.image, sample.id)
+            image = partial(opened.image, sample.id)
             asked.append(JudgeRequest(sample, parsed, image))
         else:
             # Where there is no rationale there is nothing to ask: it is wrong.
-            journal.append(Judgement(sample_id=sample.id, rationale_right=False, derived_answer=""))
+            yield Judgement(sample_id=sample.id, rationale_right=False, derived_answer="")
     found = EndpointTeacher(config.endpoint).judgements(asked) if asked else ()
     for done, (_, judgement, _) in enumerate(found, start=1):
         if judgement is not None:
-            journal.append(judgement)
+            yield judgement
         progress(done, len(asked))
 
 

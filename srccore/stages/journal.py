@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, Union
+
+from pydantic import TypeAdapter
 
 from srccore.data.records import Record
 from srccore.files import JOURNAL
@@ -19,15 +21,15 @@ class Journal(Generic[R]):
     `StageFolder.finish` deletes it.
     """
 
-    def __init__(self, folder: Path, kind: type[R]) -> None:
+    def __init__(self, folder: Path, *kinds: type[R]) -> None:
         """Opens a stage's journal, which need not exist.
 
         Args:
             folder: The stage's folder.
-            kind: The class of its records.
+            kinds: The classes of its records; no two have the same fields.
         """
         self.path = folder / JOURNAL
-        self.kind = kind
+        self._read: TypeAdapter[R] = TypeAdapter(Union[kinds])  # type: ignore[arg-type]  # noqa: UP007
 
     def append(self, *records: R) -> None:
         """Adds records."""
@@ -42,4 +44,4 @@ class Journal(Generic[R]):
         whole = data[: data.rfind(b"\n") + 1]
         if whole != data:
             self.path.write_bytes(whole)
-        return [self.kind.model_validate_json(line) for line in whole.split(b"\n")[:-1]]
+        return [self._read.validate_json(line) for line in whole.split(b"\n")[:-1]]

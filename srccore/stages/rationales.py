@@ -159,12 +159,12 @@ def tune_rationale(
     loaded = load_trained(policy, machine)
     kept = loaded.folding.newest
     check_kept(kept, adapter=adapter, dtype=model.dtype, section="rationale")
-    engine = TransformersSamplingEngine(loaded.model, loaded.processor)
+    engine = TransformersSamplingEngine(loaded.model, loaded.processor, format_check.BATCH)
     ids = {sample.id for sample in drawn}
     unseen = [sample for sample in opened.samples if sample.id not in ids] or drawn
     asked = sampling.draw(unseen, min(format_check.FORMAT_SAMPLES, len(unseen)), seed=seed)
-    answered = answer_all(engine, opened, asked, format_check.BATCH, format_check.MAX_TOKENS)
-    responses = list(answered.values())
+    answered = answer_all(engine, opened, asked, format_check.MAX_TOKENS)
+    responses = [response for found in answered for response in found]
     format_check.check_format(responses, config.min_format_rate, out)
     write_policy(out, policy)
     return folder.finish(

@@ -10,7 +10,6 @@ import torch
 from awkward.checkpoints import CHECKPOINTS, images
 
 from srccore.config import ModelConfig
-from srccore.method.engine import Prompt
 from srccore.models.families import FAMILIES
 from srccore.models.policy import LoadedPolicy, Policy, load_policy, response_text
 from srccore.models.transformers import encode_prompts
@@ -27,7 +26,7 @@ def test_every_checkpoint_reads_images_of_all_shapes_in_one_batch(
     awkward: Awkward, name: str
 ) -> None:
     policy = load(awkward, name)
-    prompts = [Prompt(image, tiny_models.QUESTION) for image in images()]
+    prompts = [tiny_models.prompt(image) for image in images()]
     inputs = encode_prompts(policy.processor, prompts)
     inputs["pixel_values"] = inputs["pixel_values"].to(policy.model.dtype)
     with torch.no_grad():
@@ -65,11 +64,7 @@ def test_images_of_other_shapes_have_other_numbers_of_tokens(awkward: Awkward) -
     for name in ("llava-next-shapes", "qwen2.5-vl", "smolvlm", "internvl"):
         processor = load(awkward, name).processor
         counts = {
-            int(
-                encode_prompts(processor, [Prompt(image, tiny_models.QUESTION)])[
-                    "input_ids"
-                ].numel()
-            )
+            int(encode_prompts(processor, [tiny_models.prompt(image)])["input_ids"].numel())
             for image in images()
         }
         assert len(counts) > 1, name

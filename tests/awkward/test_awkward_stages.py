@@ -38,7 +38,6 @@ from srccore.data.records import (
     read_records,
     write_records,
 )
-from srccore.method.engine import Prompt
 from srccore.models.families import image_tokens
 from srccore.models.policy import (
     Policy,
@@ -275,7 +274,7 @@ def test_training_sees_the_tokens_and_pixels_of_inference(
     (batch,) = caught.value.args
 
     processor = load_processor(policy.base)
-    asked = encode_prompts(processor, [Prompt(image(), sample.question)])
+    asked = encode_prompts(processor, [tiny_models.prompt(image(), sample.question)])
     said = processor.tokenizer.encode(response_text(processor, chosen), add_special_tokens=False)
     length = int(batch["attention_mask"][0].sum())
     assert batch["input_ids"][0, :length].tolist() == [*asked["input_ids"][0].tolist(), *said]

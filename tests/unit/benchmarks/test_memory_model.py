@@ -17,6 +17,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,8 +35,9 @@ from srccore.config import (
     load_config,
     preset_names,
 )
-from srccore.method.engine import Draw, Prompt
-from srccore.method.search import search_candidates
+from srccore.method.driver import Search, draw_all, drive
+from srccore.method.engine import Draw
+from srccore.method.search import search
 from srccore.models.policy import LoadedPolicy, Policy, load_policy, prompt_text, response_text
 from srccore.models.transformers import TransformersRatingEngine, TransformersSamplingEngine
 from srccore.training.dpo import PreferenceExample, train_dpo
@@ -211,19 +213,13 @@ def test_the_table_names_the_largest_batch_of_each_card() -> None:
     assert search.endswith("| 16 | 8 | 4 |")
 
 
-def _prompts(count: int) -> list[tuple[str, Prompt]]:
-    return [(str(n), Prompt(image(40 + n, 30), tiny_models.QUESTION)) for n in range(count)]
-
-
 def test_a_greedy_evaluation(loaded: LoadedPolicy) -> None:
-    engine = TransformersSamplingEngine(loaded.model, loaded.processor)
-    prompts = [prompt for _, prompt in _prompts(6)]
+    engine = TransformersSamplingEngine(loaded.model, loaded.processor, batch_size=6)
+    prompts = [tiny_models.prompt(image(40 + n, 30)) for n in range(6)]
 
     def work() -> None:
-        nodes = engine.open(prompts)
-        engine.extend(
-            [Draw(node, 0, 1.0, greedy=True) for node in nodes], max_tokens=64, whole=True
-        )
+        nodes = engine.open(engine.prepare(prompts))
+        draw_all(engine, [Draw(node, 64, greedy=True, whole=True) for node in nodes])
 
     overrides = ["evaluation.batch_size=6", "evaluation.max_tokens=64"]
     wanted = predicted(loaded, "evaluate", 64, overrides)
@@ -234,12 +230,19 @@ def test_a_search(loaded: LoadedPolicy, monkeypatch: pytest.MonkeyPatch) -> None
     # Every response is as long as it may be: no token ends a response, and no sentence ends.
     monkeypatch.setattr("srccore.models.transformers.end_tokens", lambda *_: set())
     monkeypatch.setattr("srccore.models.transformers.sentences.first_end", lambda *_: None)
-    engine = TransformersSamplingEngine(loaded.model, loaded.processor)
+    engine = TransformersSamplingEngine(loaded.model, loaded.processor, batch_size=3)
     settings = {"batch_size": 3, "branch": 3, "max_sentences": 2, "max_sentence_tokens": 32}
     overrides = [f"search.{name}={value}" for name, value in settings.items()]
     config = load_config("tiny", overrides).search
     wanted = predicted(loaded, "search-candidates", 2 * 32, overrides)
-    found = measured(lambda: search_candidates(engine, _prompts(3), config, seed=0, round_number=1))
+    searches = [
+        Search(
+            tiny_models.prompt(image(40 + n, 30)),
+            partial(search, sample_id=str(n), config=config, seed=0, round_number=1),
+        )
+        for n in range(3)
+    ]
+    found = measured(lambda: list(drive(engine, searches)))
     assert found == pytest.approx(wanted, rel=TOLERANCE)
 
 

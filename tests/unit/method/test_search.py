@@ -2,67 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_engine import TREE, ToyEngine, prompt
 
 from srccore.config import SearchConfig
 from srccore.hashing import stable_hash
-from srccore.method.engine import Continuation, Draw, Prompt
-from srccore.method.search import Beam, search_candidates, select, similarity
+from srccore.method.driver import Search, drive
+from srccore.method.search import Beam, search, select, similarity
 
-# A toy policy: the sentences that may follow each prefix, with their probabilities. An answer ends
-# the response. Every sentence is one token.
-TREE = {
-    "": {" red is 3.": 0.6, " blue is 5.": 0.4},
-    " red is 3.": {" so seven.": 0.5, "\nAnswer: A": 0.5},
-    " blue is 5.": {"\nAnswer: B": 0.9, "\nAnswer: C": 0.1},
-    " red is 3. so seven.": {"\nAnswer: D": 1.0},
-}
 # A policy that mostly writes a bare answer, or a rationale without one.
 TERSE = {
     "": {"Answer: A": 0.9, " red is 3.": 0.1},
     " red is 3.": {"\nAnswer: B": 0.1, " STOP": 0.9},
 }
-
-
-class ToyEngine:
-    """Draws by inverse transform sampling from `TREE`, each draw with its own seed."""
-
-    def __init__(self, tree: dict[str, dict[str, float]] = TREE) -> None:
-        self.tree = tree
-        self.calls: list[int] = []
-        self.seeds: list[int] = []
-        self.opened = 0
-
-    def open(self, prompts: Sequence[Prompt]) -> list[str]:
-        self.opened += len(prompts)
-        return [""] * len(prompts)
-
-    def extend(
-        self, draws: Sequence[Draw], *, max_tokens: int, whole: bool = False
-    ) -> list[Continuation]:
-        self.calls.append(len(draws))
-        self.seeds += [draw.seed for draw in draws]
-        return [self._draw(draw, whole) for draw in draws]
-
-    def _draw(self, draw: Draw, whole: bool) -> Continuation:
-        rng = np.random.Generator(np.random.Philox(key=draw.seed))
-        prefix, text, tokens, score = draw.node, "", 0, 0.0
-        while True:
-            options = self.tree[prefix + text]
-            heights = np.cumsum(list(options.values()))
-            sentence = list(options)[int(np.searchsorted(heights, rng.random() * heights[-1]))]
-            score += math.log(options[sentence])
-            text, tokens = text + sentence, tokens + 1
-            if "Answer" in sentence or "STOP" in sentence:
-                return Continuation(text, tokens, score, "end", None)
-            if not whole:
-                return Continuation(text, tokens, score, "sentence", prefix + text)
 
 
 def _config(**changes: object) -> SearchConfig:
@@ -82,11 +40,17 @@ def _search(
     ids: Sequence[str] = ("s",),
     round_number: int = 1,
     tree: dict[str, dict[str, float]] = TREE,
+    **engine_settings: Any,
 ):
-    engine = ToyEngine(tree)
-    prompts = [(name, Prompt(None, "?")) for name in ids]
-    found = search_candidates(engine, prompts, config, seed=0, round_number=round_number)
-    return engine, found
+    engine = ToyEngine(tree, **engine_settings)
+    searches = [
+        Search(
+            prompt(name),
+            partial(search, sample_id=name, config=config, seed=0, round_number=round_number),
+        )
+        for name in ids
+    ]
+    return engine, [result for found in drive(engine, searches) for result in found]
 
 
 def test_all_responses_of_the_toy_are_found_and_ranked_by_mean_log_probability() -> None:
@@ -115,7 +79,7 @@ def test_a_round_draws_width_times_branch_at_the_root_and_branch_per_beam_after(
     engine, _ = _search(_config())
     # Root: 4 * 40. Round 2: two beams (red, blue), 40 each. Round 3: one beam (seven).
     assert engine.calls == [160, 80, 40]
-    assert engine.opened == 1
+    assert engine.opened == [["s"]]
 
 
 def test_the_search_ends_when_the_pool_is_full_and_cuts_a_surplus_by_rank() -> None:
@@ -146,6 +110,18 @@ def test_the_draws_of_a_sample_depend_on_no_other_sample() -> None:
     alone = [_search(narrow, [name])[1][0] for name in ids]
     assert together == alone
     assert len({record.candidates for record in together}) > 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 4), st.integers(0, 99))
+def test_the_order_in_which_draws_finish_changes_nothing(
+    batch: int, more: int, shuffle: int
+) -> None:
+    config = _config(width=2, branch=2, candidates=3)
+    ids = [f"sample {number}" for number in range(12)]
+    in_order = _search(config, ids)[1]
+    shuffled = _search(config, ids, batch=batch, in_flight=batch + more, shuffle=shuffle)[1]
+    assert {each.sample_id: each for each in shuffled} == {e.sample_id: e for e in in_order}
 
 
 def test_another_round_draws_afresh() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from srccore.config import ModelConfig
 from srccore.errors import UserError
+from srccore.method.driver import draw_all
 from srccore.method.engine import Continuation, Draw, Prompt
 from srccore.models import transformers
 from srccore.models.policy import LoadedPolicy, Policy, load_policy, response_text
@@ -26,7 +27,7 @@ from srccore.models.transformers import (
 
 Awkward = Callable[[str], ModelConfig]
 QUESTIONS = [tiny_models.QUESTION, "Why?", "Is it red or blue? " + tiny_models.OTHER, "How?"]
-PROMPTS = [Prompt(image, text) for image, text in zip(images(), QUESTIONS, strict=True)]
+PROMPTS = [tiny_models.prompt(image, text) for image, text in zip(images(), QUESTIONS, strict=True)]
 
 
 def load(awkward: Awkward, name: str, dtype: str = "float32") -> LoadedPolicy:
@@ -35,7 +36,11 @@ def load(awkward: Awkward, name: str, dtype: str = "float32") -> LoadedPolicy:
 
 
 def engine(policy: LoadedPolicy) -> TransformersSamplingEngine:
-    return TransformersSamplingEngine(policy.model, policy.processor)
+    return TransformersSamplingEngine(policy.model, policy.processor, batch_size=len(PROMPTS))
+
+
+def opened(sampler: TransformersSamplingEngine, prompts: Sequence[Prompt]) -> list[Any]:
+    return sampler.open(sampler.prepare(prompts))
 
 
 @contextlib.contextmanager
@@ -90,10 +95,8 @@ def test_greedy_decoding_equals_generate_token_for_token(awkward: Awkward, name:
         eos_token_id=sorted(end_tokens(policy.model, policy.processor)),
         suppress_tokens=banned_tokens(policy.model, policy.processor),
     )[:, inputs["input_ids"].shape[1] :]
-    draws = [Draw(node, greedy=True) for node in sampler.open(PROMPTS)]
-    for drawn, wanted in zip(
-        sampler.extend(draws, max_tokens=24, whole=True), generated.tolist(), strict=True
-    ):
+    draws = [Draw(node, 24, greedy=True, whole=True) for node in opened(sampler, PROMPTS)]
+    for drawn, wanted in zip(draw_all(sampler, draws), generated.tolist(), strict=True):
         if drawn.stop == "end":
             assert wanted[drawn.token_count - 1] in end_tokens(policy.model, policy.processor)
             text = wanted[: drawn.token_count]
@@ -106,13 +109,13 @@ def drawn_in_two_steps(
     sampler: TransformersSamplingEngine, prompts: Sequence[Prompt], seeds: Sequence[int]
 ) -> list[tuple[Continuation, Continuation | None]]:
     """A response per seed to each prompt, continued once where it has not ended."""
-    draws = [Draw(node, seed=seed) for node in sampler.open(prompts) for seed in seeds]
+    draws = [Draw(node, 10, seed) for node in opened(sampler, prompts) for seed in seeds]
     found: list[tuple[Continuation, Continuation | None]] = [
-        (drawn, None) for drawn in sampler.extend(draws, max_tokens=10)
+        (drawn, None) for drawn in draw_all(sampler, draws)
     ]
     alive = [number for number, (drawn, _) in enumerate(found) if drawn.stop != "end"]
-    again = [Draw(found[number][0].node, seed=draws[number].seed + 100) for number in alive]
-    for number, drawn in zip(alive, sampler.extend(again, max_tokens=10), strict=True):
+    again = [Draw(found[number][0].node, 10, draws[number].seed + 100) for number in alive]
+    for number, drawn in zip(alive, draw_all(sampler, again), strict=True):
         found[number] = (found[number][0], drawn)
     return found
 
@@ -174,9 +177,14 @@ def test_only_text_is_ever_drawn(awkward: Awkward, name: str) -> None:
     unwanted = [*range(len(tokenizer), size), image, *({tokenizer.pad_token_id} - ends)]
     sampler = engine(policy)
     with favouring(policy.model, unwanted, 50.0):
-        roots = sampler.open(PROMPTS)
-        draws = [Draw(node, seed=7) for node in roots] + [Draw(node, greedy=True) for node in roots]
-        found = sampler.extend(draws, max_tokens=12, whole=True)
+        roots = opened(sampler, PROMPTS)
+        found = draw_all(
+            sampler,
+            [
+                *(Draw(node, 12, seed=7, whole=True) for node in roots),
+                *(Draw(node, 12, greedy=True, whole=True) for node in roots),
+            ],
+        )
     written = {token for drawn in found if drawn.node for token in drawn.node.tokens}
     assert written
     assert not written & set(tokenizer.all_special_ids)
@@ -199,17 +207,17 @@ def test_a_response_ends_at_the_end_that_any_of_three_names(
     assert sorted(end_tokens(policy.model, policy.processor)) == [1, 2, 5]
     with favouring(policy.model, [end], 50.0):
         sampler = engine(policy)
-        (drawn,) = sampler.extend([Draw(sampler.open(PROMPTS[:1])[0])], max_tokens=5)
+        (drawn,) = draw_all(sampler, [Draw(opened(sampler, PROMPTS[:1])[0], 5)])
     assert (drawn.text, drawn.stop, drawn.token_count) == ("", "end", 1)
 
 
 def test_the_cache_of_a_prompt_is_in_memory_once(awkward: Awkward) -> None:
     policy = load(awkward, "padded-vocabulary")
     sampler = engine(policy)
-    roots = sampler.open(PROMPTS[:2])
-    draws = [Draw(node, seed=seed) for node in roots for seed in range(6)]
-    first = [drawn for drawn in sampler.extend(draws, max_tokens=6) if drawn.node]
-    second = sampler.extend([Draw(drawn.node) for drawn in first], max_tokens=6)
+    roots = opened(sampler, PROMPTS[:2])
+    draws = [Draw(node, 6, seed) for node in roots for seed in range(6)]
+    first = [drawn for drawn in draw_all(sampler, draws) if drawn.node]
+    second = draw_all(sampler, [Draw(drawn.node, 6) for drawn in first])
     nodes = [drawn.node for drawn in (*first, *second) if drawn.node]
     assert {id(node.batch.prompts) for node in nodes} == {id(roots[0].batch.prompts)}
     for node in nodes:
@@ -231,12 +239,12 @@ def test_rows_that_have_stopped_leave_the_batch_and_change_nothing(
         for share in (0.25, 2.0):
             monkeypatch.setattr(transformers, "_WORTH_DROPPING", share)
             rows.clear()
-            roots = sampler.open(PROMPTS)
-            draws = [Draw(node, seed=seed) for node in roots for seed in range(6)]
-            drawn = sampler.extend(draws, max_tokens=30)
+            roots = opened(sampler, PROMPTS)
+            draws = [Draw(node, 30, seed) for node in roots for seed in range(6)]
+            drawn = draw_all(sampler, draws)
             steps[share] = rows[1:]  # after encoding the prompts
-            found[share] = drawn + sampler.extend(
-                [Draw(each.node, seed=1) for each in drawn if each.node], max_tokens=10
+            found[share] = drawn + draw_all(
+                sampler, [Draw(each.node, 10, seed=1) for each in drawn if each.node]
             )
     assert set(steps[2.0]) == {24}
     assert len(steps[0.25]) == len(steps[2.0])
@@ -269,12 +277,31 @@ def test_memory_that_holds_no_token_is_never_read(
     ]
 
 
+def test_short_draws_come_before_long_ones_and_batches_are_not_mixed(awkward: Awkward) -> None:
+    policy = load(awkward, "padded-vocabulary")
+    sampler = engine(policy)
+    first, second = opened(sampler, PROMPTS[:2]), opened(sampler, PROMPTS[2:])
+    tickets = sampler.submit(
+        [
+            Draw(first[0], 9, greedy=True, whole=True),
+            Draw(first[1], 4, greedy=True),
+            Draw(second[0], 4, greedy=True),
+            Draw(first[0], 4, seed=1),
+        ]
+    )
+    finished = []
+    while group := sampler.finished():
+        finished.append(sorted(ticket for ticket, _ in group))
+    assert sorted(finished[:2]) == [[tickets[1], tickets[3]], [tickets[2]]]
+    assert finished[2:] == [[tickets[0]]]
+
+
 def test_a_greedy_draw_is_greedy_next_to_sampled_ones(awkward: Awkward) -> None:
     policy = load(awkward, "padded-vocabulary")
     sampler = engine(policy)
-    root = sampler.open(PROMPTS[:1])[0]
-    (alone,) = sampler.extend([Draw(root, greedy=True)], max_tokens=8)
-    _, mixed = sampler.extend([Draw(root, seed=3), Draw(root, greedy=True)], max_tokens=8)
+    root = opened(sampler, PROMPTS[:1])[0]
+    (alone,) = draw_all(sampler, [Draw(root, 8, greedy=True)])
+    _, mixed = draw_all(sampler, [Draw(root, 8, seed=3), Draw(root, 8, greedy=True)])
     assert mixed.text == alone.text
 
 
@@ -282,9 +309,9 @@ def test_logits_that_are_not_numbers_are_an_error(awkward: Awkward) -> None:
     policy = load(awkward, "padded-vocabulary")
     sampler = engine(policy)
     with favouring(policy.model, [7], float("nan")):
-        root = sampler.open(PROMPTS[:1])[0]
+        root = opened(sampler, PROMPTS[:1])[0]
         with pytest.raises(UserError, match=r"not numbers in torch\.float32"):
-            sampler.extend([Draw(root)], max_tokens=3)
+            draw_all(sampler, [Draw(root, 3)])
 
 
 def test_attention_of_another_kind_is_refused(awkward: Awkward) -> None:

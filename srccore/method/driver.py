@@ -1,0 +1,168 @@
+"""Runs many searches on one engine, so that the engine never waits for a single search.
+
+A search is a generator (`srccore.method.engine.Steps`): it yields draws and is sent their
+continuations. Which draws an engine computes together, and in what order they finish, is its own
+affair: random numbers depend on sample and text, so results do not depend on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+from srccore.method.engine import Continuation, Draw, Node, Prompt, SamplingEngine, Steps
+
+__all__ = ["Search", "draw_all", "drive"]
+
+R = TypeVar("R")
+
+_PREPARED_PROMPTS = 32
+"""Prompts that are prepared ahead, or one batch if that is more: each holds a decoded image."""
+
+
+@dataclass(frozen=True)
+class Search(Generic[R]):
+    """A prompt, and what to do once it is open."""
+
+    prompt: Prompt
+    start: Callable[[Node], Steps[R]]
+
+
+def drive(engine: SamplingEngine, searches: Iterable[Search[R]]) -> Iterator[list[R]]:
+    """Runs searches, as many at a time as the engine takes; prompts are prepared ahead of it.
+
+    Args:
+        engine: Continues the policy's responses.
+        searches: The searches, read as they are needed.
+
+    Yields:
+        The results of the prompts that were opened together, in their order, as soon as all of
+        them are known. A stage that makes each such list durable, and leaves out those prompts
+        when it runs again, gives the engine the same batches as without an interruption.
+    """
+    open_now = 0
+    ready: list[_Running[R]] = []
+    asked: dict[int, tuple[_Running[R], int]] = {}
+    with contextlib.closing(_prepare_ahead(engine, searches)) as waiting:
+        while True:
+            while open_now + engine.batch <= engine.in_flight:
+                opened = next(waiting, None)
+                if opened is None:
+                    break
+                ready += _start(engine, *opened)
+                open_now += len(opened[0])
+            if not open_now:
+                return
+            draws, places = [], []
+            for running in ready:
+                if running.advance():
+                    draws += running.draws
+                    places += [(running, place) for place in range(len(running.draws))]
+                else:
+                    open_now -= 1
+                    if running.batch.missing == 0:
+                        yield running.batch.in_order()
+            asked.update(zip(engine.submit(draws), places, strict=True))
+            ready = []
+            for ticket, drawn in engine.finished():
+                running, place = asked.pop(ticket)
+                if running.receive(place, drawn):
+                    ready.append(running)
+
+
+def draw_all(engine: SamplingEngine, draws: Sequence[Draw]) -> list[Continuation]:
+    """Makes some draws and waits for all of them: for work that is no search.
+
+    Args:
+        engine: Continues the policy's responses.
+        draws: What to draw.
+
+    Returns:
+        The continuations, in the order of the draws.
+    """
+    tickets = engine.submit(draws)
+    drawn: dict[int, Continuation] = {}
+    while len(drawn) < len(tickets):
+        drawn.update(engine.finished())
+    return [drawn[ticket] for ticket in tickets]
+
+
+class _Batch(Generic[R]):
+    """The results of the prompts that were opened together."""
+
+    def __init__(self, size: int) -> None:
+        self.missing = size
+        self._results: dict[int, R] = {}
+
+    def add(self, place: int, result: R) -> None:
+        self._results[place] = result
+        self.missing -= 1
+
+    def in_order(self) -> list[R]:
+        return [self._results[place] for place in sorted(self._results)]
+
+
+class _Running(Generic[R]):
+    """An open search, with the draws that it waits for."""
+
+    def __init__(self, steps: Steps[R], batch: _Batch[R], place: int) -> None:
+        self.batch = batch
+        self.draws: list[Draw] = []
+        self._steps = steps
+        self._place = place
+        self._drawn: dict[int, Continuation] = {}
+
+    def advance(self) -> bool:
+        """Hands over what was drawn; returns whether there is more to draw."""
+        drawn = [self._drawn[place] for place in range(len(self.draws))]
+        self._drawn = {}
+        try:
+            self.draws = self._steps.send(drawn) if drawn else next(self._steps)
+        except StopIteration as end:
+            self.draws = []
+            self.batch.add(self._place, end.value)
+            return False
+        return True
+
+    def receive(self, place: int, drawn: Continuation) -> bool:
+        """Returns whether all draws are finished."""
+        self._drawn[place] = drawn
+        return len(self._drawn) == len(self.draws)
+
+
+def _start(
+    engine: SamplingEngine, searches: Sequence[Search[R]], prepared: Any
+) -> list[_Running[R]]:
+    batch: _Batch[R] = _Batch(len(searches))
+    nodes = engine.open(prepared)
+    return [
+        _Running(search.start(node), batch, place)
+        for place, (search, node) in enumerate(zip(searches, nodes, strict=True))
+    ]
+
+
+def _prepare_ahead(
+    engine: SamplingEngine, searches: Iterable[Search[R]]
+) -> Generator[tuple[list[Search[R]], Any], None, None]:
+    remaining = iter(searches)
+    ahead: deque[tuple[list[Search[R]], Future[Any]]] = deque()
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare")
+    try:
+        while True:
+            while len(ahead) <= _PREPARED_PROMPTS // engine.batch:
+                together = list(islice(remaining, engine.batch))
+                if not together:
+                    break
+                prompts = [search.prompt for search in together]
+                ahead.append((together, pool.submit(engine.prepare, prompts)))
+            if not ahead:
+                return
+            together, prepared = ahead.popleft()
+            yield together, prepared.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
