@@ -24,6 +24,7 @@ __all__ = [
     "SamplingEngine",
     "Steps",
     "TokenDistribution",
+    "Work",
 ]
 
 Node = Any
@@ -84,9 +85,26 @@ class TokenDistribution:
     mass: float
 
 
+@dataclass
+class Work:
+    """What an engine has computed since it was loaded. Time depends on the machine, this does not.
+
+    An engine that cannot count something leaves it at 0.
+    """
+
+    prompts: int = 0
+    image_encodings: int = 0
+    prefilled_tokens: int = 0
+    """Tokens of prompts and prefixes that went through the model, padding not counted."""
+    decoded_tokens: int = 0
+    forward_passes: int = 0
+    """Of the language model, each for a whole batch."""
+
+
 class SamplingEngine(Protocol):
     """Continues responses of a policy."""
 
+    work: Work
     batch: int
     """Prompts that are opened together."""
     in_flight: int
@@ -115,6 +133,8 @@ class SamplingEngine(Protocol):
 
 class RatingEngine(Protocol):
     """Reads what a text model expects to come next."""
+
+    work: Work
 
     def next_token_distribution(
         self, prompts: Sequence[str], tokens: Sequence[str]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from srccore.errors import UserError
 from srccore.method import sentences
-from srccore.method.engine import Continuation, Draw, Prompt, TokenDistribution
+from srccore.method.engine import Continuation, Draw, Prompt, TokenDistribution, Work
 from srccore.models.policy import prompt_text, response_text
 from srccore.models.shared_prefix import Decoding, Prompts, Responses, prompt_cache
 
@@ -65,6 +65,7 @@ class TransformersSamplingEngine:
 
     def __init__(self, model: Any, processor: Any, batch_size: int) -> None:
         self.batch = self.in_flight = batch_size
+        self.work = Work()
         self._model = model.eval()
         # Its own: a tokenizer must not be used by two threads at a time.
         self._processor = copy.deepcopy(processor)
@@ -85,6 +86,11 @@ class TransformersSamplingEngine:
     @torch.inference_mode()
     def open(self, prepared: Any) -> list[_Node]:
         """Encodes images and prompts in one forward pass."""
+        count = len(prepared["input_ids"])
+        self.work.prompts += count
+        self.work.image_encodings += count
+        self.work.prefilled_tokens += int(prepared["attention_mask"].sum())
+        self.work.forward_passes += 1
         inputs = {
             name: value.to(self._model.dtype) if value.is_floating_point() else value
             for name, value in prepared.to(self._model.device).items()
@@ -177,7 +183,9 @@ class TransformersSamplingEngine:
                 rows = [rows[place] for place in kept]
                 tokens, alive = tokens[alive], alive[alive]
             decoding.feed(tokens, alive)
+            self.work.forward_passes += 1
         leave(list(range(len(rows))))
+        self.work.decoded_tokens += sum(writer.count for writer in writers)
         return [
             Continuation(
                 text=self._text(writer),

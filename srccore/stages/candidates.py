@@ -90,8 +90,10 @@ def _search(
         (sample for sample in samples if sample.id not in known),
         key=lambda sample: (len(sample.question), sample.id),
     )
+    work = None
     if todo:
         engine = sampling_engine(policy, machine.device, config.batch_size)
+        work = engine.work
         searches = (
             Search(
                 Prompt(partial(opened.image, sample.id), sample.question, sample.id),
@@ -122,7 +124,8 @@ def _search(
             "fewer_than_two": sum(len(record.candidates) < 2 for record in ordered),
             "unfinished": sum(record.unfinished for record in ordered),
             "unparsed": sum(record.unparsed for record in ordered),
-        }
+        },
+        work,
     )
 
 

@@ -64,8 +64,10 @@ def evaluate(
         (sample for sample in opened.samples if sample.id not in responses),
         key=lambda sample: (len(sample.question), sample.id),
     )
+    work = None
     if todo:
         engine = sampling_engine(policy, machine.device, config.batch_size)
+        work = engine.work
         for found in answer_all(engine, opened, todo, config.max_tokens):
             journal.append(*found)
             responses |= {response.sample_id: response for response in found}
@@ -88,7 +90,7 @@ def evaluate(
         outcomes, round=round_number, previous=before, resamples=config.resamples, seed=seed
     ).model_dump(mode="json")
     write_json(out / "figures.json", figures)
-    return folder.finish(figures)
+    return folder.finish(figures, work)
 
 
 def answer_all(

@@ -8,6 +8,7 @@ one resumes from what it has, and a folder of another key is never touched.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import resource
@@ -25,6 +26,7 @@ from srccore.config import identity
 from srccore.errors import UserError
 from srccore.files import JOURNAL, MANIFEST, STARTED, writable, write_json
 from srccore.hashing import hash_file, hash_text
+from srccore.method.engine import Work
 from srccore.stages import inputs as identify
 from srccore.stages.manifest import Manifest, read_manifest
 from srccore.stages.table import STAGES, Stage
@@ -109,11 +111,12 @@ class StageFolder:
             path.unlink(missing_ok=True)
         return None
 
-    def finish(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+    def finish(self, figures: Mapping[str, Any], work: Work | None = None) -> dict[str, Any]:
         """Writes the manifest, last of all, and deletes the journal and the checkpoints.
 
         Args:
             figures: What the stage measured of its work.
+            work: What its engine computed.
 
         Returns:
             The figures, as JSON keeps them.
@@ -136,6 +139,8 @@ class StageFolder:
             versions=_versions(),
             seconds=round(time.monotonic() - self._began, 3),
             peak_memory_mb=_peak_memory_mb(),
+            peak_gpu_memory_mb=_peak_gpu_memory_mb(),
+            work=dataclasses.asdict(work) if work else None,
         )
         write_json(self.path / MANIFEST, self.manifest.model_dump(mode="json"))
         # Not before: until then they are all that the stage resumes from.
@@ -166,6 +171,8 @@ def _identified(stage: Stage, inputs: Mapping[str, Path | Sequence[Path] | None]
 def _reset_peak_memory() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if gpu := _gpu():
+        gpu.reset_peak_memory_stats()
 
 
 def _peak_memory_mb() -> float:
@@ -176,6 +183,17 @@ def _peak_memory_mb() -> float:
     except (OSError, ValueError):
         peak_ever = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak_ever / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def _peak_gpu_memory_mb() -> float | None:
+    gpu = _gpu()
+    return gpu.max_memory_reserved() / 2**20 if gpu else None
+
+
+def _gpu() -> Any:
+    """torch.cuda if this process uses a GPU; torch is not imported for it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch and torch.cuda.is_initialized() else None
 
 
 def _versions() -> dict[str, str]:

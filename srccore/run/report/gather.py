@@ -90,6 +90,8 @@ def collect(run: Path) -> page.ReportData:
                 round=folder.round_of(output),
                 seconds=manifest.seconds,
                 peak_memory_mb=manifest.peak_memory_mb,
+                peak_gpu_memory_mb=manifest.peak_gpu_memory_mb,
+                work=manifest.work,
             )
             for output, manifest in manifests.items()
         ),

@@ -113,6 +113,16 @@ class StageTime(Part):
     round: int | None = None
     seconds: float = Field(ge=0)
     peak_memory_mb: float | None = None
+    peak_gpu_memory_mb: float | None = None
+    work: dict[str, int] | None = None
+    """What its engine computed; its tokens per second are those over the stage's whole time."""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens of prompts and responses, over the time of the whole stage."""
+        if not self.work or not self.seconds:
+            return None
+        return (self.work["prefilled_tokens"] + self.work["decoded_tokens"]) / self.seconds
 
 
 class ReportData(Part):

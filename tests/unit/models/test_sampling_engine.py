@@ -225,6 +225,24 @@ def test_the_cache_of_a_prompt_is_in_memory_once(awkward: Awkward) -> None:
             assert states.shape[2] <= len(node.tokens) + 12
 
 
+def test_each_image_is_encoded_once_and_each_prompt_prefilled_once(awkward: Awkward) -> None:
+    policy = load(awkward, "padded-vocabulary")
+    sampler, encoded = engine(policy), []
+    policy.model.base_model.vision_tower.register_forward_hook(
+        lambda module, inputs, output: encoded.append(len(output[0]))
+    )
+    with likely_line_breaks(policy):
+        found = drawn_in_two_steps(sampler, PROMPTS, range(4))
+    drawn = [each for pair in found for each in pair if each is not None]
+    lengths = [encode_prompts(policy.processor, [p])["input_ids"].numel() for p in PROMPTS]
+    assert sampler.work.image_encodings == sum(encoded) == len(PROMPTS)
+    assert sampler.work.prompts == len(PROMPTS)
+    assert sampler.work.prefilled_tokens == sum(lengths)
+    assert sampler.work.decoded_tokens == sum(each.token_count for each in drawn)
+    # Each call decodes all rows together: its longest row takes one pass per token but the last.
+    assert 1 + 2 * 9 <= sampler.work.forward_passes <= 1 + 2 * 10
+
+
 def test_rows_that_have_stopped_leave_the_batch_and_change_nothing(
     awkward: Awkward, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,7 +175,17 @@ def full(**changes: object) -> ReportData:
         ],
         "scoring": [{"round": 1, "swap_consistency": 0.93, "rating_mass": 0.99}],
         "samples": [card()],
-        "stages": [{"name": "train-dpo", "round": 1, "seconds": 61, "peak_memory_mb": 2048}],
+        "stages": [
+            {
+                "name": "search-candidates",
+                "round": 1,
+                "seconds": 20,
+                "peak_memory_mb": 1024,
+                "peak_gpu_memory_mb": 3072,
+                "work": {"prompts": 8, "prefilled_tokens": 4600, "decoded_tokens": 1400},
+            },
+            {"name": "train-dpo", "round": 1, "seconds": 61, "peak_memory_mb": 2048},
+        ],
         "versions": {"torch": "2.13.0"},
         "hashes": {"data/train": "9f" * 32},
         "config_yaml": "name: tiny\n",
@@ -186,6 +196,13 @@ def full(**changes: object) -> ReportData:
 
 def minimal() -> ReportData:
     return ReportData(title="tiny", created="2026-05-04T12:33:10")
+
+
+def test_the_work_of_a_stage_is_shown_with_its_tokens_per_second() -> None:
+    text = render(full())
+    assert "<td>8</td><td>4,600</td><td>1,400</td><td>300</td>" in text  # 6,000 tokens in 20 s.
+    assert "Peak GPU memory" in text
+    assert "Peak GPU memory" not in render(minimal())
 
 
 @pytest.mark.parametrize("data", [full(), minimal()], ids=["full", "minimal"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from srccore.errors import UserError
+from srccore.method.engine import Work
 from srccore.stages.folder import StageFolder
 from srccore.stages.manifest import read_manifest
 from srccore.stages.table import Input, Stage
@@ -139,3 +140,12 @@ def test_memory_is_what_the_stage_took_not_what_was_taken_before(tmp_path: Path)
     with open("/proc/self/status", encoding="ascii") as status:
         (now,) = (int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS:"))
     assert stage.manifest.peak_memory_mb < now + 100
+
+
+def test_the_manifest_has_what_an_engine_computed_and_none_without_one(tmp_path: Path) -> None:
+    for name, work in (("with", Work(prompts=2, decoded_tokens=5)), ("without", None)):
+        StageFolder(STAGE, tmp_path / name).finish({}, work)
+    counted = read_manifest(tmp_path / "with").work
+    assert counted is not None
+    assert (counted["prompts"], counted["decoded_tokens"], counted["forward_passes"]) == (2, 5, 0)
+    assert read_manifest(tmp_path / "without").work is None
