@@ -373,6 +373,7 @@ class TransformersRatingEngine:
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        self.work = Work()
         self._model = model.eval()
         self._tokenizer = tokenizer
         self._batch_size = batch_size
@@ -416,6 +417,9 @@ class TransformersRatingEngine:
             output = self._model(**batch, position_ids=positions, logits_to_keep=1, use_cache=False)
             shares = output.logits[:, -1].double().softmax(-1)[:, wanted]
             mass = shares.sum(-1, keepdim=True)
+            self.work.prompts += len(numbers)
+            self.work.prefilled_tokens += sum(len(encoded[number]) for number in numbers)
+            self.work.forward_passes += 1
             for number, row, total in zip(
                 numbers, (shares / mass).tolist(), mass[:, 0].tolist(), strict=True
             ):

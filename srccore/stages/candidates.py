@@ -247,8 +247,10 @@ def score_candidates(
     missing = {pair[0] for pair in pairs if pair not in ratings}
     known = {record.sample_id for record in sets} - missing
     todo = [record for record in sets if record.sample_id not in known]
+    work = None
     if todo:
         engine = rating_engine(scorer / "model", machine.device, config.batch_size)
+        work = engine.work
     for done in range(0, len(todo), SCORING_CHUNK):
         chunk = todo[done : done + SCORING_CHUNK]
         rated = scoring.rate_candidates(
@@ -268,5 +270,6 @@ def score_candidates(
             "ratings": len(ordered),
             "rating_mass": scoring.mean_mass(ordered),
             "swap_consistency": scoring.swap_consistency(ordered),
-        }
+        },
+        work,
     )
