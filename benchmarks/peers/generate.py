@@ -1,7 +1,7 @@
 """Peers of the sampling engine, built on `generate` of transformers.
 
-`PerNode` implements the protocol of `srccore.method.engine`, so that the same search runs on it. Both
-are tuned: images are preprocessed once, `generate` runs with its cache, in inference mode, and
+`PerNode` implements the protocol of `srccore.method.engine`, so that the same search runs on it.
+Both are tuned: images are preprocessed once, `generate` runs with its cache, in inference mode, and
 continuations of one prefix share a call.
 """
 
