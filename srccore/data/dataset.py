@@ -10,28 +10,33 @@ Two formats with the same columns (``id, category, image, question, answer``, an
 
 Rows are numbered from 1: the lines of a JSON Lines file, or the rows of all Parquet files
 together. Images stay encoded on disk until they are used: a data set may be larger than memory.
+
+What `write_data` wrote also has each image's size and SHA-256. Such a data set is opened without
+reading an image; an image is compared with its hash whenever it is read, so a file that was changed
+afterwards is noticed.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
-import itertools
-import json
-import warnings
+import os
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from pydantic import ValidationError
 
+from srccore.data.images import ImageError, decode, opened, upright_size
+from srccore.data.parquet import ParquetTable, parquet_writer
 from srccore.data.records import Category, Sample
+from srccore.data.rows import Recorded, Row, json_rows
 from srccore.errors import UserError
-from srccore.files import atomically
 from srccore.hashing import hash_file
 
 if TYPE_CHECKING:
@@ -41,19 +46,16 @@ __all__ = [
     "DataSet",
     "RowProblem",
     "ValidationReport",
+    "content_hash",
     "open_data",
+    "read_samples",
+    "stream_data",
     "validate",
     "write_data",
 ]
 
 _REQUIRED = ("id", "category", "question", "answer")
 _KNOWN = ("image", *Sample.model_fields)
-# Pillow's other readers are rarely used and less safe (EPS runs Ghostscript).
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-_GROUP_ROWS = 256
-_CACHE_BYTES = 256 * 2**20
-MAX_IMAGE_PIXELS = 40_000_000
-"""Larger images are rejected: decoding one could exhaust the memory."""
 
 
 @dataclass(frozen=True)
@@ -79,27 +81,26 @@ class ValidationReport:
     """Every problem in the order of the rows; a row may have several."""
 
 
+class _Entry(NamedTuple):
+    """The image of a sample: how to open it, and what is known of it."""
+
+    open: Callable[[], BinaryIO]
+    size: tuple[int, int]
+    sha256: str | None
+
+
 class DataSet:
     """Samples and their images; made by `open_data`.
 
-    Images are decoded on each access and not kept; their sizes are known from their headers. For
-    Parquet files, up to about 256 MiB of recently used row groups of encoded images are cached.
+    Images are read and decoded on each access and not kept, apart from a few recently used row
+    groups of encoded images. Several threads may read at once.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        samples: Sequence[Sample],
-        places: Mapping[str, _Place],
-        images: _Images,
-        sizes: Mapping[str, tuple[int, int]],
-    ) -> None:
+    def __init__(self, path: Path, samples: Sequence[Sample], images: Mapping[str, _Entry]) -> None:
         self.path = path
         self.samples = tuple(samples)
         self._by_id = {sample.id: sample for sample in self.samples}
-        self._places = places
         self._images = images
-        self._sizes = sizes
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -110,30 +111,21 @@ class DataSet:
         Raises:
             UserError: The data set has no such sample.
         """
-        try:
-            return self._by_id[sample_id]
-        except KeyError:
-            raise UserError(
-                f"The data set {self.path} has no sample {sample_id!r}.",
-                "Pass the data set that the records were made from.",
-            ) from None
+        return _found(self.path, self._by_id, sample_id)
 
     def image(self, sample_id: str) -> Image:
         """Returns the sample's image: RGB, rotated upright according to its EXIF data.
 
         Raises:
-            UserError: There is no such sample, or its image cannot be decoded.
+            UserError: There is no such sample, its image cannot be decoded, or it is not the one
+                that the data set describes.
         """
-        from PIL import ImageOps
-
-        place = self._places[self.sample(sample_id).id]
         try:
-            with self._images.opened(place) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-        except _ImageError as error:
-            raise UserError(
-                f"Sample {sample_id!r} of {self.path}: {error}.", _advice(self.path)
-            ) from None
+            image = decode(self.encoded(sample_id))
+            _check_size(image.size, self.size(sample_id))
+        except ImageError as error:
+            raise self._bad(sample_id, error) from None
+        return image
 
     def size(self, sample_id: str) -> tuple[int, int]:
         """Returns width and height of the sample's image, upright, without reading it.
@@ -141,32 +133,31 @@ class DataSet:
         Raises:
             UserError: There is no such sample.
         """
-        return self._sizes[self.sample(sample_id).id]
+        return self._images[self.sample(sample_id).id].size
 
     def encoded(self, sample_id: str) -> bytes:
         """Returns the sample's image as it is stored, for `write_data`.
 
         Raises:
-            UserError: There is no such sample.
+            UserError: There is no such sample, or its image is not the one that the data set
+                describes.
         """
-        with self._images.stream(self._places[self.sample(sample_id).id]) as file:
-            return file.read()
+        entry = self._images[self.sample(sample_id).id]
+        try:
+            return _read(entry.open, entry.sha256)
+        except ImageError as error:
+            raise self._bad(sample_id, error) from None
 
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of all files of the data set, including image files; independent of their location.
-
-        Reads every byte once, on first use.
-        """
-        images = (place for place in self._places.values() if isinstance(place, Path))
-        total = hashlib.sha256()
-        for path in dict.fromkeys([*_files(self.path), *images]):
-            total.update(bytes.fromhex(hash_file(path)))
-        return total.hexdigest()
+    def _bad(self, sample_id: str, error: ImageError) -> UserError:
+        return UserError(f"Sample {sample_id!r} of {self.path}: {error}.", _advice(self.path))
 
 
 def open_data(path: Path) -> DataSet:
-    """Opens a data set and checks every row; of the images it checks only the headers.
+    """Opens a data set and checks every row.
+
+    Of the images it checks the headers, unless the data set describes them: then it reads none.
+    The images of Parquet files from elsewhere are copied to a temporary file, since their row
+    groups may be too large to read one for one image.
 
     Args:
         path: A Parquet file, a folder of them, a JSON Lines file or a folder with one.
@@ -177,17 +168,83 @@ def open_data(path: Path) -> DataSet:
     Raises:
         UserError: The path is not a data set, or a row is bad; the first bad row is reported.
     """
-    images = _Images()
+    copies = _Copies(path)
     samples: list[Sample] = []
-    places: dict[str, _Place] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-    for row, sample, size, reasons in _checked_rows(path, images, decode=False):
-        if sample is None or row.place is None or size is None:
-            raise UserError(f"Row {row.number} of {path}: {'; '.join(reasons)}.", _advice(path))
+    images: dict[str, _Entry] = {}
+    for row, sample, size, reasons in _checked(_rows(path, _as_needed), trusting=True):
+        if sample is None or row.image is None or size is None:
+            raise _bad_row(path, row, reasons)
         samples.append(sample)
-        places[sample.id] = row.place
-        sizes[sample.id] = size
-    return DataSet(path, samples, places, images, sizes)
+        image = copies.add(row.image) if row.is_held else row.image
+        images[sample.id] = _Entry(image, size, row.recorded and row.recorded.sha256)
+    return DataSet(path, samples, images)
+
+
+def read_samples(path: Path, ids: Iterable[str] | None = None) -> list[Sample]:
+    """Reads the samples of a data set without reading an image.
+
+    Args:
+        path: As for `open_data`.
+        ids: Which samples, in which order; all in the order of the rows without it.
+
+    Returns:
+        The samples.
+
+    Raises:
+        UserError: The path is not a data set, has no sample of one of the ids, or a row is bad;
+            the first bad row is reported.
+    """
+    samples = []
+    for row, sample, _, reasons in _checked(_rows(path, ParquetTable.texts), trusting=True):
+        if sample is None:
+            raise _bad_row(path, row, reasons)
+        samples.append(sample)
+    if ids is None:
+        return samples
+    by_id = {sample.id: sample for sample in samples}
+    return [_found(path, by_id, sample_id) for sample_id in ids]
+
+
+def stream_data(path: Path) -> Iterator[tuple[Sample, Callable[[], bytes]]]:
+    """Reads a data set once, from its first row to its last, a few rows at a time.
+
+    Args:
+        path: As for `open_data`.
+
+    Yields:
+        Each sample with the function that returns its encoded image, to be called before the next
+        sample is asked for.
+
+    Raises:
+        UserError: The path is not a data set, or a row or the header of its image is bad.
+    """
+    for row, sample, _, reasons in _checked(_rows(path, ParquetTable.streamed)):
+        if sample is None or row.image is None:
+            raise _bad_row(path, row, reasons)
+        yield sample, functools.partial(_encoded, path, row)
+
+
+def content_hash(path: Path) -> str:
+    """Identifies a data set by its content, images included, wherever it is stored.
+
+    Reads every byte once; the hashes of unchanged files are remembered. Rows are not checked.
+
+    Args:
+        path: As for `open_data`.
+
+    Returns:
+        A SHA-256, in hexadecimal.
+
+    Raises:
+        UserError: The path is not a data set.
+    """
+    files = _files(path)
+    if files[0].suffix == ".jsonl":
+        files += dict.fromkeys(row.path for row in json_rows(files[0]) if row.path)
+    total = hashlib.sha256()
+    for file in files:
+        total.update(bytes.fromhex(hash_file(file)))
+    return total.hexdigest()
 
 
 def validate(path: Path) -> ValidationReport:
@@ -205,7 +262,7 @@ def validate(path: Path) -> ValidationReport:
     rows = 0
     by_category: Counter[Category] = Counter()
     problems: list[RowProblem] = []
-    for row, _, _, reasons in _checked_rows(path, _Images(), decode=True):
+    for row, _, _, reasons in _checked(_rows(path, ParquetTable.streamed), decoding=True):
         rows += 1
         category, sample_id = row.values.get("category"), row.values.get("id")
         if isinstance(category, str) and category in list(Category):
@@ -220,122 +277,97 @@ def validate(path: Path) -> ValidationReport:
 
 
 def write_data(path: Path, rows: Iterable[tuple[Sample, bytes]]) -> int:
-    """Writes a Parquet file in Hugging Face layout, whole or not at all.
-
-    ``datasets.load_dataset("parquet", data_files=...)`` reads its images as an Image feature.
+    """Writes a data set as a Parquet file; see `srccore.data.parquet.parquet_writer`.
 
     Args:
         path: The file to write, ending in ``.parquet``; its folder must exist.
-        rows: Samples, each with its encoded image (PNG, JPEG, ...). Read once, 256 at a time.
+        rows: Samples, each with its encoded image (PNG, JPEG, ...). Read once, a group at a time.
 
     Returns:
         The number of rows written.
+
+    Raises:
+        UserError: An image is not one, or is too large.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = _schema()
-    count = 0
-    remaining = iter(rows)
-    # Dictionary encoding gains nothing for texts and images that hardly repeat.
-    with (
-        atomically(path) as temporary,
-        pq.ParquetWriter(temporary, schema, use_dictionary=["category"]) as writer,
-    ):
-        while group := list(itertools.islice(remaining, _GROUP_ROWS)):
-            values = [
-                sample.model_dump(mode="json") | {"image": {"bytes": encoded, "path": None}}
-                for sample, encoded in group
-            ]
-            writer.write_table(pa.Table.from_pylist(values, schema=schema))
-            count += len(group)
-    return count
+    with parquet_writer(path) as writer:
+        for sample, encoded in rows:
+            writer.add(sample, encoded)
+    return writer.count
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """Where the image of a Parquet row is."""
+class _Copies:
+    """The images of a data set whose own files are too slow to read one from.
 
-    file: Path
-    group: int
-    index: int
+    They are in one temporary file, which is made when the first arrives and has no name, so it is
+    gone when the process ends.
+    """
 
+    def __init__(self, path: Path) -> None:
+        self._path = path
 
-_Place = Path | _Cell
+    @cached_property
+    def _file(self) -> BinaryIO:
+        return tempfile.TemporaryFile()
 
-
-@dataclass(frozen=True)
-class _Row:
-    number: int
-    values: Mapping[str, Any]
-    """The columns without ``image``; null values are left out."""
-    place: _Place | None
-    """None if the row names no image that may be opened."""
-    reasons: tuple[str, ...] = ()
-    """What is already known to be wrong: the row is not readable, or the image's path is bad."""
-    readable: bool = True
-
-
-class _ImageError(Exception):
-    """Why an image cannot be used, without a full stop."""
-
-
-class _Images:
-    """Opens images by their places, and rejects large ones before they are decoded."""
-
-    def __init__(self) -> None:
-        self._group = lru_cache(maxsize=1)(_read_images)
-
-    def keep(self, largest_group: int) -> None:
-        """Sets how many row groups are cached, given the size in bytes of the largest."""
-        kept = max(1, _CACHE_BYTES // max(1, largest_group))
-        self._group = lru_cache(maxsize=kept)(_read_images)
-
-    def stream(self, place: _Place) -> BinaryIO:
-        if isinstance(place, Path):
-            return place.open("rb")
-        value = self._group(place.file, place.group)[place.index].as_py()
-        encoded = value.get("bytes") if isinstance(value, dict) else value
-        if isinstance(encoded, bytes):
-            return io.BytesIO(encoded)
-        if value is None:
-            raise _ImageError("image is missing")
-        raise _ImageError("image has no bytes, only a path, which is not opened; embed the images")
-
-    @contextmanager
-    def opened(self, place: _Place) -> Iterator[Image]:
-        """Yields the image, not yet decoded; errors inside the block become `_ImageError` too."""
-        import PIL.Image
-
+    def add(self, image: Callable[[], BinaryIO]) -> Callable[[], BinaryIO]:
+        """Copies an image and returns what opens the copy."""
+        encoded = image().read()
         try:
-            with self.stream(place) as file, warnings.catch_warnings():
-                # The limit is checked below, where the message can name it.
-                warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-                with PIL.Image.open(file, formats=_FORMATS) as image:
-                    width, height = image.size
-                    if width * height > MAX_IMAGE_PIXELS:
-                        raise _ImageError(
-                            f"image is too large: {width} x {height} pixels, "
-                            f"more than {MAX_IMAGE_PIXELS}"
-                        )
-                    yield image
-        except (_ImageError, UserError, MemoryError):
-            raise
-        except PIL.Image.DecompressionBombError:
-            raise _ImageError(f"image is too large: more than {MAX_IMAGE_PIXELS} pixels") from None
-        except PIL.UnidentifiedImageError:
-            names = ", ".join(_FORMATS)
-            raise _ImageError(f"image is corrupt or in none of the formats {names}") from None
-        except Exception as error:  # Pillow's readers raise all kinds of errors on broken bytes.
-            raise _ImageError(f"image is corrupt ({error})") from error
+            start = self._file.tell()
+            self._file.write(encoded)
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"The images of {self._path} cannot be copied to {tempfile.gettempdir()}: "
+                f"{error.strerror}.",
+                "Free some space there, set TMPDIR to another folder, or pass the output of "
+                "prepare-data, which needs no copy.",
+            ) from None
+        return functools.partial(self._open, start, len(encoded))
+
+    def _open(self, start: int, length: int) -> BinaryIO:
+        # Not with seek and read: threads and forked processes share the file's position.
+        return io.BytesIO(os.pread(self._file.fileno(), length, start))
 
 
-def _checked_rows(
-    path: Path, images: _Images, *, decode: bool
-) -> Iterator[tuple[_Row, Sample | None, tuple[int, int] | None, list[str]]]:
-    """Yields every row with its sample and its image's size, or the reasons why it has none."""
+def _encoded(path: Path, row: Row) -> bytes:
+    assert row.image is not None
+    try:
+        return _read(row.image)
+    except ImageError as error:
+        raise _bad_row(path, row, [str(error)]) from None
+
+
+def _check_size(found: tuple[int, int], described: tuple[int, int]) -> None:
+    if found != described:
+        raise ImageError(
+            "image has {} x {} pixels, but should have {} x {}".format(*found, *described)
+        )
+
+
+def _read(image: Callable[[], BinaryIO], sha256: str | None = None) -> bytes:
+    try:
+        with image() as file:
+            encoded = file.read()
+    except OSError as error:
+        raise ImageError(f"image cannot be read ({error.strerror})") from None
+    if sha256 is not None and hashlib.sha256(encoded).hexdigest() != sha256:
+        raise ImageError("image differs from its image_sha256: the file was changed or is damaged")
+    return encoded
+
+
+def _checked(
+    rows: Iterable[Row], *, trusting: bool = False, decoding: bool = False
+) -> Iterator[tuple[Row, Sample | None, tuple[int, int] | None, list[str]]]:
+    """Yields every row with its sample and its image's size, or the reasons why it has none.
+
+    Args:
+        rows: The rows.
+        trusting: Whether the data set's own description of an image is enough.
+        decoding: Whether images are decoded, not just opened.
+    """
     first_rows: dict[str, int] = {}
-    for row in _rows(path, images):
+    for row in rows:
         reasons = list(row.reasons)
         sample = size = None
         if row.readable:
@@ -346,26 +378,28 @@ def _checked_rows(
             first = first_rows.setdefault(sample_id, row.number)
             if first != row.number:
                 reasons.append(f"id {sample_id!r} is already used by row {first}")
-        if row.place is not None:
+        if trusting and row.recorded:
+            size = row.recorded.size
+        elif row.image is not None:
             try:
-                with images.opened(row.place) as image:
-                    size = _upright_size(image)
-                    if decode:
-                        image.load()
-            except _ImageError as error:
+                size = _measure(row.image, row.recorded, decoding)
+            except ImageError as error:
                 reasons.append(str(error))
         yield row, None if reasons else sample, size, reasons
 
 
-def _upright_size(image: Image) -> tuple[int, int]:
-    """Reads width and height as `DataSet.image` has them, from the header alone."""
-    from PIL.ExifTags import Base
-
-    # A PNG that has no EXIF data yet would be decoded to look for some behind its pixels.
-    seen = image.format != "PNG" or "exif" in image.info
-    turned = seen and image.getexif().get(Base.Orientation) in (5, 6, 7, 8)
-    width, height = image.size
-    return (height, width) if turned else (width, height)
+def _measure(
+    image: Callable[[], BinaryIO], recorded: Recorded | None, decoding: bool
+) -> tuple[int, int]:
+    if recorded:
+        _read(image, recorded.sha256)
+    with image() as file, opened(file) as found:
+        size = upright_size(found)
+        if recorded:
+            _check_size(size, recorded.size)
+        if decoding:
+            found.load()
+    return size
 
 
 def _sample(values: Mapping[str, Any]) -> tuple[Sample | None, list[str]]:
@@ -390,11 +424,26 @@ def _sample(values: Mapping[str, Any]) -> tuple[Sample | None, list[str]]:
     return sample, list(reasons.values())
 
 
-def _rows(path: Path, images: _Images) -> Iterator[_Row]:
+def _as_needed(table: ParquetTable, first: int) -> Iterator[Row]:
+    return table.indexed(first) if table.is_indexed else table.streamed(first)
+
+
+def _rows(path: Path, read: Callable[[ParquetTable, int], Iterator[Row]]) -> Iterator[Row]:
+    """Yields the rows of a data set.
+
+    Args:
+        path: As for `open_data`.
+        read: How a Parquet file is read; it gets the number of its first row.
+    """
     files = _files(path)
     if files[0].suffix == ".jsonl":
-        return _json_rows(files[0])
-    return _parquet_rows(files, images)
+        yield from json_rows(files[0])
+        return
+    number = 0
+    for file in files:
+        for row in read(ParquetTable(file), number + 1):
+            number = row.number
+            yield row
 
 
 def _files(path: Path) -> list[Path]:
@@ -416,121 +465,18 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _json_rows(path: Path) -> Iterator[_Row]:
-    root = path.parent.resolve()
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _json_row(number, line, root)
-
-
-def _json_row(number: int, line: bytes, root: Path) -> _Row:
+def _found(path: Path, by_id: Mapping[str, Sample], sample_id: str) -> Sample:
     try:
-        values = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        return _Row(number, {}, None, (f"the line is not JSON ({error})",), readable=False)
-    if not isinstance(values, dict):
-        return _Row(number, {}, None, ("the line is not a JSON object",), readable=False)
-    name = values.pop("image", None)
-    values = {key: value for key, value in values.items() if value is not None}
-    try:
-        return _Row(number, values, _inside(root, name))
-    except _ImageError as error:
-        return _Row(number, values, None, (str(error),))
-
-
-def _inside(root: Path, name: object) -> Path:
-    """Resolves the path of an image file; nothing outside the root is ever opened."""
-    if name is None:
-        raise _ImageError("image is missing")
-    if not isinstance(name, str) or not name:
-        raise _ImageError("image is not a path")
-    try:
-        path = (root / name).resolve()
-        if Path(name).is_absolute() or not path.is_relative_to(root):
-            raise _ImageError(f"image path {name!r} is outside the data set's folder")
-        if not path.is_file():
-            raise _ImageError(f"image file {name!r} is missing")
-    # A null byte, a loop of symbolic links, a name that is too long, a folder without permission.
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _ImageError(f"image path {name!r} cannot be resolved ({error})") from None
-    return path
-
-
-def _parquet_rows(files: Sequence[Path], images: _Images) -> Iterator[_Row]:
-    import pyarrow.parquet as pq
-
-    metadata = {}
-    for path in files:
-        with _reading_parquet(path):
-            metadata[path] = pq.read_metadata(path)
-    groups = [(path, group) for path in files for group in range(metadata[path].num_row_groups)]
-    images.keep(max((metadata[p].row_group(g).total_byte_size for p, g in groups), default=0))
-    number = itertools.count(1)
-    for path, group in groups:
-        with _reading_parquet(path), pq.ParquetFile(path, memory_map=True) as file:
-            names = file.schema_arrow.names
-            texts = file.read_row_group(group, columns=[n for n in names if n != "image"])
-        reasons = () if "image" in names else ("image is missing",)
-        for index, values in enumerate(texts.to_pylist()):
-            place = None if reasons else _Cell(path, group, index)
-            yield _Row(next(number), _without_nulls(values), place, reasons)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Drops nulls, with which Arrow fills the absent fields of a struct, so defaults apply."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def _read_images(path: Path, group: int) -> Any:
-    import pyarrow.parquet as pq
-
-    with _reading_parquet(path), pq.ParquetFile(path, memory_map=True) as file:
-        return file.read_row_group(group, columns=["image"]).column("image")
-
-
-@contextmanager
-def _reading_parquet(path: Path) -> Iterator[None]:
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
+        return by_id[sample_id]
+    except KeyError:
         raise UserError(
-            f"The Parquet file {path} cannot be read ({error}).", "Write or copy it again."
+            f"The data set {path} has no sample {sample_id!r}.",
+            "Pass the data set that the records were made from.",
         ) from None
 
 
-def _schema() -> Any:
-    """Builds the Arrow schema of `write_data`, with the features that `datasets` looks for."""
-    import pyarrow as pa
-
-    text = {"dtype": "string", "_type": "Value"}
-    truth = {"dtype": "bool", "_type": "Value"}
-    fact = dict.fromkeys(("subject", "relation", "value"), text)
-    features = {
-        **dict.fromkeys(("id", "category"), text),
-        "image": {"_type": "Image"},
-        **dict.fromkeys(("question", "answer", "rationale"), text),
-        # A list in brackets is the form that all versions of `datasets` read.
-        "facts": [{**fact, "aliases": [text], "visual": truth, "needed": truth}],
-    }
-    fact_type = pa.struct(
-        [(name, pa.string()) for name in fact]
-        + [("aliases", pa.list_(pa.string())), ("visual", pa.bool_()), ("needed", pa.bool_())]
-    )
-    types = {
-        "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
-        "facts": pa.list_(fact_type),
-    }
-    return pa.schema(
-        [(name, types.get(name, pa.string())) for name in features],
-        metadata={"huggingface": json.dumps({"info": {"features": features}})},
-    )
+def _bad_row(path: Path, row: Row, reasons: Sequence[str]) -> UserError:
+    return UserError(f"Row {row.number} of {path}: {'; '.join(reasons)}.", _advice(path))
 
 
 def _advice(path: Path) -> str:

@@ -14,7 +14,7 @@ from srccore.config import EndpointConfig, RunConfig
 from srccore.data.records import Sample
 from srccore.errors import UserError
 from srccore.files import MANIFEST
-from srccore.stages.inputs import open_source
+from srccore.stages.inputs import source_samples
 from srccore.stages.table import STAGES
 
 __all__ = ["check_data", "check_device", "check_facts", "check_settings"]
@@ -27,9 +27,9 @@ def check_data(config: RunConfig) -> None:
         UserError: A teacher has nothing to go by, or there is no such data set.
     """
     if config.data.source != "embedded":
-        opened = open_source(config.data)
-        check_facts("augment-rationales", config.augmentation, opened.samples, config.data.source)
-        check_facts("annotate-ratings", config.annotation, opened.samples, config.data.source)
+        samples = source_samples(config.data)
+        check_facts("augment-rationales", config.augmentation, samples, config.data.source)
+        check_facts("annotate-ratings", config.annotation, samples, config.data.source)
 
 
 def check_settings(stages: Iterable[str], sections: Mapping[str, Any]) -> None:

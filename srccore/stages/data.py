@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
 
 from srccore.config import DataConfig
-from srccore.data import dataset, sampling
+from srccore.data import dataset, parquet, sampling
 from srccore.data.records import Sample
 from srccore.stages import inputs as identify
 from srccore.stages.folder import StageFolder
@@ -17,9 +18,13 @@ __all__ = ["SPLITS", "prepare_data"]
 
 SPLITS = ("train", "calibration", "heldout")
 
+_Rows = Iterator[tuple[str, Sample, bytes]]
+
 
 def prepare_data(config: DataConfig, out: Path, machine: Machine = Machine()) -> Figures:
     """Writes the three splits as Parquet: ``train``, ``calibration`` and ``heldout``.
+
+    The images of a data set of one's own are read once, in the order of its rows.
 
     Args:
         config: The data's settings.
@@ -33,42 +38,39 @@ def prepare_data(config: DataConfig, out: Path, machine: Machine = Machine()) ->
     folder = StageFolder("prepare-data", out, config=config, sources=source)
     if folder.figures is not None:
         return folder.figures
-    counts = {split: getattr(config, split) for split in SPLITS}
-    if config.source == "embedded":
-        rows = {split: _embedded_rows(config, split) for split in SPLITS}
-    else:
-        rows = _source_rows(config, counts)
-    done = 0
-    written = {}
-    for split in SPLITS:
-        written[split] = dataset.write_data(out / f"{split}.parquet", rows[split])
-        done += written[split]
-        machine.progress(done, sum(counts.values()))
-    return folder.finish({"samples": written})
+    total = sum(getattr(config, split) for split in SPLITS)
+    rows = _embedded_rows(config) if config.source == "embedded" else _source_rows(config)
+    with contextlib.ExitStack() as files:
+        writers = {
+            split: files.enter_context(parquet.parquet_writer(out / f"{split}.parquet"))
+            for split in SPLITS
+        }
+        for done, (split, sample, encoded) in enumerate(rows, start=1):
+            writers[split].add(sample, encoded)
+            machine.progress(done, total)
+    return folder.finish({"samples": {split: writers[split].count for split in SPLITS}})
 
 
-def _embedded_rows(config: DataConfig, split: str) -> Iterator[tuple[Sample, bytes]]:
+def _embedded_rows(config: DataConfig) -> _Rows:
     from srccore.embedded.world import make_item
 
-    for number in range(getattr(config, split)):
-        item = make_item(config.seed, split, number)
-        buffer = io.BytesIO()
-        item.image.save(buffer, "PNG")
-        yield item.sample, buffer.getvalue()
+    for split in SPLITS:
+        for number in range(getattr(config, split)):
+            item = make_item(config.seed, split, number)
+            buffer = io.BytesIO()
+            item.image.save(buffer, "PNG")
+            yield split, item.sample, buffer.getvalue()
 
 
-def _source_rows(
-    config: DataConfig, counts: dict[str, int]
-) -> dict[str, Iterator[tuple[Sample, bytes]]]:
-    data = identify.open_source(config)
-    total = sum(counts.values())
-    shares = {split: count / total for split, count in counts.items()}
-    parts = sampling.split(data.samples, shares, config.seed)
-
-    def rows(split: str) -> Iterator[tuple[Sample, bytes]]:
-        part = parts[split]
-        wanted = sampling.draw(part, min(counts[split], len(part)), seed=config.seed)
-        for sample in wanted:
-            yield sample, data.encoded(sample.id)
-
-    return {split: rows(split) for split in SPLITS}
+def _source_rows(config: DataConfig) -> _Rows:
+    counts = {split: getattr(config, split) for split in SPLITS}
+    shares = {split: count / sum(counts.values()) for split, count in counts.items()}
+    parts = sampling.split(identify.source_samples(config), shares, config.seed)
+    split_of = {
+        sample.id: split
+        for split, part in parts.items()
+        for sample in sampling.draw(part, min(counts[split], len(part)), seed=config.seed)
+    }
+    for sample, encoded in dataset.stream_data(identify.fetch_source(config)):
+        if split := split_of.get(sample.id):
+            yield split, sample, encoded()

@@ -15,13 +15,23 @@ from pathlib import Path
 from srccore import storage
 from srccore.config import DataConfig, TextModelConfig
 from srccore.data import dataset
+from srccore.data.records import Sample
 from srccore.errors import UserError
 from srccore.files import MANIFEST, STARTED
 from srccore.hashing import hash_file, hash_text
 from srccore.models.policy import Policy, read_policy, resolve_model_path
 from srccore.stages.manifest import read_manifest
 
-__all__ = ["checkpoint", "content", "data_source", "open_source", "policy", "policy_at", "setting"]
+__all__ = [
+    "checkpoint",
+    "content",
+    "data_source",
+    "fetch_source",
+    "policy",
+    "policy_at",
+    "setting",
+    "source_samples",
+]
 
 
 def content(name: str, address: Path | str) -> str:
@@ -52,26 +62,36 @@ def content(name: str, address: Path | str) -> str:
 
 
 def _file(path: Path) -> str:
-    """Trusts the manifest of a finished stage for a file that it wrote."""
-    if all((path.parent / name).is_file() for name in (STARTED, MANIFEST)):
+    """Trusts the manifest of a finished stage for a file that has not been touched since."""
+    manifest = path.parent / MANIFEST
+    if (path.parent / STARTED).is_file() and manifest.is_file():
         known = read_manifest(path.parent).outputs.get(path.name)
-        if known:
+        if known and path.stat().st_mtime_ns <= manifest.stat().st_mtime_ns:
             return known
     return hash_file(path)
 
 
-def open_source(config: DataConfig) -> dataset.DataSet:
-    """Opens the data set that a run starts from.
+def fetch_source(config: DataConfig) -> Path:
+    """Brings the data set that a run starts from to this machine.
 
     Raises:
-        UserError: It does not exist, has no rows, or is not a data set.
+        UserError: It does not exist.
     """
     if not storage.exists(config.source):
         raise UserError(f"Input data.source does not exist: {config.source}.", "Check the path.")
-    opened = dataset.open_data(storage.fetch(config.source))
-    if not opened.samples:
+    return storage.fetch(config.source)
+
+
+def source_samples(config: DataConfig) -> list[Sample]:
+    """Reads the samples that a run starts from, without their images.
+
+    Raises:
+        UserError: The data set does not exist, has no rows or a bad one, or is not a data set.
+    """
+    samples = dataset.read_samples(fetch_source(config))
+    if not samples:
         raise UserError(f"The data set {config.source} has no rows.", "Check data.source.")
-    return opened
+    return samples
 
 
 def data_source(config: DataConfig) -> str:
@@ -80,7 +100,7 @@ def data_source(config: DataConfig) -> str:
         return config.source
     if storage.is_remote(config.source):
         return storage.fingerprint(config.source)
-    return open_source(config).sha256
+    return dataset.content_hash(fetch_source(config))
 
 
 def checkpoint(path: str) -> str:

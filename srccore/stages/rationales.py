@@ -202,8 +202,7 @@ def judged_samples(data: Path, rationales: Path | None, ids: Sequence[str]) -> d
     Raises:
         UserError: The data set has no sample of one of the ids.
     """
-    opened = dataset.open_data(data)
-    samples = [opened.sample(sample_id) for sample_id in ids]
+    samples = dataset.read_samples(data, ids)
     texts = rationale_texts(samples, rationales)
     return {s.id: s.model_copy(update={"rationale": texts.get(s.id)}) for s in samples}
 
@@ -219,5 +218,5 @@ def rationale_texts(samples: Sequence[Sample], rationales: Path | None) -> dict[
     if (rationales / RATIONALES).is_file():
         made = read_records(rationales / RATIONALES, Rationale)
         return {record.sample_id: record.rationale for record in made} | own
-    given = dataset.open_data(rationales).samples
+    given = dataset.read_samples(rationales)
     return {sample.id: sample.rationale for sample in given if sample.rationale} | own

@@ -132,7 +132,7 @@ def overall_change(run: Path, config: RunConfig, last: int) -> dict[str, evaluat
         The change by figure.
     """
     folder = RunFolder(run)
-    samples = dataset.open_data(folder.split("heldout")).samples
+    samples = dataset.read_samples(folder.split("heldout"))
     before, after = (
         read_outcomes(samples, folder.output("evaluate", number)) for number in (0, last)
     )

@@ -5,20 +5,28 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from srccore.data import dataset
+from srccore.data import dataset, images, parquet
 from srccore.data.dataset import (
-    DataSet,
     RowProblem,
+    content_hash,
     open_data,
+    read_samples,
+    stream_data,
     validate,
     write_data,
 )
@@ -65,9 +73,15 @@ def noisy_jpeg() -> bytes:
 TRUNCATED = noisy_jpeg()[:600]
 
 
+def noise(size: int) -> bytes:
+    """A PNG of that many bytes: one pixel, and random bytes that every reader skips."""
+    pixel = png(size=(1, 1))
+    return pixel + os.urandom(size - len(pixel))
+
+
 @pytest.fixture
 def small_images_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "MAX_IMAGE_PIXELS", 10_000)
+    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 10_000)
 
 
 def reasons(path: Path) -> list[tuple[int, str]]:
@@ -151,6 +165,17 @@ def test_images_are_found_across_row_groups(tmp_path: Path) -> None:
         assert data.image(f"s{number}").size == (1 + number % 7, 1 + number // 7)
 
 
+def test_groups_are_small_enough_to_read_one_for_one_image(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    large = [noise(100_000), noise(3 * 2**20), noise(900_000), noise(1_000_000), noise(200_000)]
+    write_data(path, [(sample(n), encoded) for n, encoded in enumerate(large)])
+    metadata = pq.read_metadata(path)
+    # 2 MiB at most: 0.1 MB; 3 MiB alone; 0.9 and 1 MB; 0.2 MB, since 2.1 MB is more than 2 MiB.
+    assert [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)] == [1, 1, 2, 1]
+    data = open_data(path)
+    assert [data.encoded(f"s{n}") for n in range(5)] == large
+
+
 def test_a_plain_binary_image_column_and_absent_optional_columns_are_read(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     pq.write_table(pa.Table.from_pylist([line(1, image=png())]), path)
@@ -199,18 +224,232 @@ def test_an_unknown_sample_is_told(tmp_path: Path) -> None:
 
 
 def test_the_hash_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
-    def hash_of(data: DataSet) -> str:
-        assert len(data.sha256) == 64
-        return data.sha256
-
-    first = open_data(write_lines(tmp_path / "one", [line(1), line(2)]))
-    second = open_data(write_lines(tmp_path / "two", [line(1), line(2)]))
-    assert hash_of(first) == hash_of(second)
+    first = content_hash(write_lines(tmp_path / "one", [line(1), line(2)]))
+    assert len(first) == 64
+    assert content_hash(write_lines(tmp_path / "two", [line(1), line(2)])) == first
     (tmp_path / "two" / "good.png").write_bytes(png("blue"))
-    assert hash_of(open_data(tmp_path / "two")) != hash_of(first)
+    assert content_hash(tmp_path / "two") != first
     write_data(tmp_path / "a.parquet", [(sample(1), png())])
     write_data(tmp_path / "b.parquet", [(sample(1), png())])
-    assert hash_of(open_data(tmp_path / "a.parquet")) == hash_of(open_data(tmp_path / "b.parquet"))
+    assert content_hash(tmp_path / "a.parquet") == content_hash(tmp_path / "b.parquet")
+
+
+# What is read
+
+
+def bytes_read() -> int:
+    """What this process has read from files so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_opening_what_was_written_reads_no_image_and_one_image_reads_one_group(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "data.parquet"
+    write_data(path, ((sample(n), noise(400_000)) for n in range(40)))
+    open_data(path).image("s0")  # imports what is imported at the first use
+    before = bytes_read()
+    data = open_data(path)
+    assert bytes_read() - before < 400_000  # of 16 MB
+    assert data.size("s7") == (1, 1)
+    before = bytes_read()
+    data.image("s7")
+    assert bytes_read() - before < 2.2 * 2**20
+    # A shard of every eighth: five groups of five.
+    before = bytes_read()
+    for number in range(0, 40, 8):
+        data.image(f"s{number}")
+    assert bytes_read() - before < 5 * 2.2 * 2**20
+    assert len(read_samples(path)) == 40
+
+
+def test_a_data_set_is_streamed_with_each_byte_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    images = [noise(100_000) for _ in range(40)]
+    table = pa.Table.from_pylist([line(n, image=each) for n, each in enumerate(images)])
+    pq.write_table(table, path, row_group_size=16)
+    list(stream_data(path))
+    before = bytes_read()
+    assert [(s.id, encoded()) for s, encoded in stream_data(path)] == [
+        (f"s{n}", each) for n, each in enumerate(images)
+    ]
+    assert bytes_read() - before < 1.2 * path.stat().st_size
+
+
+POOLS: list[pa.MemoryPool] = []
+"""Kept: groups that are still cached are given back to the pool that they came from."""
+
+
+def peak_of_arrow(work: Callable[[], object]) -> int:
+    """The most bytes that Arrow had allocated while the work was done."""
+    before = pa.default_memory_pool()
+    counted = pa.proxy_memory_pool(before)
+    POOLS.append(counted)
+    pa.set_memory_pool(counted)
+    try:
+        work()
+        return int(counted.max_memory())
+    finally:
+        pa.set_memory_pool(before)
+
+
+def test_memory_does_not_grow_with_the_number_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of up to 17 groups of 2 MiB, three are kept.
+    monkeypatch.setattr(parquet, "_images", lru_cache(3)(parquet._images.__wrapped__))
+    peaks = []
+    for count in (100, 700):
+        path = tmp_path / f"{count}.parquet"
+        rows = ((sample(n), noise(50_000)) for n in range(count))
+        written = peak_of_arrow(lambda rows=rows, path=path: write_data(path, rows))
+        data = open_data(path)
+        streamed = peak_of_arrow(lambda path=path: [encoded() for _, encoded in stream_data(path)])
+        kept = peak_of_arrow(lambda data=data: [data.image(s.id) for s in data.samples])
+        peaks.append((written, streamed, kept))
+    (written, streamed, _), (written_more, streamed_more, kept_more) = peaks
+    assert written_more < 1.2 * written
+    assert streamed_more < 1.2 * streamed
+    # Three that are kept and one that is being read.
+    assert kept_more < 4.2 * 2 * 2**20
+    assert max(written_more, streamed_more) < 12 * 2**20
+    assert kept_more < 10 * 2**20
+
+
+def test_one_huge_group_from_elsewhere_is_read_a_page_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "huge.parquet"
+    images = [noise(50_000) for _ in range(600)]
+    table = pa.Table.from_pylist([line(n, image=each) for n, each in enumerate(images)])
+    pq.write_table(table, path, use_dictionary=False, write_batch_size=20)
+    assert pq.read_metadata(path).num_row_groups == 1
+    del table
+    opened: list[dataset.DataSet] = []
+    # 30 MB in pages of 1 MB.
+    assert peak_of_arrow(lambda: opened.append(open_data(path))) < 10 * 2**20
+    before = bytes_read()
+    for number in (599, 0, 300):
+        assert opened[0].encoded(f"s{number}") == images[number]
+    assert bytes_read() - before < 4 * 50_000
+
+
+def test_several_threads_read_one_data_set(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    write_data(path, ((sample(n), png(size=(1 + n, 2))) for n in range(64)))
+    data = open_data(path)
+    with ThreadPoolExecutor(8) as threads:
+        sizes = list(threads.map(lambda n: data.image(f"s{n}").size, range(64)))
+    assert sizes == [(1 + n, 2) for n in range(64)]
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+FACTS = st.builds(
+    Fact,
+    subject=TEXTS,
+    relation=TEXTS,
+    value=TEXTS,
+    aliases=st.lists(st.text(st.characters(exclude_categories=["Cs"]))).map(tuple),
+    visual=st.booleans(),
+)
+SAMPLES = st.builds(
+    Sample,
+    id=TEXTS,
+    category=st.sampled_from(Category),
+    question=TEXTS,
+    answer=TEXTS,
+    rationale=st.none() | TEXTS,
+    facts=st.lists(FACTS, max_size=2).map(tuple),
+)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    st.lists(SAMPLES, max_size=12, unique_by=lambda each: each.id),
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=12, max_size=12),
+    st.integers(1, 400),
+)
+def test_any_samples_come_back_from_groups_of_any_size(
+    samples: list[Sample], sizes: list[tuple[int, int]], group_bytes: int
+) -> None:
+    rows = [(each, png(size=size)) for each, size in zip(samples, sizes, strict=False)]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(parquet, "_GROUP_BYTES", group_bytes)
+        path = Path(folder) / "data.parquet"
+        assert write_data(path, rows) == len(rows)
+        data = open_data(path)
+        assert data.samples == tuple(samples) == tuple(read_samples(path))
+        for (each, encoded), size in zip(rows, sizes, strict=False):
+            assert data.encoded(each.id) == encoded
+            assert data.image(each.id).size == data.size(each.id) == size
+        assert [(each, encoded()) for each, encoded in stream_data(path)] == rows
+        if rows:
+            assert validate(path).problems == ()
+
+
+# Changed after it was written
+
+
+def rewritten(path: Path, **columns: list[Any]) -> None:
+    """Writes a data set again with other values, as somebody with pyarrow would."""
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        place = table.schema.get_field_index(name)
+        field = table.schema.field(name)
+        table = table.set_column(place, field, pa.array(values, field.type))
+    pq.write_table(table, path)
+
+
+def test_an_image_that_was_changed_after_writing_is_refused_when_it_is_read(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "data.parquet"
+    write_data(path, [(sample(1), png()), (sample(2), png("blue"))])
+    rewritten(path, image=[{"bytes": png(), "path": None}] * 2)
+    data = open_data(path)
+    assert data.image("s1").size == (4, 3)
+    changed = "image differs from its image_sha256: the file was changed or is damaged"
+    for read in (data.image, data.encoded):
+        with pytest.raises(UserError, match=rf"Sample 's2' of .*: {changed}\."):
+            read("s2")
+    assert reasons(path) == [(2, changed)]
+    with pytest.raises(UserError, match=f"Row 2 of .*: {changed}"):
+        list(stream_data(path))
+
+
+def test_a_wrong_description_of_an_image_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    write_data(path, [(sample(n), png()) for n in (1, 2, 3)])
+    rewritten(path, width=[4, 5, 4])
+    data = open_data(path)
+    with pytest.raises(UserError, match="image has 4 x 3 pixels, but should have 5 x 3"):
+        data.image("s2")
+    rewritten(path, width=[4, 5, 0], image_sha256=["x", *pq.read_table(path)["image_sha256"][1:]])
+    found = [
+        (1, "image_sha256 is not a SHA-256 in hexadecimal"),
+        (2, "image has 4 x 3 pixels, but should have 5 x 3"),
+        (3, "width or height is not a positive integer"),
+    ]
+    assert reasons(path) == found
+    with pytest.raises(UserError, match=r"Row 1 of .*: image_sha256 is not a SHA-256"):
+        open_data(path)
+
+
+def test_what_was_written_and_then_stored_in_one_group_is_still_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "data.parquet"
+    write_data(path, [(sample(n), png(size=(n, 1))) for n in (1, 2, 3)])
+    monkeypatch.setattr(parquet, "_LARGEST_GROUP", 100)
+    data = open_data(path)
+    assert [data.image(f"s{n}").size for n in (3, 1, 2)] == [(3, 1), (1, 1), (2, 1)]
+
+
+def test_a_file_that_is_cut_off_while_it_is_open_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    write_data(path, [(sample(n), noise(1_500_000)) for n in (1, 2)])
+    data = open_data(path)
+    os.truncate(path, 1_000_000)
+    with pytest.raises(UserError, match="cannot be read"):
+        data.image("s2")
 
 
 # Bad rows
@@ -382,12 +621,15 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
     bomb = bytearray(png())
     bomb[16:24] = (60_000).to_bytes(4, "big") * 2
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
-    write_data(tmp_path / "d.parquet", [(sample(1), bytes(bomb))])
+    pq.write_table(pa.Table.from_pylist([line(1, image=bytes(bomb))]), tmp_path / "d.parquet")
     assert validate(tmp_path / "d.parquet").problems == (
         RowProblem(1, "s1", "image is too large: more than 40000000 pixels"),
     )
     with pytest.raises(UserError, match="image is too large"):
         open_data(tmp_path / "d.parquet")
+    with pytest.raises(UserError, match=r"Sample 's1' cannot be written: image is too large"):
+        write_data(tmp_path / "e.parquet", [(sample(1), bytes(bomb))])
+    assert not (tmp_path / "e.parquet").exists()
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,26 @@ def test_weights_that_a_stage_wrote_are_still_identified_by_their_bytes(checkpoi
     assert identify.checkpoint(str(stage / "out" / "model")) != before
 
 
+def test_a_split_is_identified_by_its_manifest_until_it_is_touched(tmp_path: Path) -> None:
+    folder = StageFolder(Stage("stage", "A stage.", "light"), tmp_path / "out")
+    split = tmp_path / "out" / "train.parquet"
+    split.write_bytes(b"a")
+    folder.finish({})
+    known = identify.content("data", split)
+    assert known == hash_file(split)
+    manifest = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
+    # Older than the manifest, as nothing but a stage or a fetch leaves it: taken at its word.
+    split.write_bytes(b"b")
+    os.utime(split, ns=(manifest, manifest))
+    assert identify.content("data", split) == known
+    os.utime(split, ns=(manifest, manifest + 1))
+    assert identify.content("data", split) == hash_file(split) != known
+    split.write_bytes(b"a")
+    assert identify.content("data", split) == known
+
+
 def test_a_data_set_without_rows_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "samples.jsonl"
     source.write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="has no rows"):
-        identify.open_source(DataConfig(source=str(source)))
+        identify.source_samples(DataConfig(source=str(source)))

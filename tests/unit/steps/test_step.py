@@ -90,7 +90,7 @@ def test_work_that_was_done_is_not_done_again(
     def fail(*_: object) -> None:
         raise AssertionError("it was done again")
 
-    monkeypatch.setattr("srccore.data.dataset.write_data", fail)
+    monkeypatch.setattr("srccore.data.parquet.parquet_writer", fail)
     assert prepare(root) == first
 
 
