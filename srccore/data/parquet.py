@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -199,14 +200,16 @@ class ParquetTable:
         self, first: int, columns: list[str], batch: int = 1024
     ) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
         """Yields number, group, place in the group and values of each row."""
-        number = first
-        sizes = [self._metadata.row_group(n).num_rows for n in range(self._metadata.num_row_groups)]
-        places = ((group, index) for group, rows in enumerate(sizes) for index in range(rows))
+        number = itertools.count(first)
         with _explained(self.path), self._opened() as file:
-            for found in file.iter_batches(batch_size=batch, columns=columns, use_threads=False):
-                for values in found.to_pylist():
-                    yield number, *next(places), _without_nulls(values)
-                    number += 1
+            # Group by group: over several groups, Arrow keeps what it has read of each.
+            for group in range(self._metadata.num_row_groups):
+                index = itertools.count()
+                for found in file.iter_batches(
+                    batch_size=batch, row_groups=[group], columns=columns, use_threads=False
+                ):
+                    for values in found.to_pylist():
+                        yield next(number), group, next(index), _without_nulls(values)
 
     def _recorded(self, values: dict[str, Any]) -> tuple[Recorded | None, tuple[str, ...]]:
         """Takes what describes the image out of a row's values."""
@@ -231,7 +234,10 @@ class ParquetTable:
         """Opens the file for one reader: several threads may read at once."""
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(self.path, metadata=self._metadata, buffer_size=_BUFFER)
+        # Buffered and not ahead: else a group's columns are read whole before the first page.
+        return pq.ParquetFile(
+            self.path, metadata=self._metadata, buffer_size=_BUFFER, pre_buffer=False
+        )
 
 
 @functools.lru_cache(maxsize=_KEPT_GROUPS)
