@@ -7,14 +7,18 @@ nobody has checked that training and search agree on their image tokens, positio
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from srccore.errors import UserError
 from srccore.files import write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "FAMILIES",
@@ -24,6 +28,7 @@ __all__ = [
     "image_tokens",
     "language_model_targets",
     "load_processor_of",
+    "prompt_positions",
     "save_processor",
 ]
 
@@ -158,3 +163,28 @@ def language_model_targets(model: Any) -> str:
     """
     inside = FAMILIES[model.config.model_type].language_model.replace(".", r"\.")
     return rf"{inside}\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def prompt_positions(
+    backbone: Any, tokens: Tensor, is_prompt: Tensor, inputs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Computes the positions of prompts as the model itself does; those of M-RoPE follow the image.
+
+    Args:
+        backbone: A model of one of `FAMILIES`, without its head.
+        tokens: (rows, length), ids.
+        is_prompt: (rows, length), true for the tokens of a row's prompt, one after the other.
+        inputs: What the processor returned besides.
+
+    Returns:
+        (rows, length), or (3, rows, length) for M-RoPE, of which only those of the prompts mean
+        anything; and (rows,), the position that follows each prompt.
+    """
+    mask = is_prompt.long()
+    of_images = getattr(backbone, "get_rope_index", None)
+    if of_images is None:
+        return (mask.cumsum(-1) - 1).clamp(min=0), mask.sum(-1)
+    accepted = inspect.signature(of_images).parameters
+    given = {name: value for name, value in inputs.items() if name in accepted}
+    positions, shift = of_images(**{**given, "input_ids": tokens, "attention_mask": mask})
+    return positions, mask.sum(-1) + shift[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from srccore.config import DpoConfig
 from srccore.models.policy import Policy
 from srccore.training.machine import Machine
 from srccore.training.resume import resumable
+from srccore.training.shared_prompt import Collator, share_prompts
 from srccore.training.trainer import (
     ImageLoader,
     Row,
@@ -20,7 +22,7 @@ from srccore.training.trainer import (
     train_adapter,
 )
 
-__all__ = ["DpoOutcome", "PreferenceExample", "train_dpo"]
+__all__ = ["DpoOutcome", "PreferenceExample", "dpo_trainer", "train_dpo"]
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,7 @@ def train_dpo(
     Raises:
         UserError: No example fits into the context, or the policy cannot be loaded.
     """
-    from trl import DPOConfig, DPOTrainer
-
-    outcome, trainer = train_adapter(
+    outcome, trained = train_adapter(
         policy,
         [
             Row(
@@ -97,25 +97,40 @@ def train_dpo(
         out,
         seed=seed,
         machine=machine,
-        trainer=lambda arguments, **parts: _sft_normalised(resumable(DPOTrainer), config)(
-            args=DPOConfig(
-                **arguments,
-                beta=config.beta,
-                loss_type=["sigmoid", "sft"],
-                loss_weights=[1.0, config.sft_weight],
-                # TRL would switch off the adapter's dropout. The reference has none: its adapter
-                # is disabled, and `train_adapter` switches the checkpoint's own off.
-                disable_dropout=False,
-            ),
-            **parts,
-        ),
+        trainer=functools.partial(dpo_trainer, config),
     )
     return DpoOutcome(
         training=outcome,
-        reward_accuracy=final_mean(step_figures(trainer, "rewards/accuracies")),
-        reward_margin=final_mean(step_figures(trainer, "rewards/margins")),
-        chosen_log_probability=final_mean(step_figures(trainer, "logps/chosen")),
-        rejected_log_probability=final_mean(step_figures(trainer, "logps/rejected")),
+        reward_accuracy=final_mean(step_figures(trained, "rewards/accuracies")),
+        reward_margin=final_mean(step_figures(trained, "rewards/margins")),
+        chosen_log_probability=final_mean(step_figures(trained, "logps/chosen")),
+        rejected_log_probability=final_mean(step_figures(trained, "logps/rejected")),
+    )
+
+
+def dpo_trainer(config: DpoConfig, arguments: dict[str, Any], **parts: Any) -> Any:
+    """Makes the trainer of `train_dpo`: TRL's, for rows with a shared prompt.
+
+    Args:
+        config: The stage's section of the preset.
+        arguments: Those of `srccore.training.trainer.Session`.
+        parts: The model, data set, processor and settings of LoRA, as TRL's trainer takes them.
+    """
+    from trl import DPOConfig, DPOTrainer
+
+    share_prompts(parts["model"])
+    return _sft_normalised(resumable(DPOTrainer), config)(
+        args=DPOConfig(
+            **arguments,
+            beta=config.beta,
+            loss_type=["sigmoid", "sft"],
+            loss_weights=[1.0, config.sft_weight],
+            # TRL would switch off the adapter's dropout. The reference has none: its adapter is
+            # disabled, and `train_adapter` switches the checkpoint's own off.
+            disable_dropout=False,
+        ),
+        data_collator=Collator(parts["processing_class"], ("chosen", "rejected")),
+        **parts,
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from srccore.config import RationaleTuningConfig
 from srccore.models.policy import Policy
 from srccore.training.machine import Machine
 from srccore.training.resume import resumable
+from srccore.training.shared_prompt import Collator, share_prompts
 from srccore.training.trainer import ImageLoader, Row, TrainingOutcome, train_adapter
 
 __all__ = ["RationaleExample", "tune_rationale"]
@@ -54,8 +56,6 @@ def tune_rationale(
     Raises:
         UserError: No example fits into the context, or the policy cannot be loaded.
     """
-    from trl import SFTConfig, SFTTrainer
-
     outcome, _ = train_adapter(
         policy,
         [
@@ -66,8 +66,18 @@ def tune_rationale(
         out,
         seed=seed,
         machine=machine,
-        trainer=lambda arguments, **parts: resumable(SFTTrainer)(
-            args=SFTConfig(**arguments, completion_only_loss=True), **parts
-        ),
+        trainer=_sft_trainer,
     )
     return outcome
+
+
+def _sft_trainer(arguments: dict[str, Any], **parts: Any) -> Any:
+    """Makes TRL's trainer, for the batches of `Collator`."""
+    from trl import SFTConfig, SFTTrainer
+
+    share_prompts(parts["model"])
+    return resumable(SFTTrainer)(
+        args=SFTConfig(**arguments, completion_only_loss=True),
+        data_collator=Collator(parts["processing_class"], ("completion",)),
+        **parts,
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,7 @@ from srccore.training.dpo import PreferenceExample
 from srccore.training.dpo import train_dpo as align
 from srccore.training.rationale import RationaleExample
 from srccore.training.rationale import tune_rationale as tune
+from srccore.training.shared_prompt import Collator
 
 RATIONALE = tiny_models.RESPONSE.partition("\n")[0]
 WORSE = "The red bar is four high.\nAnswer: 4"
@@ -247,17 +247,12 @@ def test_training_sees_the_tokens_and_pixels_of_inference(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    collator = {
-        "rationale": "sft_trainer.DataCollatorForVisionLanguageModeling",
-        "dpo": "dpo_trainer.DataCollatorForVisionPreference",
-    }[training]
-    kind = pkgutil.resolve_name(f"trl.trainer.{collator.replace('.', ':')}")
-    original = kind.torch_call
+    original = Collator.__call__
 
-    def torch_call(this: Any, examples: list[dict[str, Any]]) -> None:
-        raise SeenError(original(this, examples))
+    def call(this: Collator, samples: list[dict[str, Any]]) -> None:
+        raise SeenError(original(this, samples))
 
-    monkeypatch.setattr(kind, "torch_call", torch_call)
+    monkeypatch.setattr(Collator, "__call__", call)
     opened = open_data(data)
     policy = Policy(base=awkward(name))
     chosen, sample = tiny_models.RESPONSE, SAMPLES[1]
@@ -276,13 +271,13 @@ def test_training_sees_the_tokens_and_pixels_of_inference(
     processor = load_processor(policy.base)
     asked = encode_prompts(processor, [tiny_models.prompt(image(), sample.question)])
     said = processor.tokenizer.encode(response_text(processor, chosen), add_special_tokens=False)
-    length = int(batch["attention_mask"][0].sum())
-    assert batch["input_ids"][0, :length].tolist() == [*asked["input_ids"][0].tolist(), *said]
-    # The first row of a DPO batch is the chosen response, and the image is repeated.
+    row = [*asked["input_ids"][0].tolist(), *said]
+    assert batch["row_ids"][0, : len(row)].tolist() == row
+    # The image is there once, whatever the number of responses.
     pixels = asked["pixel_values"]
-    assert torch.equal(batch["pixel_values"][: len(pixels)], pixels)
+    assert torch.equal(batch["pixel_values"], pixels)
     others = set(asked) - {"input_ids", "attention_mask", "pixel_values", "mm_token_type_ids"}
-    assert all(torch.equal(batch[each][: len(asked[each])], asked[each]) for each in others)
+    assert all(torch.equal(batch[each], asked[each]) for each in others)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

@@ -34,6 +34,7 @@ from srccore.training.dpo import PreferenceExample, train_dpo
 from srccore.training.machine import Machine
 from srccore.training.rationale import RationaleExample, tune_rationale
 from srccore.training.scorer import RatingExample, train_scorer
+from srccore.training.shared_prompt import Collator
 from srccore.training.trainer import lora_config, sample_order
 
 base = tiny_models.base
@@ -69,16 +70,16 @@ def preferences() -> list[PreferenceExample]:
 class Batches:
     """Keeps what a collator feeds to the model."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, collator: type) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, collator: type, method: str = "__call__") -> None:
         self.seen: list[dict[str, Any]] = []
-        original = collator.torch_call
+        original = getattr(collator, method)
 
-        def torch_call(this: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        def call(this: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:
             batch: dict[str, Any] = original(this, examples)
             self.seen.append({name: value.clone() for name, value in batch.items()})
             return batch
 
-        patch.setattr(collator, "torch_call", torch_call)
+        patch.setattr(collator, method, call)
 
 
 def inference_ids(processor: Any, picture: Any, response: str) -> tuple[list[int], list[int]]:
@@ -96,16 +97,14 @@ def inference_ids(processor: Any, picture: Any, response: str) -> tuple[list[int
 
 
 def rows(batch: dict[str, Any]) -> list[list[int]]:
-    pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    pairs = zip(batch["row_ids"], batch["attention_mask"], strict=True)
     return [ids[mask.bool()].tolist() for ids, mask in pairs]
 
 
 def test_rationale_tuning_sees_the_ids_of_inference_and_learns_the_response_only(
     base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
-
-    batches = Batches(monkeypatch, DataCollatorForVisionLanguageModeling)
+    batches = Batches(monkeypatch, Collator)
     told: list[tuple[int, int]] = []
     examples = rationale_examples()
     outcome = tune_rationale(
@@ -154,9 +153,7 @@ def load_policy_weights(base: ModelConfig) -> dict[str, Any]:
 def test_dpo_sees_the_ids_of_inference_and_starts_from_its_reference(
     base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
-
-    batches = Batches(monkeypatch, DataCollatorForVisionPreference)
+    batches = Batches(monkeypatch, Collator)
     policy = Policy(base=base).with_adapter(tiny_models.adapter(base, tmp_path / "first", 2, 1))
     out = tmp_path / "dpo"
     out.mkdir()
@@ -168,10 +165,12 @@ def test_dpo_sees_the_ids_of_inference_and_starts_from_its_reference(
     loaded = load_policy(policy)
     expected, sums = [], []
     for example in examples:
+        row: list[int] = []
         for response in (example.chosen, example.rejected):
             prompt, tail = inference_ids(loaded.processor, example.image(), response)
-            expected.append(prompt + tail)
+            row = (row or prompt) + tail
             sums.append(log_probability(loaded, example.image(), response))
+        expected.append(row)
     assert sorted(rows(batches.seen[0])) == sorted(expected)
     # The incoming adapter is part of the reference: these are the folded policy's values.
     assert outcome.chosen_log_probability == pytest.approx((sums[0] + sums[2]) / 2, rel=1e-4)
@@ -464,7 +463,7 @@ def test_the_scorer_learns_one_token_per_prompt(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    batches = Batches(monkeypatch, DataCollatorForLanguageModeling)
+    batches = Batches(monkeypatch, DataCollatorForLanguageModeling, "torch_call")
     examples = [
         RatingExample(f"First: {RESPONSE}{' More.' * number}", 1 + 4 * (number % 2))
         for number in range(4)
