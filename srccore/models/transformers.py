@@ -9,7 +9,6 @@ image.
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import math
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from torch import Tensor
 from srccore.errors import UserError
 from srccore.method import sentences
 from srccore.method.engine import Continuation, Draw, Prompt, TokenDistribution, Work
+from srccore.models.families import prompt_positions
 from srccore.models.policy import prompt_text, response_text
 from srccore.models.shared_prefix import Decoding, Prompts, Responses, prompt_cache
 
@@ -95,7 +95,10 @@ class TransformersSamplingEngine:
             name: value.to(self._model.dtype) if value.is_floating_point() else value
             for name, value in prepared.to(self._model.device).items()
         }
-        positions, following = self._positions(inputs)
+        mask = inputs["attention_mask"].bool()
+        positions, following = prompt_positions(
+            self._model.base_model, inputs["input_ids"], mask, inputs
+        )
         cache = prompt_cache()
         output = self._model(
             **inputs,
@@ -104,7 +107,6 @@ class TransformersSamplingEngine:
             use_cache=True,
             logits_to_keep=1,
         )
-        mask = inputs["attention_mask"].bool()
         encoded = Prompts([(layer.keys, layer.values) for layer in cache.layers], mask, following)
         batch = Responses(
             prompts=encoded,
@@ -114,16 +116,6 @@ class TransformersSamplingEngine:
             logits=output.logits[:, -1].float(),
         )
         return [_Node(batch, row) for row in range(len(mask))]
-
-    def _positions(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns the positions of the prompts' tokens, and of the token after each prompt."""
-        mask = inputs["attention_mask"]
-        of_images = getattr(self._model.base_model, "get_rope_index", None)
-        if of_images is None:
-            return (mask.cumsum(-1) - 1).clamp(min=0), mask.sum(-1)
-        accepted = inspect.signature(of_images).parameters
-        positions, shift = of_images(**{n: v for n, v in inputs.items() if n in accepted})
-        return positions, mask.sum(-1) + shift[:, 0]
 
     def submit(self, draws: Sequence[Draw]) -> list[int]:
         """Accepts draws; `finished` decodes them."""
