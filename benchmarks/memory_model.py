@@ -430,16 +430,20 @@ def _training(
         config: The stage's section.
         lora: The adapter; None trains all weights.
         width: Bytes of a number of the model.
-        responses: Responses of a sample: DPO has two, each in a row with its prompt.
+        responses: Responses of a sample: DPO has two, in one row with their prompt.
         prompt: Tokens of a prompt.
         lengths: Gives the tokens of a response.
         device: On a GPU, matrices are multiplied in 16 bits where weights have 32.
     """
     mixed = device == "cuda"
     trained = shape.adapter(lora.rank) if lora else shape.parameters
-    rows = config.batch_size * responses
-    length = prompt + lengths.response
+    rows = config.batch_size
+    length = prompt + responses * lengths.response
     tokens = rows * length
+    # On a CPU, TRL's head reads all positions; of a policy, only those of responses reach it.
+    predicted = rows * responses * lengths.response if mixed or shape.vision_layers else tokens
+    # Two responses that must not see each other need a mask of their own, which all layers share.
+    mask = rows * length**2 * float(width) if responses > 1 else _mask(rows, length, width)
     saved, working = _layer(shape, width, mixed, lora)
     inputs = shape.hidden * (width if lora else 4)
     if config.gradient_checkpointing:
@@ -447,8 +451,8 @@ def _training(
         layers, checkpoints, saved = 1, shape.layers * inputs, saved - inputs
     else:
         layers, checkpoints = shape.layers, 0
-    head = _head(shape, rows * lengths.response if mixed else tokens, width, mixed, lora is None)
-    backward = tokens * float(layers * saved + working) + _mask(rows, length, width)
+    head = _head(shape, predicted, width, mixed, lora is None)
+    backward = tokens * float(layers * saved + working) + mask
     # Without checkpointing, all that is saved is there when the head works.
     at_head = head + (0 if config.gradient_checkpointing else tokens * float(layers * saved))
     return {

@@ -268,9 +268,7 @@ class _Reader:
             images=images,
             positions=layout.after_prompt(of_prompts, following),
             # A single response sees all that is before it: the model's own mask is faster.
-            mask=_masks(layout, self.backbone.config.get_text_config())
-            if count > 1
-            else inputs["attention_mask"],
+            mask=_masks(layout, self.backbone) if count > 1 else inputs["attention_mask"],
             predicting=layout.predicting(count, length),
         )
         self._last = (segments, read) if is_frozen else None
@@ -293,12 +291,23 @@ class _Reader:
         return BaseModelOutputWithPooling(pooler_output=found.pooler_output)
 
 
-def _masks(layout: Layout, config: Any) -> Any:
+def _masks(layout: Layout, backbone: Any) -> Any:
     """Makes the mask of a language model, or one for each kind of its layers.
+
+    It is added to the scores: SDPA would make such a mask of truth values anew in each layer, and
+    keep it for the backward pass.
 
     Raises:
         NotImplementedError: Its attention is of a kind that takes no such mask.
     """
+    config = backbone.config.get_text_config()
+
+    def added(window: int | None) -> Tensor:
+        seen = layout.mask(window)
+        return torch.zeros(seen.shape, dtype=backbone.dtype, device=seen.device).masked_fill_(
+            ~seen, -torch.inf
+        )
+
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     if config._attn_implementation != "sdpa" or not kinds <= {FULL, SLIDING}:
@@ -307,5 +316,5 @@ def _masks(layout: Layout, config: Any) -> Any:
             "no mask that hides a response from another."
         )
     if kinds == {FULL, SLIDING}:
-        return {FULL: layout.mask(), SLIDING: layout.mask(window)}
-    return layout.mask(None if kinds == {FULL} else window)
+        return {FULL: added(None), SLIDING: added(window)}
+    return added(None if kinds == {FULL} else window)
