@@ -30,6 +30,7 @@ __all__ = [
     "EvaluationConfig",
     "LoraSettings",
     "ModelConfig",
+    "PolicyTrainingSettings",
     "RationaleTuningConfig",
     "RunConfig",
     "ScorerConfig",
@@ -147,6 +148,15 @@ class OptimizerSettings(Section):
     none. There are at least ten, unless saving them would take a tenth of the time."""
 
 
+class PolicyTrainingSettings(OptimizerSettings):
+    """What the trainings of a policy share."""
+
+    image_workers: Annotated[int, OPERATIONAL] = Field(default=0, ge=0)
+    """Processes that read and preprocess images ahead of the training, for each process that
+    trains; with 0, it waits for its images."""
+    lora: LoraSettings
+
+
 class EndpointConfig(Section):
     """An OpenAI-compatible endpoint. The key comes from the environment variable named here."""
 
@@ -168,14 +178,13 @@ class AugmentationConfig(Section):
     endpoint: EndpointConfig = EndpointConfig()
 
 
-class RationaleTuningConfig(OptimizerSettings):
+class RationaleTuningConfig(PolicyTrainingSettings):
     """`tune-rationale`: stage 1 of the paper."""
 
     samples: int = Field(ge=1)
     min_format_rate: Annotated[float, OPERATIONAL] = Field(default=0.8, ge=0, le=1)
     """Share of responses that must have a rationale and an answer after the training, or the run
     stops before anything expensive is done."""
-    lora: LoraSettings
 
 
 class AnnotationConfig(Section):
@@ -264,7 +273,7 @@ class CurationConfig(Section):
     keep_fraction: float = Field(default=1.0, gt=0, le=1)
 
 
-class DpoConfig(OptimizerSettings):
+class DpoConfig(PolicyTrainingSettings):
     """`train-dpo`: preference fine-tuning."""
 
     beta: float = Field(default=0.1, gt=0)
@@ -273,7 +282,6 @@ class DpoConfig(OptimizerSettings):
     sft_normalization: Literal["response", "token"] = "response"
     """What the SFT term is a mean over: responses, whose tokens are added up (RPO, which the paper
     cites), or all tokens. Per token the same weight is weaker by the length of a response."""
-    lora: LoraSettings
 
 
 class EvaluationConfig(Section):

@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srccore.config import (
-    DpoConfig,
     LoraSettings,
     ModelConfig,
     OptimizerSettings,
-    RationaleTuningConfig,
+    PolicyTrainingSettings,
 )
 from srccore.errors import UserError
 from srccore.hashing import stable_hash
@@ -182,7 +181,7 @@ def training(
 def train_adapter(
     policy: Policy,
     rows: Sequence[Row],
-    config: RationaleTuningConfig | DpoConfig,
+    config: PolicyTrainingSettings,
     out: Path,
     *,
     seed: int,
@@ -225,8 +224,11 @@ def train_adapter(
         order = sample_order(len(fitting), config, seed)
         agreed = itertools.chain([str(policy.base.revision)], (str(row) for row, _ in fitting))
         session.processes.agree(agreed, "samples or revisions of the model")
+        if config.image_workers:
+            # The tokenizers library warns on stderr that its threads do not survive a fork.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         ready = trainer(
-            session.arguments,
+            {**session.arguments, "dataloader_num_workers": config.image_workers},
             model=loaded.model,
             train_dataset=Dataset.from_dict({"row": order}).with_transform(_Rows(fitting)),
             processing_class=loaded.processor,
