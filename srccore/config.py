@@ -279,6 +279,11 @@ class DpoConfig(PolicyTrainingSettings):
     beta: float = Field(default=0.1, gt=0)
     sft_weight: float = Field(default=0.02, ge=0)
     """Weight of the SFT term on the chosen response (paper: 0.02)."""
+    reference: Literal["computed", "drawn"] = "computed"
+    """Where the reference's log-probabilities come from: a forward pass, once per preference and
+    training, or the search that drew the responses, which saves that pass. A response that isn't
+    encoded as it was drawn is computed anyway. The search must have drawn from the same policy.
+    Its kernels round differently: in bfloat16, log ratios don't start from 0 exactly."""
     sft_normalization: Literal["response", "token"] = "response"
     """What the SFT term is a mean over: responses, whose tokens are added up (RPO, which the paper
     cites), or all tokens. Per token the same weight is weaker by the length of a response."""

@@ -135,9 +135,14 @@ class Candidate(Record):
     id: Text
     """Hash of sample and text: the same text has the same id in every shard."""
     text: str
+    """Without surrounding white space."""
+    drawn: str | None = None
+    """What the policy wrote, with white space, so that it can be trained as it was drawn; null for
+    a text of other origin."""
     log_probability: float = Field(le=1e-6)
-    """Sum over the response's tokens, natural log, at temperature 1."""
+    """Sum over the response's tokens and its end, natural log, at temperature 1."""
     token_count: int = Field(ge=1)
+    """With the end."""
 
 
 class CandidateSet(Record):

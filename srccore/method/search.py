@@ -132,6 +132,7 @@ class _Search:
             Candidate(
                 id=candidate_id(sample_id, beam.text.strip()),
                 text=beam.text.strip(),
+                drawn=beam.text,
                 log_probability=beam.log_probability,
                 token_count=beam.token_count,
             )

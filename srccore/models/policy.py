@@ -8,6 +8,7 @@ here, so that training and inference see the same token ids.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ __all__ = [
     "LoadedPolicy",
     "Policy",
     "checkpoint_family",
+    "drawn_text",
     "load_policy",
     "load_processor",
     "parse_policy",
@@ -330,7 +332,7 @@ def prompt_text(processor: Any, question: str) -> str:
     Returns:
         The prompt with one placeholder for the image, up to where the response starts.
     """
-    asked = _without_special_tokens(processor, question)
+    asked = _without_special_tokens(processor, question).strip()
     content = [{"type": "image"}, {"type": "text", "text": asked}]
     text: str = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -358,7 +360,7 @@ def response_text(processor: Any, response: str) -> str:
     """
     question = "What is shown?"
     prompt = prompt_text(processor, question)
-    said = _without_special_tokens(processor, response)
+    said = _without_special_tokens(processor, response).strip()
     whole: str = processor.apply_chat_template(
         [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
@@ -388,6 +390,30 @@ def response_text(processor: Any, response: str) -> str:
     )
 
 
+def drawn_text(processor: Any, drawn: str) -> str:
+    """Writes a response that the policy drew, as `response_text` does, but byte by byte.
+
+    The policy may have begun without the template's space; with one, it would be another text.
+
+    Args:
+        processor: The policy's processor.
+        drawn: What the policy wrote.
+
+    Returns:
+        The text of the response, including the end-of-turn token.
+
+    Raises:
+        UserError: As in `response_text`.
+    """
+    return _without_special_tokens(processor, drawn) + _end_of_turn(processor)
+
+
+@functools.lru_cache(maxsize=2)
+def _end_of_turn(processor: Any) -> str:
+    said = "Yes."
+    return response_text(processor, said).partition(said)[2]
+
+
 def _without_special_tokens(processor: Any, text: str) -> str:
     """Removes what the tokenizer would not read as text, and LLaVA's placeholder for an image.
 
@@ -396,7 +422,7 @@ def _without_special_tokens(processor: Any, text: str) -> str:
     known = processor.tokenizer.added_tokens_decoder.values()
     for mark in ("<image>", *(str(token) for token in known if token.special)):
         text = text.replace(mark, "")
-    return text.strip()
+    return text
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -122,8 +122,8 @@ def train_dpo(
     examples = [
         PreferenceExample(
             question=opened.sample(record.sample_id).question,
-            chosen=record.chosen.text,
-            rejected=record.rejected.text,
+            chosen=record.chosen,
+            rejected=record.rejected,
             image=functools.partial(opened.image, record.sample_id),
             size=opened.size(record.sample_id),
         )

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from srccore.config import DpoConfig
+from srccore.data.records import Candidate
+from srccore.errors import UserError
 from srccore.models.policy import Policy
 from srccore.training.machine import Machine
 from srccore.training.resume import resumable
@@ -24,14 +26,20 @@ from srccore.training.trainer import (
 
 __all__ = ["DpoOutcome", "PreferenceExample", "dpo_trainer", "train_dpo"]
 
+OTHER_POLICY = 0.1
+"""Log-probabilities of one policy differ by less per token, whatever the kernels and precision."""
+
 
 @dataclass(frozen=True)
 class PreferenceExample:
-    """A question about an image, the response to prefer and the one to avoid."""
+    """A question about an image, the response to prefer and the one to avoid.
+
+    A candidate is trained as it was drawn, byte by byte; other texts are written as in stage 1.
+    """
 
     question: str
-    chosen: str
-    rejected: str
+    chosen: str | Candidate
+    rejected: str | Candidate
     image: ImageLoader
     size: tuple[int, int] | None = None
     """As in `srccore.training.trainer.Row`."""
@@ -80,7 +88,8 @@ def train_dpo(
         Steps, losses, rewards at the end, and the number of examples that were too long.
 
     Raises:
-        UserError: No example fits into the context, or the policy cannot be loaded.
+        UserError: No example fits into the context, the policy cannot be loaded, or
+            ``reference: drawn`` finds log-probabilities of another policy.
     """
     outcome, trained = train_adapter(
         policy,
@@ -119,7 +128,7 @@ def dpo_trainer(config: DpoConfig, arguments: dict[str, Any], **parts: Any) -> A
     from trl import DPOConfig, DPOTrainer
 
     share_prompts(parts["model"])
-    return _sft_normalised(resumable(DPOTrainer), config)(
+    return _sft_normalised(_with_memory(resumable(DPOTrainer), config), config)(
         args=DPOConfig(
             **arguments,
             beta=config.beta,
@@ -132,6 +141,66 @@ def dpo_trainer(config: DpoConfig, arguments: dict[str, Any], **parts: Any) -> A
         data_collator=Collator(parts["processing_class"], ("chosen", "rejected")),
         **parts,
     )
+
+
+def _with_memory(trainer: type[Any], config: DpoConfig) -> type[Any]:
+    """Makes a DPO trainer class that computes the reference once per preference, or not at all.
+
+    TRL computes it in every epoch, and precomputes it only for texts. A pass before the training
+    would encode every image once more; here, the first epoch computes what its batches need, with
+    the layout and the kernels of the policy, so that log ratios start from 0 exactly.
+
+    Args:
+        trainer: A class of `resumable`.
+        config: Whether log-probabilities of the search are used.
+    """
+    import torch
+
+    class WithMemory(trainer):  # type: ignore[misc]  # TRL is read without types
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            # TRL's loss reads the reference from the batch then.
+            self.precompute_ref_logps = True
+            rows = max(self.train_dataset.with_format(None)["row"]) + 1
+            self.memory = {"reference": torch.full((rows, 2), torch.nan)}
+            self.is_unchecked = config.reference == "drawn"
+
+        def compute_loss(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+            chosen, rejected = self._reference(inputs).unbind(1)
+            inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+            return super().compute_loss(model, inputs, *given, **named)
+
+        def _reference(self, inputs: Any) -> torch.Tensor:
+            """Returns (pairs, 2), the log-probabilities of chosen and rejected responses."""
+            rows, drawn = inputs.pop("row"), inputs.pop("drawn")
+            table = self.memory["reference"]
+            found = table[rows.cpu()].to(rows.device)
+            if config.reference == "drawn":
+                found = torch.where(found.isnan(), drawn, found)
+            is_missing = found.isnan()
+            # All processes or none: the pass is collective where the model is sharded.
+            if self.accelerator.gather((is_missing.any() | self.is_unchecked)[None]).any():
+                computed = torch.stack(self.compute_ref_log_probs(self.model, inputs), 1).float()
+                if self.is_unchecked:
+                    self._check((found - computed).abs() / _tokens(inputs))
+                found = torch.where(is_missing, computed, found)
+                every = self.accelerator.gather(rows), self.accelerator.gather(found)
+                table[every[0].cpu()] = every[1].cpu()
+            return found
+
+        def _check(self, differences: torch.Tensor) -> None:
+            """Refuses log-probabilities that another policy has computed."""
+            self.is_unchecked = False
+            mean = float(self.accelerator.gather(differences).nanmean())
+            if mean > OTHER_POLICY:
+                raise UserError(
+                    "The preferences' log-probabilities are not those of this policy: they differ "
+                    f"by {mean:.2g} per token in the first batch.",
+                    "Pass the policy that the candidates were searched with, or set dpo.reference "
+                    "to computed.",
+                )
+
+    return WithMemory
 
 
 def _sft_normalised(trainer: type[Any], config: DpoConfig) -> type[Any]:
@@ -171,6 +240,11 @@ def _sft_normalised(trainer: type[Any], config: DpoConfig) -> type[Any]:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     return PerToken if config.sft_normalization == "token" else PerResponse
+
+
+def _tokens(batch: Any) -> Any:
+    """Counts the tokens of each response: (pairs, 2), chosen and rejected."""
+    return batch["completion_mask"].sum(1).view(2, -1).T
 
 
 def _chosen(batch: Any) -> tuple[Any, int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ __all__ = [
 CHECKPOINTS = "checkpoint"
 """The folder for checkpoints in a stage's folder."""
 WEIGHTS = "weights.safetensors"
+MEMORY = "memory.safetensors"
 STATE = "trainer_state.json"
 LEAST = 10
 """Checkpoints of a training at least, if it has as many steps and saving is cheap."""
@@ -152,13 +153,15 @@ def resumable(trainer: type[Any]) -> type[Any]:
         trainer: One of TRL's trainer classes.
 
     Returns:
-        A subclass; set `checkpoints` and `processes` before training.
+        A subclass; set `checkpoints` and `processes` before training. Tensors on the CPU in
+        `memory`, by name, are part of a checkpoint, too.
     """
     from safetensors.torch import load_file, save_file
 
     class Resumable(trainer):  # type: ignore[misc]  # transformers is read without types
         checkpoints: Checkpoints
         processes: Processes
+        memory: Mapping[str, Any] = {}
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             if self.processes.is_first:
@@ -173,6 +176,8 @@ def resumable(trainer: type[Any]) -> type[Any]:
                 if parameter.requires_grad
             }
             save_file(weights, folder / WEIGHTS)
+            if self.memory:
+                save_file(dict(self.memory), folder / MEMORY)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self.state.save_to_json(str(folder / STATE))
@@ -183,6 +188,9 @@ def resumable(trainer: type[Any]) -> type[Any]:
             if weights.keys() != trained:
                 raise ValueError(f"{resume_from_checkpoint} does not have the weights in training")
             self.model.load_state_dict(weights, strict=False)
+            if self.memory:
+                for name, tensor in load_file(Path(resume_from_checkpoint) / MEMORY).items():
+                    self.memory[name].copy_(tensor)
 
     return Resumable
 

@@ -48,8 +48,9 @@ class Collator:
     * ``attention_mask``: (n, length), 1 for a token and 0 for padding.
     * ``input_ids``: (k * n, 1 + response), the responses alone, first the first of all rows. They
       begin with a filler in place of the prompt's last token, which predicts their first token.
-    * for TRL's DPO, ``completion_mask``: 1 for the tokens of ``input_ids`` that are learned; for
-      its SFT, with one response per row, ``labels``: the same tokens, or -100.
+    * for TRL's SFT, with one response per row, ``labels``: the tokens of ``input_ids`` that are
+      learned, or -100. For its DPO, ``completion_mask``: 1 for these tokens; and the columns
+      ``row`` and ``drawn`` of the samples.
 
     Args:
         processor: The policy's processor.
@@ -103,6 +104,8 @@ class Collator:
         )
         if len(self.responses) > 1:
             batch["completion_mask"] = learned
+            batch["row"] = torch.tensor([sample["row"] for sample in samples])
+            batch["drawn"] = torch.tensor([sample["drawn"] for sample in samples])
         else:
             batch["labels"] = batch["input_ids"].masked_fill(learned == 0, IGNORED)
         return batch
@@ -276,10 +279,10 @@ class _Reader:
 
     def _is_frozen(self) -> bool:
         """Whether images are encoded by weights that no adapter changes."""
+        # By name: while the reference reads, its adapter is disabled and seems frozen.
         return not any(
-            weight.requires_grad
-            for name, weight in self.backbone.named_parameters()
-            if not name.startswith(self._inside)
+            ".lora_" in name and not name.startswith(self._inside)
+            for name, _ in self.backbone.named_parameters()
         )
 
     def _encode(self, inputs: Mapping[str, Any]) -> Any:

@@ -27,11 +27,12 @@ from srccore.config import (
     OptimizerSettings,
     PolicyTrainingSettings,
 )
+from srccore.data.records import Candidate
 from srccore.errors import UserError
 from srccore.hashing import stable_hash
 from srccore.models.device import open_device
 from srccore.models.families import image_tokens, language_model_targets
-from srccore.models.policy import Policy, load_policy, prompt_text, response_text
+from srccore.models.policy import Policy, drawn_text, load_policy, prompt_text, response_text
 from srccore.training.machine import Machine
 from srccore.training.ranks import Processes, joined, local_share
 from srccore.training.resume import CHECKPOINTS, Checkpoints, Timetable, step_callback
@@ -64,8 +65,8 @@ class Row:
     """What a policy is trained on: a question about an image, and one or two responses."""
 
     question: str
-    responses: dict[str, str]
-    """By TRL's column names."""
+    responses: dict[str, str | Candidate]
+    """By TRL's column names. A candidate is trained as it was drawn."""
     image: ImageLoader
     size: tuple[int, int] | None = None
     """Width and height of the image; if None, it is decoded to learn them."""
@@ -361,13 +362,13 @@ class _Rows:
     this one must be neither pickled nor copied.
     """
 
-    def __init__(self, rows: Sequence[tuple[dict[str, str], ImageLoader]]) -> None:
+    def __init__(self, rows: Sequence[tuple[dict[str, Any], ImageLoader]]) -> None:
         self.rows = rows
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         rows = [self.rows[number] for number in batch["row"]]
-        texts = {name: [columns[name] for columns, _ in rows] for name in rows[0][0]}
-        return {**texts, "images": [[image()] for _, image in rows]}
+        columns = {name: [values[name] for values, _ in rows] for name in rows[0][0]}
+        return {**batch, **columns, "images": [[image()] for _, image in rows]}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_Rows, ())
@@ -378,11 +379,13 @@ class _Rows:
 
 def _within_context(
     model: Any, processor: Any, rows: Sequence[Row]
-) -> list[tuple[dict[str, str], ImageLoader]]:
+) -> list[tuple[dict[str, Any], ImageLoader]]:
     """Writes prompts and responses, and keeps what fits into the model's context.
 
     Returns:
-        The text columns of each row that fits, and its image.
+        The columns of each row that fits, and its image. Besides the texts, ``drawn`` has the
+        log-probability of each response as it was drawn, or NaN: of a text of other origin, or one
+        that is encoded in another number of tokens than it was drawn in.
 
     Raises:
         UserError: No row fits.
@@ -392,13 +395,19 @@ def _within_context(
     kept = []
     for row in rows:
         prompt = prompt_text(processor, row.question)
-        responses = {name: response_text(processor, said) for name, said in row.responses.items()}
+        responses = {name: _text(processor, said) for name, said in row.responses.items()}
         # The prompt's own placeholder already counts as one token.
         tokens = image_tokens(processor, row.size or row.image().size) - 1
         tokens += len(encode(prompt, add_special_tokens=False))
-        tokens += max(len(encode(text, add_special_tokens=False)) for text in responses.values())
-        if tokens <= limit:
-            kept.append(({"prompt": prompt, **responses}, row.image))
+        counts = [len(encode(text, add_special_tokens=False)) for text in responses.values()]
+        drawn = [
+            said.log_probability
+            if isinstance(said, Candidate) and said.drawn is not None and said.token_count == count
+            else math.nan
+            for said, count in zip(row.responses.values(), counts, strict=True)
+        ]
+        if tokens + max(counts) <= limit:
+            kept.append(({"prompt": prompt, **responses, "drawn": drawn}, row.image))
     if not kept:
         raise UserError(
             f"None of {len(rows)} training samples fits into the model's context of {limit} "
@@ -406,6 +415,14 @@ def _within_context(
             "Pass at least one sample that fits, or use a model with a longer context.",
         )
     return kept
+
+
+def _text(processor: Any, said: str | Candidate) -> str:
+    if isinstance(said, str):
+        return response_text(processor, said)
+    if said.drawn is None:
+        return response_text(processor, said.text)
+    return drawn_text(processor, said.drawn)
 
 
 @contextlib.contextmanager
