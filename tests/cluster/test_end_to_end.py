@@ -74,7 +74,7 @@ def test_preferences_and_figures_are_those_of_srccore_run(looped: Path, brought:
 def test_two_pods_trained_as_one_process_does(looped: Path, brought: Path) -> None:
     def figures(folder: Path) -> dict[str, float]:
         found = json.loads((folder / "round-1/train-dpo/manifest.json").read_text())["figures"]
-        return {**found.pop("training"), **found}
+        return {**found.pop("training"), **found.pop("folding"), **found}
 
     local, remote = figures(looped), figures(brought)
     assert local.pop("seconds") and remote.pop("seconds")

@@ -174,7 +174,8 @@ def _figures(site: Site, root: str) -> dict[str, float]:
             manifest = json.loads(site.store.get(key))
             if manifest["config"]["seed"] < FIRST:
                 figures = manifest["figures"]
-                found.append({**figures.pop("training"), **figures})
+                parts = figures.pop("training"), figures.pop("folding")
+                found.append({**parts[0], **parts[1], **figures})
     (figures,) = found
     return {name: value for name, value in figures.items() if name != "seconds"}
 
