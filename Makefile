@@ -28,7 +28,7 @@ help: ## List the targets
 env: $(STAMP) ## Create .venv from requirements.lock; repeated only if that or pyproject.toml changes
 
 run: $(STAMP) ## Run the preset `tiny`, up to its report in runs/tiny
-	$(BIN)/srccore run --preset tiny --out runs/tiny
+	$(BIN)/srccore run --preset tiny --out runs/tiny --workers 2
 
 test: $(STAMP) ## Run the tests that need no root, GPU or cluster, except the long ones
 	$(BIN)/python tests/run.py -m "not long"

@@ -111,7 +111,7 @@ def test_a_folder_is_kept_absolute_so_that_a_run_goes_on_from_anywhere(
 
 def test_how_the_work_is_done_makes_no_other_configuration() -> None:
     config = load_config("tiny")
-    same = load_config("tiny", ["threads=1", "rounds=5", "annotation.endpoint.url=http://other/v1"])
+    same = load_config("tiny", ["threads=3", "rounds=5", "annotation.endpoint.url=http://other/v1"])
     other = load_config("tiny", ["annotation.endpoint.model=other"])
     assert identity(config) == identity(same)
     assert [n for n, v in identity(other).items() if identity(config)[n] != v] == [
