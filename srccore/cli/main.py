@@ -94,6 +94,14 @@ def run_command(
     overrides: Overrides,
     preset: Preset = "tiny",
     seed: Annotated[int | None, typer.Option(help="The seed of the run.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The processes to divide the samples of a stage among; one for each GPU, or for "
+            "every two CPU cores, if not set. The results do not depend on it.",
+        ),
+    ] = None,
 ) -> None:
     """Run all stages and rounds, or resume an interrupted run."""
     from srccore.config import load_config
@@ -101,12 +109,13 @@ def run_command(
     from srccore.run.folder import RunFolder
     from srccore.run.loop import run
     from srccore.run.report.gather import write_report
+    from srccore.stages.workers import default_workers
 
     quiet_libraries()
     config = load_config(preset, [*overrides, *([f"seed={seed}"] if seed is not None else [])])
     observer = ConsoleObserver()
     try:
-        run(config, out, observer)
+        run(config, out, observer, workers or default_workers(config.device))
     except KeyboardInterrupt:
         observer.note(f"\nInterrupted. Run the same command to resume {out}.")
         raise typer.Exit(130) from None

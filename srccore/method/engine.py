@@ -100,6 +100,11 @@ class Work:
     forward_passes: int = 0
     """Of the language model, each for a whole batch."""
 
+    def add(self, other: Work) -> None:
+        """Adds what another engine has computed."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
 
 class SamplingEngine(Protocol):
     """Continues responses of a policy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import re
 import sys
@@ -25,7 +26,7 @@ def open_device(name: str) -> str:
     """Chooses the device of this process, and says on stderr what it is.
 
     The line appears once, whatever the number of stages that a process runs, and in the first
-    process of a pod only.
+    process of a pod only; workers of a stage leave it to the process that started them.
 
     Args:
         name: ``cpu``, ``cuda`` or ``auto``: ``cuda`` if torch sees a GPU.
@@ -45,7 +46,8 @@ def open_device(name: str) -> str:
             "folder of libcuda.so.1. To run without a GPU, use device: cpu.",
         )
     device = "cpu" if name == "cpu" or missing else "cuda"
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    is_worker = multiprocessing.parent_process() is not None
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not is_worker:
         reason = f" No GPU: {missing}." if missing else ""
         print(f"{describe(device)}{reason}", file=sys.stderr, flush=True)
     return device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ class ConsoleObserver:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stdout, highlight=False)
         self.worked = False
+        self._lock = threading.Lock()
+        self._bars: Progress | None = None
+        self._shown = 0
 
     @classmethod
     def on_stderr(cls) -> ConsoleObserver:
@@ -61,19 +65,36 @@ class ConsoleObserver:
 
     @contextmanager
     def _bar(self, title: str) -> Iterator[Report]:
+        # A console has one live display, and an evaluation may run beside a training.
+        with self._lock:
+            if self._bars is None:
+                self._bars = self._new_bars()
+                self._bars.start()
+            bars = self._bars
+            self._shown += 1
+        task = bars.add_task(title, total=None)
+
+        def report(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+
+        try:
+            yield report
+        finally:
+            bars.remove_task(task)
+            with self._lock:
+                self._shown -= 1
+                if not self._shown:
+                    bars.stop()
+                    self._bars = None
+
+    def _new_bars(self) -> Progress:
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task(title, total=None)
-
-            def report(done: int, total: int) -> None:
-                progress.update(task, completed=done, total=total)
-
-            yield report
+        return Progress(*columns, console=self.console, transient=True)
 
     @contextmanager
     def _lines(self, title: str) -> Iterator[Report]:
@@ -124,7 +145,13 @@ def _cell(row: Figures, figure: evaluation.Figure) -> str:
 
 
 def quiet_libraries() -> None:
-    """Makes the libraries print errors only and send no telemetry; a run has its own progress."""
+    """Makes the libraries print errors only, send no telemetry, and wait without spinning.
+
+    It must be called before torch is imported: OpenMP reads its settings once.
+    """
+    # A thread that spins takes the core from the one it waits for, unless every thread has a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

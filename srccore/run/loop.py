@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +26,7 @@ from srccore.run.folder import RunFolder
 from srccore.stages.checks import check_data, check_device, check_settings
 from srccore.stages.manifest import read_manifest
 from srccore.stages.table import STAGES
+from srccore.stages.workers import stop_workers
 from srccore.training.machine import Figures, Machine, Progress
 
 __all__ = ["Observer", "load_run", "run", "set_threads"]
@@ -45,13 +48,16 @@ class Observer(Protocol):
         ...
 
 
-def run(config: RunConfig, out: Path, observer: Observer) -> list[Figures]:
+def run(config: RunConfig, out: Path, observer: Observer, workers: int = 1) -> list[Figures]:
     """Runs all stages and rounds, or resumes an interrupted run.
 
     Args:
         config: The run's configuration.
         out: The run folder; created if missing.
-        observer: Receives progress events.
+        observer: Receives progress events; with several workers, those of an evaluation may come
+            from another thread than those of the training beside it.
+        workers: Processes among which the samples of a stage are divided. Results do not depend on
+            it. With several, a round is evaluated while the next one is trained.
 
     Returns:
         The figures after stage 1 (round 0) and after every round.
@@ -75,7 +81,8 @@ def run(config: RunConfig, out: Path, observer: Observer) -> list[Figures]:
         check_device("evaluate", folder.output("evaluate", config.rounds), config.device)
     _open_run(config, folder)
     set_threads(config.threads)
-    wiring = _Wiring(config, folder, observer)
+    numbers = tuple(range(workers)) if workers > 1 else ()
+    wiring = _Wiring(config, folder, observer, numbers)
     wiring.prepare_data()
     wiring.augment_rationales()
     policy = wiring.tune_rationale()
@@ -89,6 +96,7 @@ def run(config: RunConfig, out: Path, observer: Observer) -> list[Figures]:
         aligned = wiring.align(preferences, policy, number)
         policy = wiring.keep_or_revert(policy, aligned, number)
         wiring.evaluate(policy, number)
+    wiring.evaluate_waiting(numbers)
     return wiring.figures
 
 
@@ -157,7 +165,10 @@ class _Wiring:
     config: RunConfig
     out: RunFolder
     observer: Observer
+    workers: tuple[int, ...] = ()
     figures: list[Figures] = field(default_factory=list)
+    waiting: list[tuple[Path, int]] = field(default_factory=list)
+    """Policies to evaluate, each with its round."""
 
     def _do(
         self,
@@ -166,6 +177,7 @@ class _Wiring:
         shard: int | None = None,
         *,
         out: Path | None = None,
+        workers: tuple[int, ...] | None = None,
         **given: Any,
     ) -> Path:
         """Runs a stage and returns its output."""
@@ -176,7 +188,8 @@ class _Wiring:
             given["shard"] = (shard, self.config.shards)
         check_device(stage, folder, self.config.device)
         with self.observer.stage(stage, number) as progress:
-            machine = Machine(self.config.device, progress)
+            divided = self.workers if workers is None else workers
+            machine = Machine(self.config.device, progress, workers=divided)
             STAGES[stage].run(self.config, out=folder, machine=machine, **given)
         return folder
 
@@ -201,7 +214,8 @@ class _Wiring:
         known = self._known("train")
         responses = self._do("sample-responses", data=known["data"], policy=policy)
         pairs = self._do("annotate-ratings", candidates=responses, **known)
-        return self._do("train-scorer", labelled_pairs=pairs, **known)
+        with self._evaluating():
+            return self._do("train-scorer", labelled_pairs=pairs, **known)
 
     def search(self, policy: Path, number: int, shard: int) -> Path:
         data = self.out.split("calibration")
@@ -218,7 +232,8 @@ class _Wiring:
 
     def align(self, preferences: Path, policy: Path, number: int) -> Path:
         data = self.out.split("calibration")
-        self._do("train-dpo", number, data=data, preferences=preferences, policy=policy)
+        with self._evaluating():
+            self._do("train-dpo", number, data=data, preferences=preferences, policy=policy)
         return self.out.trained_policy(number)
 
     def keep_or_revert(self, before: Path, aligned: Path, number: int) -> Path:
@@ -247,9 +262,52 @@ class _Wiring:
         return aligned if is_kept else before
 
     def evaluate(self, policy: Path, number: int) -> None:
+        """Evaluates a policy, or leaves that to the workers that the next training does not use."""
+        self.waiting.append((policy, number))
+        if not self.workers:
+            self.evaluate_waiting(())
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluates what is waiting while this process trains, on all GPUs but the first."""
+        failures: list[BaseException] = []
+
+        def evaluate() -> None:
+            try:
+                self.evaluate_waiting(self.workers[1:])
+            except BaseException as failure:
+                failures.append(failure)
+
+        # A daemon, since an interrupted run must not wait for a judge's answer.
+        thread = threading.Thread(target=evaluate, daemon=True)
+        if self.waiting:
+            thread.start()
+        try:
+            yield
+        except KeyboardInterrupt:
+            stop_workers()
+            raise
+        finally:
+            if thread.ident is not None and sys.exc_info()[0] is not KeyboardInterrupt:
+                thread.join()
+        if failures:
+            raise failures[0]
+
+    def evaluate_waiting(self, workers: tuple[int, ...]) -> None:
+        """Evaluates what is waiting.
+
+        Args:
+            workers: The workers to use.
+        """
+        while self.waiting:
+            self._evaluate(*self.waiting[0], workers)
+            self.waiting.pop(0)
+
+    def _evaluate(self, policy: Path, number: int, workers: tuple[int, ...]) -> None:
         previous = self.out.output("evaluate", number - 1) if number else None
         data = self.out.split("heldout")
-        done = self._do("evaluate", number, data=data, policy=policy, previous=previous)
+        read: dict[str, Any] = {"data": data, "policy": policy, "previous": previous}
+        done = self._do("evaluate", number, workers=workers, **read)
         self.figures.append(read_manifest(done).figures)
         if self.out.known_figures()[: len(self.figures)] != self.figures:
             write_json(self.out.figures, self.figures)

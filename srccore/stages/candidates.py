@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from srccore.data import dataset, sampling
 from srccore.data.records import CandidateSet, Rating, Sample, Unrated, read_records, write_records
 from srccore.method import scoring, search
 from srccore.method.driver import Search, drive
-from srccore.method.engine import Prompt
+from srccore.method.engine import Prompt, Work
 from srccore.models.engines import rating_engine, sampling_engine
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
 from srccore.stages.rationales import judged_samples, trained_on
+from srccore.stages.workers import divide
 from srccore.training.machine import Figures, Machine
 
 __all__ = ["sample_responses", "score_candidates", "search_candidates"]
@@ -92,23 +93,10 @@ def _search(
     )
     work = None
     if todo:
-        engine = sampling_engine(policy, machine.device, config.batch_size)
-        work = engine.work
-        searches = (
-            Search(
-                Prompt(partial(opened.image, sample.id), sample.question, sample.id),
-                partial(
-                    search.search,
-                    sample_id=sample.id,
-                    config=config,
-                    seed=seed,
-                    round_number=round_number,
-                ),
-            )
-            for sample in todo
-        )
+        work = Work()
+        job = partial(_found, opened, policy, machine.device, config, seed, round_number)
         done = len(known)
-        for found in drive(engine, searches):
+        for found in divide(job, todo, config.batch_size, machine.workers, work):
             journal.append(*found)
             done += len(found)
             machine.progress(done, len(samples))
@@ -127,6 +115,37 @@ def _search(
         },
         work,
     )
+
+
+def _found(
+    opened: dataset.DataSet,
+    policy: Path,
+    device: str,
+    config: SearchConfig,
+    seed: int,
+    round_number: int,
+    samples: Sequence[Sample],
+    work: Work,
+) -> Iterator[list[CandidateSet]]:
+    """Searches candidates for samples, as a job of one process."""
+    engine = sampling_engine(policy, device, config.batch_size)
+    yield from drive(
+        engine,
+        (
+            Search(
+                Prompt(partial(opened.image, sample.id), sample.question, sample.id),
+                partial(
+                    search.search,
+                    sample_id=sample.id,
+                    config=config,
+                    seed=seed,
+                    round_number=round_number,
+                ),
+            )
+            for sample in samples
+        ),
+    )
+    work.add(engine.work)
 
 
 def _draw(
@@ -249,16 +268,14 @@ def score_candidates(
     todo = [record for record in sets if record.sample_id not in known]
     work = None
     if todo:
-        engine = rating_engine(scorer / "model", machine.device, config.batch_size)
-        work = engine.work
-    for done in range(0, len(todo), SCORING_CHUNK):
-        chunk = todo[done : done + SCORING_CHUNK]
-        rated = scoring.rate_candidates(
-            engine, [(samples[record.sample_id], record) for record in chunk]
-        )
-        journal.append(*rated)
-        ratings.update({(each.sample_id, each.first, each.second): each for each in rated})
-        machine.progress(len(known) + done + len(chunk), len(sets))
+        work = Work()
+        job = partial(_rated, scorer / "model", machine.device, config, SCORING_CHUNK)
+        given = [(samples[record.sample_id], record) for record in todo]
+        for rated in divide(job, given, SCORING_CHUNK, machine.workers, work):
+            journal.append(*rated)
+            ratings.update({(each.sample_id, each.first, each.second): each for each in rated})
+            known |= {each.sample_id for each in rated}
+            machine.progress(len(known), len(sets))
     ordered = [ratings[pair] for pair in pairs]
     unrated = [Unrated(sample_id=name) for name in samples if name in left_out]
     write_records(out / "unrated.jsonl", Unrated, unrated)
@@ -273,3 +290,18 @@ def score_candidates(
         },
         work,
     )
+
+
+def _rated(
+    model: Path,
+    device: str,
+    config: ScoringConfig,
+    chunk: int,
+    given: Sequence[tuple[Sample, CandidateSet]],
+    work: Work,
+) -> Iterator[list[Rating]]:
+    """Rates the candidates of samples, as a job of one process."""
+    engine = rating_engine(model, device, config.batch_size)
+    for start in range(0, len(given), chunk):
+        yield scoring.rate_candidates(engine, given[start : start + chunk])
+    work.add(engine.work)

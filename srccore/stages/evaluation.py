@@ -12,10 +12,11 @@ from srccore.data.records import Judgement, Response, Sample, read_records, writ
 from srccore.files import write_json
 from srccore.method import evaluation
 from srccore.method.driver import Search, drive
-from srccore.method.engine import Prompt, SamplingEngine
+from srccore.method.engine import Prompt, SamplingEngine, Work
 from srccore.models.engines import sampling_engine
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
+from srccore.stages.workers import divide
 from srccore.training.machine import Figures, Machine, Progress
 
 __all__ = ["answer_all", "evaluate", "read_outcomes"]
@@ -66,9 +67,9 @@ def evaluate(
     )
     work = None
     if todo:
-        engine = sampling_engine(policy, machine.device, config.batch_size)
-        work = engine.work
-        for found in answer_all(engine, opened, todo, config.max_tokens):
+        work = Work()
+        job = partial(_answered, opened, policy, machine.device, config)
+        for found in divide(job, todo, config.batch_size, machine.workers, work):
             journal.append(*found)
             responses |= {response.sample_id: response for response in found}
             machine.progress(len(responses), len(opened.samples))
@@ -91,6 +92,20 @@ def evaluate(
     ).model_dump(mode="json")
     write_json(out / "figures.json", figures)
     return folder.finish(figures, work)
+
+
+def _answered(
+    opened: dataset.DataSet,
+    policy: Path,
+    device: str,
+    config: EvaluationConfig,
+    samples: Sequence[Sample],
+    work: Work,
+) -> Iterator[list[Response]]:
+    """Answers samples, as a job of one process."""
+    engine = sampling_engine(policy, device, config.batch_size)
+    yield from answer_all(engine, opened, samples, config.max_tokens)
+    work.add(engine.work)
 
 
 def answer_all(

@@ -31,8 +31,11 @@ class Machine:
         device: ``cpu``, ``cuda`` or ``auto``.
         progress: Receives the stage's progress.
         checkpoints: Where a training stage keeps its states; None is ``checkpoint`` in its folder.
+        workers: Numbers of the processes among which the stage divides its samples; none if it
+            works on them itself. See `srccore.stages.workers`.
     """
 
     device: str = "auto"
     progress: Progress = _silent
     checkpoints: Checkpoints | None = None
+    workers: tuple[int, ...] = ()

@@ -1,0 +1,83 @@
+"""Stages and a run whose samples are divided among several processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shrunken import Recorder, shrunken
+
+from srccore.run.loop import run
+from srccore.stages.candidates import score_candidates, search_candidates
+from srccore.stages.evaluation import evaluate
+from srccore.stages.manifest import read_manifest
+from srccore.training.machine import Figures, Machine
+
+# 24 samples each: five batches.
+CONFIG = shrunken("search.batch_size=5", "evaluation.batch_size=5")
+
+
+def search(run: Path, out: Path, machine: Machine) -> Figures:
+    data = run / "data" / "calibration.parquet"
+    given: dict[str, Any] = {"data": data, "policy": run / "tune-rationale", "round_number": 1}
+    return search_candidates(CONFIG.search, out=out, seed=0, machine=machine, **given)
+
+
+def score(run: Path, out: Path, machine: Machine) -> Figures:
+    data, round_ = run / "data" / "calibration.parquet", run / "round-1"
+    given = {"candidates": round_ / "search-candidates-0", "scorer": run / "train-scorer"}
+    return score_candidates(CONFIG.scoring, data=data, out=out, machine=machine, **given)
+
+
+def answer(run: Path, out: Path, machine: Machine) -> Figures:
+    data = run / "data" / "heldout.parquet"
+    given: dict[str, Any] = {"data": data, "policy": run / "tune-rationale", "round_number": 0}
+    return evaluate(CONFIG.evaluation, out=out, seed=0, machine=machine, **given)
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    files = folder.glob("*.json*")
+    return {file.name: file.read_bytes() for file in files if file.name != "manifest.json"}
+
+
+@pytest.mark.parametrize("stage", [search, score, answer])
+def test_two_workers_write_what_one_process_writes(
+    stage: Callable[[Path, Path, Machine], Figures],
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("srccore.stages.candidates.SCORING_CHUNK", 5)
+    alone = stage(finished, tmp_path / "alone", Machine("cpu"))
+    progress: list[tuple[int, int]] = []
+
+    def cut(done: int, total: int) -> None:
+        progress.append((done, total))
+        if len(progress) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stage(finished, tmp_path / "two", Machine("cpu", cut, workers=(0, 1)))
+    assert stage(finished, tmp_path / "two", Machine("cpu", cut, workers=(0, 1))) == alone
+    assert outputs(tmp_path / "two") == outputs(tmp_path / "alone")
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+    # In another folder without an interruption, for the work of all batches.
+    stage(finished, tmp_path / "whole", Machine("cpu", workers=(0, 1)))
+    found, expected = (read_manifest(tmp_path / name).work for name in ("whole", "alone"))
+    assert found == expected
+
+
+def test_a_run_with_two_workers_ends_with_the_same_figures_and_preferences(
+    finished: Path, tmp_path: Path
+) -> None:
+    observer = Recorder()
+    figures = run(shrunken(), tmp_path / "run", observer, workers=2)
+    assert figures == json.loads((finished / "figures.json").read_text())
+    for name in ("figures.json", "round-1/curate-preference/preferences.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+    again = Recorder()
+    assert run(shrunken(), tmp_path / "run", again, workers=3) == figures
+    assert again.worked == []
