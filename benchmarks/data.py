@@ -33,7 +33,7 @@ from srccore.data.records import Category, Sample
 from srccore.stages.data import prepare_data
 
 SIZE = 500_000
-READ = 40
+READ = 20
 """Images that one repetition reads."""
 
 

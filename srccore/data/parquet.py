@@ -32,13 +32,14 @@ __all__ = ["RECORDED", "ParquetTable", "ParquetWriter", "parquet_writer"]
 
 RECORDED = ("width", "height", "image_sha256")
 """The columns that describe an image."""
-# The smaller a group, the less is read for one image; every group costs about 2 KB in the footer.
-_GROUP_BYTES = 2 * 2**20
+# The smaller a group, the less is read for one image; but every group takes 16 KB of memory, for
+# what the footer says about its columns.
+_GROUP_BYTES = 4 * 2**20
 _GROUP_ROWS = 256
 _LARGEST_GROUP = 8 * 2**20
 """Larger groups are not read for one image."""
-_KEPT_GROUPS = 32
-"""Groups whose images a process keeps: at most 256 MiB, and 64 MiB of what `parquet_writer` wrote
+_KEPT_GROUPS = 16
+"""Groups whose images a process keeps: at most 128 MiB, and 64 MiB of what `parquet_writer` wrote,
 unless single images are larger than a group."""
 _BUFFER = 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import resource
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -169,6 +170,9 @@ def _identified(stage: Stage, inputs: Mapping[str, Path | Sequence[Path] | None]
 
 
 def _reset_peak_memory() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        # An evaluation beside a training: the peak is the training's.
+        return
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     if gpu := _gpu():

@@ -187,12 +187,13 @@ def test_the_command_says_that_there_is_nothing_to_do_and_writes_the_report(
     assert "Nothing to do" in result.stdout
 
 
-def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_leaves_a_run_that_goes_on(workers: int, tmp_path: Path) -> None:
     run_folder = tmp_path / "run"
     small_batches = ["--set", "search.batch_size=4"]
     command = [sys.executable, "-m", "srccore", "run", "--out", str(run_folder), *_sets()]
     process = subprocess.Popen(
-        [*command, *small_batches],
+        [*command, *small_batches, "--workers", str(workers)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

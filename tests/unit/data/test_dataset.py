@@ -166,6 +166,12 @@ def test_images_are_found_across_row_groups(tmp_path: Path) -> None:
         assert data.image(f"s{number}").size == (1 + number % 7, 1 + number // 7)
 
 
+@pytest.fixture
+def groups_of_2_mib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "_GROUP_BYTES", 2 * 2**20)
+
+
+@pytest.mark.usefixtures("groups_of_2_mib")
 def test_groups_are_small_enough_to_read_one_for_one_image(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     large = [noise(100_000), noise(3 * 2**20), noise(900_000), noise(1_000_000), noise(200_000)]
@@ -243,6 +249,7 @@ def bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
+@pytest.mark.usefixtures("groups_of_2_mib")
 def test_opening_what_was_written_reads_no_image_and_one_image_reads_one_group(
     tmp_path: Path,
 ) -> None:
@@ -291,6 +298,7 @@ def peak(work: Callable[[], object]) -> int:
     return resident("VmHWM") - before
 
 
+@pytest.mark.usefixtures("groups_of_2_mib")
 def test_memory_does_not_grow_with_the_number_of_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
