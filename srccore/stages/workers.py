@@ -11,6 +11,7 @@ process group: the process that started it gets it, too, and stops its workers.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import multiprocessing
@@ -56,7 +57,13 @@ def default_workers(device: str) -> int:
         device: ``cpu``, ``cuda`` or ``auto``.
     """
     gpus = 0 if device == "cpu" else len(visible_gpus())
-    return gpus or max(1, len(os.sched_getaffinity(0)) // 2)
+    return gpus or max(1, _cores() // 2)
+
+
+def _cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def divide(
@@ -116,16 +123,19 @@ def divide(
                     raise RuntimeError(f"Worker {number} failed.\n{value}")
 
 
+@atexit.register
 def stop_workers() -> None:
-    """Kills all workers of this process; what waits for them fails."""
+    """Kills all workers of this process; what waits for them fails.
+
+    Also when the process exits, since Python would wait for them.
+    """
     for process in list(_running):
         process.kill()
 
 
 def _environment(number: int, count: int) -> dict[str, str]:
     """What a worker sees of the machine: one GPU, and its share of the cores."""
-    cores = len(os.sched_getaffinity(0))
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // count))
     found = {"OMP_NUM_THREADS": threads}
     if gpus := visible_gpus():
         found["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
@@ -152,7 +162,8 @@ def _started(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, environment, sender), daemon=True)
+    # Not a daemon: an engine may have processes of its own.
+    process = context.Process(target=_work, args=(job, environment, sender))
     process.start()
     _running.add(process)
     sender.close()
