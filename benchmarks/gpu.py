@@ -46,7 +46,8 @@ from srccore.method.driver import Search, draw_all, drive
 from srccore.method.engine import Draw, Node, Prompt, SamplingEngine, Steps
 from srccore.models.engines import rating_engine, sampling_engine
 from srccore.models.policy import Policy, load_policy, write_policy
-from srccore.models.transformers import banned_tokens, encode_prompts, encode_rating_prompt
+from srccore.models.rating import encode_rating_prompts
+from srccore.models.transformers import banned_tokens, encode_prompts
 from srccore.training.checkpoints import save_in_public_names
 from srccore.training.dpo import PreferenceExample, train_dpo
 from srccore.training.machine import Machine
@@ -494,31 +495,32 @@ def preferences(count: int) -> list[PreferenceExample]:
 
 
 def score(bench: Bench, results: list[str]) -> None:
-    """Reads ratings with a model of R-Scorer's shape."""
+    """Rates all pairs of some samples with a model of R-Scorer's shape."""
     from transformers import AutoTokenizer
 
     folder = bench.work / "scorer"
     make_scorer(folder, bench)
-    batch = 8 if bench.smoke else load_config("llava-1.5-7b").scoring.batch_size
-    engine = rating_engine(folder, bench.device, batch)
-    texts = responses(8 * batch + 1)
+    batch_tokens = load_config("llava-1.5-7b").scoring.batch_tokens
+    engine = rating_engine(folder, bench.device, batch_tokens)
+    samples, candidates = (2, 3) if bench.smoke else (16, 6)
+    texts = responses(samples * candidates)
     asked = [
-        f"Question: {QUESTION}\nReference: 5\nFacts: {texts[-1]}\nFirst: {a}\nSecond: {b}"
-        for a, b in itertools.pairwise(texts)
+        f"Question: {QUESTION}\nReference: 5\nFacts: {said[0]}\nFirst: {a}\nSecond: {b}"
+        for said in (texts[start::samples] for start in range(samples))
+        for a, b in itertools.permutations(said, 2)
     ]
     levels = [str(level) for level in RATING_LEVELS]
-    engine.next_token_distribution(asked[:batch], levels)
+    engine.next_token_distribution(asked[: candidates * (candidates - 1)], levels)
     began = bench.wait()
     found = engine.next_token_distribution(asked, levels)
     seconds = bench.wait() - began
     if not all(math.isclose(sum(each.probabilities), 1, rel_tol=1e-6) for each in found):
         raise AssertionError("The probabilities of a rating do not sum to 1.")
-    tokens = len(
-        encode_rating_prompt(
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False), asked[0]
-        )
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokens = len(encode_rating_prompts(tokenizer, asked[:1])[0])
+    results.append(
+        f"{len(asked) / seconds:.0f} pairs/s of {tokens} tokens, at most {batch_tokens} at once"
     )
-    results.append(f"{len(asked) / seconds:.0f} pairs/s of {tokens} tokens, batch {batch}")
     shutil.rmtree(folder)
 
 

@@ -307,8 +307,12 @@ def parts(
         "score-candidates": {
             # R-Scorer is read in float32: bfloat16 moves its ratings.
             "weights": scorer.parameters * 4.0,
-            "activations": _forward(scorer, config.scoring.batch_size, lengths.rating, 4),
-            "logits": config.scoring.batch_size * scorer.vocabulary * 2.0 * 8,
+            "activations": _forward(scorer, 1, config.scoring.batch_tokens, 4),
+            # The prompts of a sample add a response each; their logits, and a copy to sum.
+            "logits": max(1, config.scoring.batch_tokens // lengths.response)
+            * scorer.vocabulary
+            * 2.0
+            * 4,
         },
         "train-dpo": _training(
             policy, config.dpo, config.dpo.lora, train, 2, length, lengths, device
@@ -503,16 +507,17 @@ def fits(peak: float, card: int) -> bool:
     return peak <= (CARDS[card] - RESERVE) * USABLE * GIB
 
 
-BATCHES: dict[str, str] = {
-    "tune-rationale": "rationale",
-    "sample-responses": "search",
-    "train-scorer": "scorer",
-    "search-candidates": "search",
-    "score-candidates": "scoring",
-    "train-dpo": "dpo",
-    "evaluate": "evaluation",
+BATCHES: dict[str, tuple[str, str]] = {
+    "tune-rationale": ("rationale", "batch_size"),
+    "sample-responses": ("search", "batch_size"),
+    "train-scorer": ("scorer", "batch_size"),
+    "search-candidates": ("search", "batch_size"),
+    "score-candidates": ("scoring", "batch_tokens"),
+    "train-dpo": ("dpo", "batch_size"),
+    "evaluate": ("evaluation", "batch_size"),
 }
-"""The section whose ``batch_size`` a stage has."""
+"""The section and the field that has the batch of a stage."""
+LARGEST = {"batch_size": 512, "batch_tokens": 2**17}
 
 
 def largest_batch(stage: str, card: int, config: RunConfig, compute: Callable[..., float]) -> int:
@@ -524,13 +529,15 @@ def largest_batch(stage: str, card: int, config: RunConfig, compute: Callable[..
         config: The run.
         compute: Returns the peak of the stage for a configuration, in bytes.
     """
-    section = getattr(config, BATCHES[stage])
-    whole = section.batch_size * getattr(section, "gradient_accumulation_steps", 1)
-    limit = whole if isinstance(section, OptimizerSettings) else 512
+    name, field = BATCHES[stage]
+    section = getattr(config, name)
+    limit = LARGEST[field]
+    if isinstance(section, OptimizerSettings):
+        limit = section.batch_size * section.gradient_accumulation_steps
     best = 0
     for batch in (2**power for power in range(int(math.log2(limit)) + 1)):
-        changed = section.model_copy(update={"batch_size": batch})
-        if fits(compute(config.model_copy(update={BATCHES[stage]: changed})), card):
+        changed = section.model_copy(update={field: batch})
+        if fits(compute(config.model_copy(update={name: changed})), card):
             best = batch
     return best
 
@@ -557,7 +564,8 @@ def table(config: RunConfig, policy: Shape, scorer: Shape, lengths: Lengths = LE
             return peaks(changed, policy, scorer, lengths)[stage]
 
         shown = ", ".join(f"{name} {n / GIB:.1f}" for name, n in found.items() if n > 0.05 * GIB)
-        batch = getattr(config, BATCHES[stage]).batch_size
+        name, field = BATCHES[stage]
+        batch = getattr(getattr(config, name), field)
         largest = [str(largest_batch(stage, card, config, compute) or "-") for card in CARDS]
         total = sum(found.values()) / GIB
         lines.append(f"| {stage} | {batch} | {total:.1f} | {shown} | {' | '.join(largest)} |")

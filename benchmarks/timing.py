@@ -44,12 +44,18 @@ class Timing:
         return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def alternate(ways: Mapping[str, Callable[[], object]], repetitions: int = 5) -> dict[str, Timing]:
+def alternate(
+    ways: Mapping[str, Callable[[], object]],
+    repetitions: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
     """Runs all ways in turn, several times.
 
     Args:
         ways: What to time, by name. On a GPU, a way must wait for the card before it returns.
         repetitions: Of each way; one before them is not counted, because it warms caches.
+        clock: Returns the time in seconds. ``time.process_time``, the CPU time of this process, is
+            steadier where one thread computes and the machine is busy.
 
     Returns:
         The timings by name.
@@ -58,10 +64,10 @@ def alternate(ways: Mapping[str, Callable[[], object]], repetitions: int = 5) ->
     for repetition in range(repetitions + 1):
         # Every other turn is in reverse, so that none always follows the same one.
         for name, way in list(ways.items())[:: 1 if repetition % 2 else -1]:
-            began = time.perf_counter()
+            began = clock()
             way()
             if repetition:
-                taken[name].append(time.perf_counter() - began)
+                taken[name].append(clock() - began)
     return {name: Timing(tuple(seconds)) for name, seconds in taken.items()}
 
 

@@ -246,8 +246,8 @@ class SearchConfig(Section):
 class ScoringConfig(Section):
     """`score-candidates`: R-Scorer's ratings of all ordered pairs."""
 
-    batch_size: int = Field(default=64, ge=1)
-    """Prompts of one forward pass."""
+    batch_tokens: int = Field(default=8192, ge=1)
+    """Most tokens of one forward pass; what prompts share at their start counts once."""
     require_reference: bool = True
     """Leave samples unrated that have neither a reference rationale nor facts: R-Scorer sees no
     image and could only compare with the answer."""

@@ -116,10 +116,10 @@ def _image(item: Item) -> Image:
 
 
 def _rating_figures(items: list[Item]) -> str:
-    from srccore.models.transformers import TransformersRatingEngine
+    from srccore.models.rating import TransformersRatingEngine
 
     rng = random.Random(0)
-    engine = TransformersRatingEngine.load(MODELS / "rating", "cpu", 64)
+    engine = TransformersRatingEngine.load(MODELS / "rating", "cpu", 8192)
     pairs = []
     for item in items:
         first, second = (flaws.flawed_response(item, rng) for _ in range(2))

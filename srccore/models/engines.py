@@ -28,17 +28,17 @@ def sampling_engine(policy: Path, device: str, batch_size: int) -> SamplingEngin
     return TransformersSamplingEngine(loaded.model, loaded.processor, batch_size)
 
 
-def rating_engine(folder: Path, device: str, batch_size: int) -> RatingEngine:
+def rating_engine(folder: Path, device: str, batch_tokens: int) -> RatingEngine:
     """Loads R-Scorer into the engine that reads its ratings.
 
     Args:
         folder: A checkpoint that train-scorer wrote.
         device: ``cpu``, ``cuda`` or ``auto``.
-        batch_size: Prompts of one forward pass.
+        batch_tokens: Most tokens of a forward pass.
 
     Returns:
         The engine, on that device.
     """
-    from srccore.models.transformers import TransformersRatingEngine
+    from srccore.models.rating import TransformersRatingEngine
 
-    return TransformersRatingEngine.load(folder, open_device(device), batch_size)
+    return TransformersRatingEngine.load(folder, open_device(device), batch_tokens)

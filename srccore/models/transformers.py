@@ -13,7 +13,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,13 +21,12 @@ from torch import Tensor
 
 from srccore.errors import UserError
 from srccore.method import sentences
-from srccore.method.engine import Continuation, Draw, Prompt, TokenDistribution, Work
+from srccore.method.engine import Continuation, Draw, Prompt, Work
 from srccore.models.families import prompt_positions
 from srccore.models.policy import prompt_text, response_text
 from srccore.models.shared_prefix import Decoding, Prompts, Responses, prompt_cache
 
 __all__ = [
-    "TransformersRatingEngine",
     "TransformersSamplingEngine",
     "banned_tokens",
     "end_tokens",
@@ -353,90 +351,3 @@ def encode_prompts(processor: Any, prompts: Sequence[Prompt]) -> Any:
         padding_side="left",
         return_tensors="pt",
     )
-
-
-class TransformersRatingEngine:
-    """Reads next-token distributions of a text-only causal language model.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer, with a chat template.
-        batch_size: Prompts per forward pass.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
-        self.work = Work()
-        self._model = model.eval()
-        self._tokenizer = tokenizer
-        self._batch_size = batch_size
-
-    @classmethod
-    def load(cls, folder: Path, device: str, batch_size: int) -> TransformersRatingEngine:
-        """Loads the model from a folder that `train-scorer` wrote, in float32 whatever it was.
-
-        In bfloat16, scores have 8 bits, so candidates of nearly equal quality would be told apart
-        by rounding.
-        """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            device_map={"": device},
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return cls(model, tokenizer, batch_size)
-
-    @torch.inference_mode()
-    def next_token_distribution(
-        self, prompts: Sequence[str], tokens: Sequence[str]
-    ) -> list[TokenDistribution]:
-        """Reads the distributions; prompts of similar length share a batch."""
-        wanted = [single_token(self._tokenizer, token) for token in tokens]
-        encoded = [encode_rating_prompt(self._tokenizer, prompt) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
-        results: dict[int, TokenDistribution] = {}
-        for start in range(0, len(order), self._batch_size):
-            numbers = order[start : start + self._batch_size]
-            batch = self._tokenizer.pad(
-                {"input_ids": [encoded[number] for number in numbers]},
-                padding_side="left",
-                return_tensors="pt",
-            ).to(self._model.device)
-            positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-            output = self._model(**batch, position_ids=positions, logits_to_keep=1, use_cache=False)
-            shares = output.logits[:, -1].double().softmax(-1)[:, wanted]
-            mass = shares.sum(-1, keepdim=True)
-            self.work.prompts += len(numbers)
-            self.work.prefilled_tokens += sum(len(encoded[number]) for number in numbers)
-            self.work.forward_passes += 1
-            for number, row, total in zip(
-                numbers, (shares / mass).tolist(), mass[:, 0].tolist(), strict=True
-            ):
-                results[number] = TokenDistribution(tuple(row), total)
-        return [results[number] for number in range(len(prompts))]
-
-
-def single_token(tokenizer: Any, text: str) -> int:
-    """Returns the token id of a text that must be a single token.
-
-    Raises:
-        UserError: The tokenizer splits it.
-    """
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1:
-        raise UserError(
-            f"The rating model's tokenizer encodes {text!r} as {len(ids)} tokens.",
-            "Choose a rating model whose digits are single tokens, such as Qwen2.5.",
-        )
-    return int(ids[0])
-
-
-def encode_rating_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Returns the token ids of a rating prompt, up to where the rating token follows."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
-    return list(tokenizer.encode(text, add_special_tokens=False))

@@ -301,7 +301,7 @@ def _rated(
     work: Work,
 ) -> Iterator[list[Rating]]:
     """Rates the candidates of samples, as a job of one process."""
-    engine = rating_engine(model, device, config.batch_size)
+    engine = rating_engine(model, device, config.batch_tokens)
     for start in range(0, len(given), chunk):
         yield scoring.rate_candidates(engine, given[start : start + chunk])
     work.add(engine.work)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from srccore.config import AnnotationConfig, ScorerConfig, TextModelConfig
+from srccore.config import AnnotationConfig, ScorerConfig, ScoringConfig, TextModelConfig
 from srccore.data import sampling
 from srccore.data.records import (
     REFERENCE,
@@ -215,7 +215,7 @@ def train_scorer(
     if not is_first():
         return dataclasses.asdict(outcome)
     free_training_memory()
-    engine = rating_engine(out / "model", machine.device, config.batch_size)
+    engine = rating_engine(out / "model", machine.device, ScoringConfig().batch_tokens)
     health = scoring.validate(engine, samples, validation)
     return folder.finish(
         {

@@ -80,7 +80,7 @@ def train_scorer(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from srccore.models.transformers import single_token
+    from srccore.models.rating import single_token
 
     path = resolve_model_path(base.path)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=base.revision, trust_remote_code=False)
@@ -123,11 +123,11 @@ def _rows(
     examples: Sequence[RatingExample], tokenizer: Any, ratings: dict[int, int], limit: int
 ) -> dict[str, list[list[int]]]:
     """Makes token ids and labels of the examples that fit; only the rating token has a label."""
-    from srccore.models.transformers import encode_rating_prompt
+    from srccore.models.rating import encode_rating_prompts
 
     ids, labels = [], []
-    for example in examples:
-        prompt = encode_rating_prompt(tokenizer, example.prompt)
+    encoded = encode_rating_prompts(tokenizer, [example.prompt for example in examples])
+    for example, prompt in zip(examples, encoded, strict=True):
         if len(prompt) < limit:
             rating = ratings[example.rating]
             ids.append([*prompt, rating])

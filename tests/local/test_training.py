@@ -28,7 +28,7 @@ from srccore.models.policy import (
     prompt_text,
     response_text,
 )
-from srccore.models.transformers import encode_rating_prompt, single_token
+from srccore.models.rating import encode_rating_prompts, single_token
 from srccore.training import dpo
 from srccore.training.dpo import PreferenceExample, train_dpo
 from srccore.training.machine import Machine
@@ -475,7 +475,7 @@ def test_the_scorer_learns_one_token_per_prompt(
     assert outcome.training.last_loss < outcome.training.first_loss
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     one, five = single_token(tokenizer, "1"), single_token(tokenizer, "5")
-    prompts = [encode_rating_prompt(tokenizer, example.prompt) for example in examples]
+    prompts = encode_rating_prompts(tokenizer, [example.prompt for example in examples])
     for batch in batches.seen:
         for ids, labels, mask in zip(
             batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True

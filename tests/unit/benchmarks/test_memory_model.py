@@ -39,7 +39,8 @@ from srccore.method.driver import Search, draw_all, drive
 from srccore.method.engine import Draw
 from srccore.method.search import search
 from srccore.models.policy import LoadedPolicy, Policy, load_policy, prompt_text, response_text
-from srccore.models.transformers import TransformersRatingEngine, TransformersSamplingEngine
+from srccore.models.rating import TransformersRatingEngine
+from srccore.models.transformers import TransformersSamplingEngine
 from srccore.training.dpo import PreferenceExample, train_dpo
 from srccore.training.rationale import RationaleExample, tune_rationale
 
@@ -261,12 +262,14 @@ def test_a_rating(tmp_path: Path) -> None:
     )
     words = tiny_models.tokenizer("embedded")
     words.chat_template = "{{ messages[0].content }}\nRating: "
-    engine = TransformersRatingEngine(Qwen2ForCausalLM(config), words, 8)
-    prompts = [" ".join([tiny_models.QUESTION] * (30 + n)) for n in range(8)]
-    lengths = [len(words.encode(prompt + "\nRating: ")) for prompt in prompts]
+    # They share nothing, and make one row.
+    prompts = [" ".join([str(n), *[tiny_models.QUESTION] * (30 + n)]) for n in range(8)]
+    tokens = sum(len(words.encode(prompt + "\nRating: ")) for prompt in prompts)
+    engine = TransformersRatingEngine(Qwen2ForCausalLM(config), words, tokens)
     shape = model_of.shape_of(config.to_dict())
-    run = load_config("tiny", ["scoring.batch_size=8"])
-    found = model_of.parts(run, shape, shape, model_of.Lengths(rating=max(lengths)), "cpu")
+    run = load_config("tiny", [f"scoring.batch_tokens={tokens}"])
+    lengths = model_of.Lengths(response=tokens // len(prompts))
+    found = model_of.parts(run, shape, shape, lengths, "cpu")
     wanted = sum(v for name, v in found["score-candidates"].items() if name != "weights")
     found_bytes = measured(lambda: engine.next_token_distribution(prompts, ["1", "2"]))
     assert found_bytes == pytest.approx(wanted, rel=TOLERANCE)
