@@ -33,7 +33,7 @@ GATHERED = 16384
 """Tokens whose keys are copied together, so that attention's memory is bounded."""
 
 
-def batches(sequences: Sequence[Sequence[int]], tokens: int) -> Iterator[list[int]]:
+def batches(sequences: Sequence[list[int]], tokens: int) -> Iterator[list[int]]:
     """Divides sequences into batches that `pack` turns into rows of limited length.
 
     Args:
@@ -45,7 +45,8 @@ def batches(sequences: Sequence[Sequence[int]], tokens: int) -> Iterator[list[in
         together what shares a prefix.
     """
     batch: list[int] = []
-    used, previous = 0, sequences[0][:0] if sequences else ()
+    used = 0
+    previous: list[int] = []
     for number in sorted(range(len(sequences)), key=sequences.__getitem__):
         sequence = sequences[number]
         new = len(sequence) - _shared(previous, sequence)
@@ -270,7 +271,7 @@ def _attend(
     for block, mask in zip(packed.blocks, packed.masks(sliding_window), strict=True):
         # (segments, key heads, queries of all heads that share a key head, width): with a mask,
         # no fast kernel shares keys by itself.
-        queries = query[block.queries].unflatten(2, (-1, shared))
+        queries = torch.unflatten(query[block.queries], 2, (-1, shared))
         queries = queries.permute(0, 2, 3, 1, 4).flatten(2, 3)
         mixed = scaled_dot_product_attention(
             queries,
@@ -280,7 +281,7 @@ def _attend(
             dropout_p=dropout,
             scale=scaling,
         )
-        mixed = mixed.unflatten(2, (shared, -1)).permute(0, 3, 1, 2, 4)
+        mixed = torch.unflatten(mixed, 2, (shared, -1)).permute(0, 3, 1, 2, 4)
         found.append(mixed.reshape(-1, heads, mixed.shape[-1]))
     return torch.cat(found)[packed.places][None], None
 

@@ -1,4 +1,8 @@
-"""`train-scorer`: R-Scorer, a text-only language model trained on one rating token per prompt."""
+"""`train-scorer`: R-Scorer, a text-only language model trained on one rating token per prompt.
+
+The prompts of a forward pass are packed into one row (`srccore.models.packing`): nothing is padded,
+what prompts share at their start is computed once, and the head sees one position per prompt.
+"""
 
 from __future__ import annotations
 
@@ -73,13 +77,15 @@ def train_scorer(
         Steps, losses, accuracy at the end, and the number of examples that were too long.
 
     Raises:
-        UserError: A rating is not one token, or no example fits into the context.
+        UserError: A rating is not one token, no example fits into the context, or the model's
+            attention cannot be packed.
     """
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
+    from srccore.models.packing import use_packing
     from srccore.models.rating import single_token
 
     path = resolve_model_path(base.path)
@@ -98,11 +104,13 @@ def train_scorer(
         )
         rows = _rows(examples, tokenizer, ratings, model.config.max_position_embeddings)
         samples = len(rows["input_ids"])
-        session.processes.agree(map(str, rows["input_ids"]), "prompts")
-        trainer = resumable(SFTTrainer)(
+        session.processes.agree(map(str, zip(*rows.values(), strict=True)), "prompts or ratings")
+        use_packing(model)
+        trainer = _trainer_class()(
             model=model,
             args=SFTConfig(**session.arguments),
             train_dataset=Dataset.from_dict(rows).select(sample_order(samples, config, seed)),
+            data_collator=_pack,
             processing_class=tokenizer,
             peft_config=lora_config(config.lora, TEXT_MODEL_TARGETS) if config.lora else None,
         )
@@ -119,23 +127,53 @@ def train_scorer(
     )
 
 
+def _pack(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collates rows of `_rows`."""
+    import torch
+
+    from srccore.models.packing import pack
+
+    ratings = torch.tensor([example["rating"] for example in examples])
+    return {**pack([example["input_ids"] for example in examples]), "ratings": ratings}
+
+
+def _trainer_class() -> Any:
+    """Makes the trainer class whose loss is on the ratings of a packed row."""
+    from torch.nn.functional import cross_entropy
+    from trl import SFTTrainer
+
+    class RatingTrainer(resumable(SFTTrainer)):  # type: ignore[misc]  # read without types
+        # A mean per forward pass: all have the same number of prompts (`sample_order`).
+        loss_is_scaled_for_ga = False
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        ) -> Any:
+            ratings = inputs.pop("ratings")
+            logits = model(**inputs).logits[0].float()
+            is_right = self.accelerator.gather((logits.argmax(-1) == ratings).float())
+            self._metrics["train"]["mean_token_accuracy"].append(is_right.mean().item())
+            return cross_entropy(logits, ratings)
+
+    return RatingTrainer
+
+
 def _rows(
     examples: Sequence[RatingExample], tokenizer: Any, ratings: dict[int, int], limit: int
-) -> dict[str, list[list[int]]]:
-    """Makes token ids and labels of the examples that fit; only the rating token has a label."""
+) -> dict[str, list[Any]]:
+    """Makes token ids of the examples that fit: prompts, and the rating token after each."""
     from srccore.models.rating import encode_rating_prompts
 
-    ids, labels = [], []
     encoded = encode_rating_prompts(tokenizer, [example.prompt for example in examples])
-    for example, prompt in zip(examples, encoded, strict=True):
-        if len(prompt) < limit:
-            rating = ratings[example.rating]
-            ids.append([*prompt, rating])
-            labels.append([-100] * len(prompt) + [rating])
-    if not ids:
+    kept = [
+        (prompt, ratings[example.rating])
+        for example, prompt in zip(examples, encoded, strict=True)
+        if len(prompt) < limit
+    ]
+    if not kept:
         raise UserError(
             f"None of {len(examples)} rating prompts fits into the model's context of {limit} "
             "tokens.",
             "Pass at least one pair that fits, or use a rating model with a longer context.",
         )
-    return {"input_ids": ids, "labels": labels}
+    return {"input_ids": [ids for ids, _ in kept], "rating": [rating for _, rating in kept]}

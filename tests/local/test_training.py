@@ -34,6 +34,7 @@ from srccore.training.dpo import PreferenceExample, train_dpo
 from srccore.training.machine import Machine
 from srccore.training.rationale import RationaleExample, tune_rationale
 from srccore.training.scorer import RatingExample, train_scorer
+from srccore.training.scorer import _pack as pack_rows
 from srccore.training.shared_prompt import Collator
 from srccore.training.trainer import lora_config, sample_order
 
@@ -453,6 +454,42 @@ def test_the_scorer_keeps_updates_that_bfloat16_would_round_away(
     assert not torch.equal(trained, trained.bfloat16().float())
 
 
+@pytest.mark.parametrize(
+    ("lora", "changes"),
+    [
+        (None, {"batch_size": 4}),
+        (LORA, {"batch_size": 4, "gradient_checkpointing": True}),
+        (None, {"batch_size": 2, "gradient_accumulation_steps": 2}),
+    ],
+)
+def test_packed_prompts_give_the_losses_of_padded_ones(
+    rating_base: ModelConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lora: LoraSettings | None,
+    changes: dict[str, Any],
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from peers import padded_training
+
+    # The first two share their start, and the lengths differ.
+    examples = [
+        RatingExample(f"{start}{RESPONSE}{' More.' * number}", 1 + number)
+        for number, start in enumerate(("First: ", "First: ", "Second: ", ""))
+    ]
+    config = ScorerConfig(learning_rate=0.01, epochs=5, lora=lora, **changes)
+    losses: list[float] = []
+    monkeypatch.setattr(
+        "srccore.training.trainer.final_mean", lambda values: losses.extend(values) or values[-1]
+    )
+    train_scorer(rating_base, examples, config, tmp_path, seed=0)
+    monkeypatch.undo()
+    wanted = padded_training.train(rating_base, examples, config, tmp_path, seed=0)
+    assert len(wanted) == 5
+    assert losses[5:] == pytest.approx(wanted, abs=1e-5)
+    assert wanted[-1] < wanted[0] - 0.1
+
+
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_the_scorer_learns_one_token_per_prompt(
     rating_base: ModelConfig,
@@ -461,9 +498,14 @@ def test_the_scorer_learns_one_token_per_prompt(
     lora: LoraSettings | None,
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    batches = Batches(monkeypatch, DataCollatorForLanguageModeling, "torch_call")
+    seen: list[dict[str, Any]] = []
+
+    def kept(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        seen.extend(rows)
+        return pack_rows(rows)
+
+    monkeypatch.setattr("srccore.training.scorer._pack", kept)
     examples = [
         RatingExample(f"First: {RESPONSE}{' More.' * number}", 1 + 4 * (number % 2))
         for number in range(4)
@@ -476,19 +518,10 @@ def test_the_scorer_learns_one_token_per_prompt(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     one, five = single_token(tokenizer, "1"), single_token(tokenizer, "5")
     prompts = encode_rating_prompts(tokenizer, [example.prompt for example in examples])
-    for batch in batches.seen:
-        for ids, labels, mask in zip(
-            batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
-        ):
-            learnt = labels != -100
-            assert learnt.sum() == 1
-            # The rating is the last token: no EOS follows it.
-            last = int(mask.sum()) - 1
-            assert learnt[last]
-            assert ids[last] == labels[last]
-            assert int(labels[last]) in (one, five)
-            assert ids[:last].tolist() in prompts
-            assert (ids == tokenizer.bos_token_id).sum() == 1
+    # Each prompt in every epoch, with its own rating after it.
+    wanted = 10 * list(zip(prompts, [one, five, one, five], strict=True))
+    assert sorted((row["input_ids"], row["rating"]) for row in seen) == sorted(wanted)
+    assert {row["input_ids"].count(tokenizer.bos_token_id) for row in seen} == {1}
     before = AutoModelForCausalLM.from_pretrained(rating_base.path).state_dict()
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
     assert set(after) == set(before)
