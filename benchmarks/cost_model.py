@@ -148,6 +148,7 @@ def jobs(config: RunConfig, policy: Shape, scorer: Shape, texts: Texts = TEXTS) 
     pairs = count * (count - 1) + 2 * count
     rated = rounds * search.samples
     rating = texts.rating + 2 * texts.response
+    scored = texts.rating + (count + 1 + pairs) * texts.response
     return [
         training(
             "tune-rationale", config.rationale, config.rationale.samples, prompt + texts.response, 1
@@ -175,9 +176,8 @@ def jobs(config: RunConfig, policy: Shape, scorer: Shape, texts: Texts = TEXTS) 
             # The shared part and each first response once; only the second is read for every pair.
             Work(
                 prompts=rated * pairs,
-                prefilled_tokens=rated
-                * (texts.rating + (count + 1) * texts.response + pairs * texts.response),
-                forward_passes=rated,
+                prefilled_tokens=rated * scored,
+                forward_passes=math.ceil(rated * scored / config.scoring.batch_tokens),
             ),
             is_float32=True,
         ),

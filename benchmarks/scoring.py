@@ -16,6 +16,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from srccore.config import ModelConfig, ScorerConfig, TextModelConfig, load_conf
 from srccore.data.records import RATING_LEVELS
 from srccore.embedded.world import make_item
 from srccore.method import scoring, search
+from srccore.method.driver import Search, drive
 from srccore.method.engine import Prompt
 from srccore.models.packing import batches, pack
 from srccore.models.policy import Policy, load_policy, resolve_model_path
@@ -47,14 +49,20 @@ STEPS = 4
 def searched_prompts(samples: int) -> list[str]:
     """Returns the prompts of all pairs of some samples, as `score-candidates` asks them."""
     policy = load_policy(Policy(base=ModelConfig(path="embedded:lvlm")))
-    engine = TransformersSamplingEngine(policy.model, policy.processor)
+    engine = TransformersSamplingEngine(policy.model, policy.processor, samples)
     items = [make_item(0, "calibration", number) for number in range(samples)]
-    # The pretrained model only reasons where it is asked to.
-    asked = [
-        (item.sample.id, Prompt(item.image, f"{item.sample.question} Explain.")) for item in items
-    ]
     config = load_config("tiny").search
-    sets = search.search_candidates(engine, asked, config, seed=0, round_number=1)
+    searches = (
+        Search(
+            # The pretrained model only reasons where it is asked to.
+            Prompt(
+                lambda item=item: item.image, f"{item.sample.question} Explain.", item.sample.id
+            ),
+            partial(search.search, sample_id=item.sample.id, config=config, seed=0, round_number=1),
+        )
+        for item in items
+    )
+    sets = [each for found in drive(engine, searches) for each in found]
     return [
         scoring.rating_prompt(item.sample, first.text, second.text)
         for item, found in zip(items, sets, strict=True)
