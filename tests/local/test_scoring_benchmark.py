@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_the_scoring_benchmark_compares_equal_ratings_and_losses(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     command = ["benchmarks/scoring.py", "--part", "tiny", "--part", "training"]
