@@ -46,6 +46,7 @@ __all__ = [
     "Session",
     "TrainingOutcome",
     "final_mean",
+    "longest_first",
     "lora_config",
     "sample_order",
     "step_figures",
@@ -222,7 +223,11 @@ def train_adapter(
         loaded = load_policy(policy.model_copy(update={"base": base}), session.device)
         _switch_dropout_off(loaded.model)
         fitting = _within_context(loaded.model, loaded.processor, rows)
-        order = sample_order(len(fitting), config, seed)
+        order = longest_first(
+            sample_order(len(fitting), config, seed),
+            [columns["tokens"] for columns, _ in fitting],
+            config.batch_size * config.gradient_accumulation_steps,
+        )
         agreed = itertools.chain([str(policy.base.revision)], (str(row) for row, _ in fitting))
         session.processes.agree(agreed, "samples or revisions of the model")
         if config.image_workers:
@@ -265,6 +270,23 @@ def sample_order(count: int, config: OptimizerSettings, seed: int) -> list[int]:
         shuffled = torch.randperm(count, generator=generator).tolist()
         order += itertools.islice(itertools.cycle(shuffled), steps * batch)
     return order[: math.ceil(config.epochs * steps) * batch]
+
+
+def longest_first(order: Sequence[int], tokens: Sequence[int], batch: int) -> list[int]:
+    """Sorts the samples of each optimiser step by length, so that forward passes are padded less.
+
+    Which of its passes a sample is in does not change a step, apart from rounding.
+
+    Args:
+        order: Indices of samples, a multiple of ``batch``.
+        tokens: The length of each sample.
+        batch: Samples of a step.
+
+    Returns:
+        The same samples, with the same ones in each step.
+    """
+    steps = (order[start : start + batch] for start in range(0, len(order), batch))
+    return [each for step in steps for each in sorted(step, key=lambda each: -tokens[each])]
 
 
 def _own_device(device: str) -> str:
@@ -385,7 +407,8 @@ def _within_context(
     Returns:
         The columns of each row that fits, and its image. Besides the texts, ``drawn`` has the
         log-probability of each response as it was drawn, or NaN: of a text of other origin, or one
-        that is encoded in another number of tokens than it was drawn in.
+        that is encoded in another number of tokens than it was drawn in. ``tokens`` is the row's
+        length.
 
     Raises:
         UserError: No row fits.
@@ -400,14 +423,11 @@ def _within_context(
         tokens = image_tokens(processor, row.size or row.image().size) - 1
         tokens += len(encode(prompt, add_special_tokens=False))
         counts = [len(encode(text, add_special_tokens=False)) for text in responses.values()]
-        drawn = [
-            said.log_probability
-            if isinstance(said, Candidate) and said.drawn is not None and said.token_count == count
-            else math.nan
-            for said, count in zip(row.responses.values(), counts, strict=True)
-        ]
         if tokens + max(counts) <= limit:
-            kept.append(({"prompt": prompt, **responses, "drawn": drawn}, row.image))
+            columns: dict[str, Any] = {"prompt": prompt, **responses}
+            columns["drawn"] = list(map(_log_probability, row.responses.values(), counts))
+            columns["tokens"] = tokens + sum(counts)
+            kept.append((columns, row.image))
     if not kept:
         raise UserError(
             f"None of {len(rows)} training samples fits into the model's context of {limit} "
@@ -423,6 +443,13 @@ def _text(processor: Any, said: str | Candidate) -> str:
     if said.drawn is None:
         return response_text(processor, said.text)
     return drawn_text(processor, said.drawn)
+
+
+def _log_probability(said: str | Candidate, count: int) -> float:
+    """The log-probability of a response as it was drawn; NaN if it is encoded as another."""
+    if isinstance(said, str) or said.drawn is None or said.token_count != count:
+        return math.nan
+    return said.log_probability
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from srccore.config import (
     DpoConfig,
@@ -36,7 +38,7 @@ from srccore.training.rationale import RationaleExample, tune_rationale
 from srccore.training.scorer import RatingExample, train_scorer
 from srccore.training.scorer import _pack as pack_rows
 from srccore.training.shared_prompt import Collator
-from srccore.training.trainer import lora_config, sample_order
+from srccore.training.trainer import longest_first, lora_config, sample_order
 
 base = tiny_models.base
 LORA = LoraSettings(rank=2, alpha=4)
@@ -325,6 +327,20 @@ def test_every_epoch_is_another_order_and_its_last_batch_is_filled_up_from_its_b
         second,
         first,
     ]
+
+
+@given(st.data(), st.integers(1, 5), st.integers(1, 4))
+def test_the_samples_of_each_step_are_sorted_and_no_sample_changes_its_step(
+    data: st.DataObject, batch: int, steps: int
+) -> None:
+    tokens = data.draw(st.lists(st.integers(1, 9), min_size=6, max_size=6))
+    order = data.draw(st.lists(st.integers(0, 5), min_size=batch * steps, max_size=batch * steps))
+    found = longest_first(order, tokens, batch)
+    for start in range(0, len(order), batch):
+        step = found[start : start + batch]
+        assert sorted(step) == sorted(order[start : start + batch])
+        lengths = [tokens[each] for each in step]
+        assert lengths == sorted(lengths, reverse=True)
 
 
 def log_probability(loaded: Any, picture: Any, response: str) -> float:
