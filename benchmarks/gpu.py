@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import itertools
 import json
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers.trl_dpo import trl_trainer
 from PIL import Image
 
 from srccore.config import RunConfig, load_config
@@ -52,7 +54,7 @@ from srccore.training.checkpoints import save_in_public_names
 from srccore.training.dpo import PreferenceExample, train_dpo
 from srccore.training.machine import Machine
 from srccore.training.rationale import RationaleExample, tune_rationale
-from srccore.training.resume import CHECKPOINTS, Checkpoints, resumable
+from srccore.training.resume import CHECKPOINTS, Checkpoints
 from srccore.training.trainer import Row, step_figures, train_adapter
 
 GIB = 2**30
@@ -805,8 +807,6 @@ def align(bench: Bench, results: list[str], config: RunConfig, folder: Path) -> 
 
 def compare_losses(bench: Bench, results: list[str], config: RunConfig, folder: Path) -> None:
     """Trains a few steps with our trainer and with TRL's, and compares the losses."""
-    from trl import DPOConfig, DPOTrainer
-
     # Steps so large that policy and reference soon differ; both normalise the SFT term alike.
     settings = config.dpo.model_copy(
         update={
@@ -833,15 +833,7 @@ def compare_losses(bench: Bench, results: list[str], config: RunConfig, folder: 
         folder / "trl",
         seed=0,
         machine=machine,
-        trainer=lambda arguments, **parts: resumable(DPOTrainer)(
-            args=DPOConfig(
-                **arguments,
-                beta=settings.beta,
-                loss_type=["sigmoid", "sft"],
-                loss_weights=[1.0, settings.sft_weight],
-            ),
-            **parts,
-        ),
+        trainer=functools.partial(trl_trainer, settings),
     )
     losses = step_figures(trainer, "loss")
     theirs = (losses[0], losses[-1])
