@@ -130,7 +130,8 @@ def stop_workers() -> None:
     Also when the process exits, since Python would wait for them.
     """
     for process in list(_running):
-        process.kill()
+        if process.pid is not None:
+            process.kill()
 
 
 def _environment(number: int, count: int) -> dict[str, str]:
@@ -164,17 +165,19 @@ def _started(
     receiver, sender = context.Pipe(duplex=False)
     # Not a daemon: an engine may have processes of its own.
     process = context.Process(target=_work, args=(job, environment, sender))
-    process.start()
     _running.add(process)
-    sender.close()
     try:
+        # Ctrl-C may come at any time, also before the next line.
+        process.start()
+        sender.close()
         yield receiver, process
     finally:
         _running.discard(process)
-        # One that has sent everything is only about to exit.
-        process.terminate()
-        process.join(10)
-        process.kill()
+        if process.pid is not None:
+            # One that has sent everything is only about to exit.
+            process.terminate()
+            process.join(10)
+            process.kill()
         receiver.close()
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -129,29 +130,32 @@ def test_resharding_gives_the_same_candidates(finished: Path, tmp_path: Path) ->
 
 
 def test_the_engine_decodes_greedily_as_generate_does(finished: Path) -> None:
+    from srccore.method.driver import draw_all
     from srccore.method.engine import Draw
     from srccore.models.policy import load_policy, read_policy
     from srccore.models.transformers import encode_prompts
 
     loaded = load_policy(read_policy(finished / "tune-rationale"), "cpu")
     data = dataset.open_data(finished / "data" / "calibration.parquet")
-    prompts = [Prompt(data.image(s.id), s.question) for s in data.samples[:16]]
+    prompts = [
+        Prompt(partial(data.image, sample.id), sample.question, sample.id)
+        for sample in data.samples[:16]
+    ]
     inputs = encode_prompts(loaded.processor, prompts)
     generated = loaded.model.generate(**inputs, max_new_tokens=60, do_sample=False)
     wanted = loaded.processor.tokenizer.batch_decode(
         generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
-    engine = sampling_engine(finished / "tune-rationale" / "policy.json", "cpu")
-    whole = engine.extend(
-        [Draw(node, greedy=True) for node in engine.open(prompts)], max_tokens=60, whole=True
-    )
+    engine = sampling_engine(finished / "tune-rationale" / "policy.json", "cpu", batch_size=16)
+    roots = engine.open(engine.prepare(prompts))
+    whole = draw_all(engine, [Draw(root, 60, greedy=True, whole=True) for root in roots])
     assert [drawn.text for drawn in whole] == wanted
     # Sentence by sentence, each from the cache of the previous one: the same texts and scores.
     texts, scores = [""] * len(prompts), [0.0] * len(prompts)
-    live = dict(enumerate(engine.open(prompts)))
+    live = dict(enumerate(roots))
     while live:
         rows = list(live)
-        drawn_rows = engine.extend([Draw(live[row], greedy=True) for row in rows], max_tokens=40)
+        drawn_rows = draw_all(engine, [Draw(live[row], 40, greedy=True) for row in rows])
         for row, drawn in zip(rows, drawn_rows, strict=True):
             texts[row] += drawn.text
             scores[row] += drawn.log_probability
