@@ -47,10 +47,11 @@ from srccore.method import response, search
 from srccore.method.driver import Search, draw_all, drive
 from srccore.method.engine import Draw, Node, Prompt, SamplingEngine, Steps
 from srccore.models.engines import rating_engine, sampling_engine
+from srccore.models.merged import save_in_public_names
 from srccore.models.policy import Policy, load_policy, write_policy
 from srccore.models.rating import encode_rating_prompts
-from srccore.models.transformers import banned_tokens, encode_prompts
-from srccore.training.checkpoints import save_in_public_names
+from srccore.models.transformers import encode_prompts
+from srccore.models.writing import banned_tokens
 from srccore.training.dpo import PreferenceExample, train_dpo
 from srccore.training.machine import Machine
 from srccore.training.rationale import RationaleExample, tune_rationale

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from srccore.config import ModelConfig
+from srccore.models.merged import save_in_public_names
 from srccore.models.policy import load_processor
-from srccore.training.checkpoints import save_in_public_names
 
 __all__ = ["wide_checkpoint"]
 

@@ -12,7 +12,7 @@ from PIL import Image
 from srccore.config import ModelConfig
 from srccore.embedded.model import LVLM_TEMPLATE
 from srccore.method.engine import Prompt
-from srccore.training.checkpoints import save_in_public_names
+from srccore.models.merged import save_in_public_names
 
 SIDE, PATCH, WIDTH = 24, 6, 32
 TEXT_SHAPE = {

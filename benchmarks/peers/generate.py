@@ -17,7 +17,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from srccore.method import sentences
 from srccore.method.engine import Continuation, Draw, Prompt, Work
-from srccore.models.transformers import banned_tokens, encode_prompts, end_tokens
+from srccore.models.transformers import encode_prompts
+from srccore.models.writing import banned_tokens, end_tokens
 
 __all__ = ["PerNode", "sample_responses"]
 

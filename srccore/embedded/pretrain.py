@@ -35,7 +35,7 @@ from srccore.embedded.model import (
     build_vision_language_model,
 )
 from srccore.embedded.world import COLOURS, IMAGE_SIZE, Item, make_item, world_facts
-from srccore.training.checkpoints import save_in_public_names
+from srccore.models.merged import save_in_public_names
 
 __all__ = ["pretrain"]
 

@@ -86,15 +86,24 @@ def family_of(path: str, revision: str | None = None) -> str:
 def load_processor_of(family: str, path: str, revision: str | None) -> Any:
     """Loads the processor of a checkpoint, without its part for videos, which needs torchvision.
 
+    Images are processed with PIL, also where torchvision is installed: vLLM needs it, training does
+    not, and its pixels differ.
+
     Args:
         family: Its ``model_type``.
         path: A folder or a hub id.
         revision: Of the hub.
 
     Returns:
-        The processor; it processes images with PIL where torchvision is missing.
+        The processor.
     """
-    return image_only(_processor_class(family)).from_pretrained(path, revision=revision)
+    from transformers import AutoImageProcessor
+
+    processor = image_only(_processor_class(family)).from_pretrained(path, revision=revision)
+    processor.image_processor = AutoImageProcessor.from_pretrained(
+        path, revision=revision, backend="pil"
+    )
+    return processor
 
 
 def image_only(processor: type[Any]) -> type[Any]:

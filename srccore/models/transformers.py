@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,20 +19,13 @@ import torch
 from torch import Tensor
 
 from srccore.errors import UserError
-from srccore.method import sentences
 from srccore.method.engine import Continuation, Draw, Prompt, Work
 from srccore.models.families import prompt_positions
-from srccore.models.policy import prompt_text, response_text
+from srccore.models.policy import prompt_text
 from srccore.models.shared_prefix import Decoding, Prompts, Responses, prompt_cache
+from srccore.models.writing import Vocabulary, Writer
 
-__all__ = [
-    "TransformersSamplingEngine",
-    "banned_tokens",
-    "end_tokens",
-]
-
-_ENDING = (".", "?", "!", "\n", "Ċ", "<0x0A>")
-"""A sentence can only end at a token with one of these, or at the token after it."""
+__all__ = ["TransformersSamplingEngine"]
 
 _WORTH_DROPPING = 0.25
 """Rows that have stopped leave a batch once they are this share of it: leaving costs a copy."""
@@ -69,13 +61,9 @@ class TransformersSamplingEngine:
         self._processor = copy.deepcopy(processor)
         self._submitted: dict[int, Draw] = {}
         self._tickets = itertools.count()
-        self._tokenizer = processor.tokenizer
         _check_attention(model)
-        tokens = _tokens_by_id(model, self._tokenizer)
-        self._may_end = [token is None or any(c in token for c in _ENDING) for token in tokens]
-        self._eos = end_tokens(model, processor)
-        banned = banned_tokens(model, processor)
-        self._banned = torch.tensor(banned, dtype=torch.long, device=model.device)
+        self._vocabulary = Vocabulary(model, processor)
+        self._banned = torch.tensor(self._vocabulary.banned, dtype=torch.long, device=model.device)
 
     def prepare(self, prompts: Sequence[Prompt]) -> Any:
         """Returns the model's inputs, with padding on the left."""
@@ -141,7 +129,7 @@ class TransformersSamplingEngine:
     ) -> list[Continuation]:
         decoding = Decoding(self._model, [(draw.node.batch, draw.node.row) for draw in draws])
         choose = _Chooser(draws, max_tokens, self._banned)
-        writers = [_Row(draw.node.tokens, self._decode(draw.node.tokens)) for draw in draws]
+        writers = [Writer(self._vocabulary, draw.node.tokens, whole) for draw in draws]
         rows = list(range(len(draws)))  # the draw that each row of the decoding belongs to
         nodes: dict[int, _Node] = {}
 
@@ -151,14 +139,14 @@ class TransformersSamplingEngine:
             for number, place in enumerate(continuing):
                 writer = writers[rows[place]]
                 assert batch is not None
-                nodes[rows[place]] = _Node(batch, number, (*writer.prefix, *writer.tokens))
+                nodes[rows[place]] = _Node(batch, number, writer.tokens)
 
         for step in range(max_tokens):
             tokens, scores = choose(decoding.logits, step)
             # One copy to the host per step. A float64 represents every token id.
             drawn = torch.stack([tokens.double(), scores.double()]).tolist()
             fed = [
-                self._write(writers[row], int(token), score, whole)
+                writers[row].write(int(token), score)
                 for row, token, score in zip(rows, *drawn, strict=True)
             ]
             # A row that drew its last token at the limit is still fed it, to be continued later.
@@ -178,7 +166,7 @@ class TransformersSamplingEngine:
         self.work.decoded_tokens += sum(writer.count for writer in writers)
         return [
             Continuation(
-                text=self._text(writer),
+                text=writer.text,
                 token_count=writer.count,
                 log_probability=writer.log_probability,
                 stop=writer.stop or "length",
@@ -187,64 +175,10 @@ class TransformersSamplingEngine:
             for row, writer in enumerate(writers)
         ]
 
-    def _write(self, row: _Row, token: int, score: float, whole: bool) -> bool:
-        """Adds a drawn token to a row; returns whether the model must be fed it."""
-        if row.stop is not None:
-            return False
-        if math.isnan(score):
-            raise UserError(
-                f"The policy's logits are not numbers in {self._model.dtype}.",
-                "Set model.dtype to bfloat16 or float32; if it is, the checkpoint is damaged.",
-            )
-        if token in self._eos:
-            row.stop = "end"
-            row.add(score)
-            return False
-        row.tokens.append(token)
-        if not whole and (self._may_end[token] or row.may_end):
-            end = sentences.first_end(self._text(row))
-            if end is not None:
-                row.stop = "sentence"
-                last = row.tokens.pop()
-                if len(self._text(row)) >= end:
-                    # The token only showed that the sentence had ended: it will be drawn again.
-                    return False
-                row.tokens.append(last)
-        row.may_end = self._may_end[token]
-        row.add(score)
-        return True
-
-    def _text(self, row: _Row) -> str:
-        # Some tokenizers drop a leading space: only the whole response decodes correctly.
-        return self._decode([*row.prefix, *row.tokens])[row.prefix_length :]
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        text = self._tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(text)
-
 
 def _group(draw: Draw) -> tuple[int, bool, int]:
     """Draws of the same group can be decoded together."""
     return draw.max_tokens, draw.whole, id(draw.node.batch.prompts)
-
-
-class _Row:
-    """What one draw has written so far."""
-
-    def __init__(self, prefix: tuple[int, ...], prefix_text: str) -> None:
-        self.prefix = prefix
-        self.prefix_length = len(prefix_text)
-        self.tokens: list[int] = []
-        self.count = 0
-        self.log_probability = 0.0
-        self.stop: Any = None
-        self.may_end = False
-
-    def add(self, score: float) -> None:
-        self.count += 1
-        self.log_probability += score
 
 
 class _Chooser:
@@ -279,54 +213,6 @@ class _Chooser:
             drawn = torch.searchsorted(heights, levels, right=True)[:, 0]
             tokens = torch.where(self.greedy, tokens, drawn.clamp(max=logits.shape[-1] - 1))
         return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-
-
-def end_tokens(model: Any, processor: Any) -> set[int]:
-    """Returns the ids that end a response.
-
-    The generation configuration, the tokenizer and the chat template of a public checkpoint may
-    each name another one, and a policy learns the template's.
-
-    Raises:
-        UserError: The chat template does not end a turn.
-    """
-    named = model.generation_config.eos_token_id
-    ids = set(named if isinstance(named, list) else [named])
-    ids.add(processor.tokenizer.eos_token_id)
-    said = response_text(processor, "Yes.")
-    ids.add(processor.tokenizer.encode(said, add_special_tokens=False)[-1])
-    return ids - {None}
-
-
-def banned_tokens(model: Any, processor: Any) -> list[int]:
-    """Returns the ids that no response contains, in order.
-
-    Those past the tokenizer (embeddings are often padded) and those that stand for something
-    other than text: images, padding, the start of a text or a turn, tools' marks.
-    """
-    tokenizer = processor.tokenizer
-    padding = {
-        number for number, token in enumerate(_tokens_by_id(model, tokenizer)) if token is None
-    }
-    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    # Not every checkpoint marks the placeholders of images as special.
-    named = {
-        value
-        for name, value in model.config.to_dict().items()
-        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
-    }
-    size = model.get_output_embeddings().weight.shape[0]
-    found = padding | marked | named
-    return sorted(number for number in found - end_tokens(model, processor) if number < size)
-
-
-def _tokens_by_id(model: Any, tokenizer: Any) -> list[str | None]:
-    """Returns the token of each id that the model may write; None where there is none."""
-    tokens: list[str | None] = [None] * model.get_output_embeddings().weight.shape[0]
-    for token, number in tokenizer.get_vocab().items():
-        if number < len(tokens):
-            tokens[number] = token
-    return tokens
 
 
 def _check_attention(model: Any) -> None:

@@ -229,8 +229,8 @@ def test_a_greedy_evaluation(loaded: LoadedPolicy) -> None:
 
 def test_a_search(loaded: LoadedPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     # Every response is as long as it may be: no token ends a response, and no sentence ends.
-    monkeypatch.setattr("srccore.models.transformers.end_tokens", lambda *_: set())
-    monkeypatch.setattr("srccore.models.transformers.sentences.first_end", lambda *_: None)
+    monkeypatch.setattr("srccore.models.writing.end_tokens", lambda *_: set())
+    monkeypatch.setattr("srccore.models.writing.sentences.first_end", lambda *_: None)
     engine = TransformersSamplingEngine(loaded.model, loaded.processor, batch_size=3)
     settings = {"batch_size": 3, "branch": 3, "max_sentences": 2, "max_sentence_tokens": 32}
     overrides = [f"search.{name}={value}" for name, value in settings.items()]

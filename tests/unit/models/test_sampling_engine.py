@@ -20,10 +20,9 @@ from srccore.models import transformers
 from srccore.models.policy import LoadedPolicy, Policy, load_policy, response_text
 from srccore.models.transformers import (
     TransformersSamplingEngine,
-    banned_tokens,
     encode_prompts,
-    end_tokens,
 )
+from srccore.models.writing import banned_tokens, end_tokens
 
 Awkward = Callable[[str], ModelConfig]
 QUESTIONS = [tiny_models.QUESTION, "Why?", "Is it red or blue? " + tiny_models.OTHER, "How?"]
