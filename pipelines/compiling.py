@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import srccore
-from srccore.config import RunConfig, Section
+from srccore.config import RunConfig
 from srccore.containers.names import Images
 from srccore.errors import UserError
 from srccore.pipelines.profile import Profile
+from srccore.stages.table import STAGES
 
 __all__ = [
     "COMPILED",
@@ -33,8 +34,8 @@ RUN_BYTES, ROUND_BYTES, SHARD_BYTES = 140_000, 77_000, 10_000
 a round (docs/kubeflow-run.md)."""
 SECTIONS = tuple(
     name
-    for name, field in RunConfig.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    for name in RunConfig.model_fields
+    if any(name in stage.sections.values() for stage in STAGES.values())
 )
 
 

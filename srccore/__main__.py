@@ -2,4 +2,6 @@
 
 from srccore.cli.main import main
 
-main()
+# vLLM's processes import this module, too.
+if __name__ == "__main__":
+    main()

@@ -27,6 +27,7 @@ __all__ = [
     "DataConfig",
     "DpoConfig",
     "EndpointConfig",
+    "EngineConfig",
     "EvaluationConfig",
     "LoraSettings",
     "ModelConfig",
@@ -117,6 +118,22 @@ class ModelConfig(TextModelConfig):
     """Pads images to squares with the processor's mean colour before they are scaled, as LLaVA-1.5
     was trained. Without it, its processor cuts off what is outside the centre square. Only for
     checkpoints of LLaVA-1.5."""
+
+
+class EngineConfig(Section):
+    """What runs a model that writes responses or rates them."""
+
+    name: Literal["transformers", "vllm"] = "transformers"
+    """``vllm`` draws and rates several times as fast on a GPU. It draws other random numbers."""
+    tensor_parallel_size: Annotated[int, OPERATIONAL] = Field(default=1, ge=1)
+    """GPUs that vLLM spreads the model over."""
+    memory_share: Annotated[float, OPERATIONAL] = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes."""
+    max_length: Annotated[int, OPERATIONAL] = Field(default=8192, ge=1)
+    """Tokens of the longest sequence that vLLM has room for: a prompt with its image, and the
+    response. No longer than the model allows."""
+    sequences: Annotated[int, OPERATIONAL] = Field(default=256, ge=1)
+    """Responses that vLLM decodes at the same time."""
 
 
 class LoraSettings(Section):
@@ -234,7 +251,9 @@ class SearchConfig(Section):
     """How often whole responses are drawn, `candidates` at a time, for a sample that has too few
     candidates: after the beams, or instead of them (``strategy: sample``)."""
     batch_size: int = Field(default=16, ge=1)
-    """Samples that are searched together."""
+    """Samples that are searched together by the engine transformers."""
+    engine: EngineConfig = EngineConfig()
+    """What draws responses, those of `sample-responses`, too."""
 
     @model_validator(mode="after")
     def _diverse_fits(self) -> SearchConfig:
@@ -247,7 +266,10 @@ class ScoringConfig(Section):
     """`score-candidates`: R-Scorer's ratings of all ordered pairs."""
 
     batch_tokens: int = Field(default=8192, ge=1)
-    """Most tokens of one forward pass; what prompts share at their start counts once."""
+    """Most tokens of one forward pass of the engine transformers; what prompts share at their start
+    counts once."""
+    engine: EngineConfig = EngineConfig()
+    """What runs R-Scorer."""
     require_reference: bool = True
     """Leave samples unrated that have neither a reference rationale nor facts: R-Scorer sees no
     image and could only compare with the answer."""
@@ -293,6 +315,9 @@ class EvaluationConfig(Section):
     """`evaluate`: greedy responses on the held-out split."""
 
     batch_size: int = Field(default=64, ge=1)
+    """Samples that are answered together by the engine transformers."""
+    engine: EngineConfig = EngineConfig()
+    """What writes the responses."""
     max_tokens: int = Field(default=512, ge=1)
     resamples: int = Field(default=1000, ge=100)
     """Bootstrap resamples of an interval."""
@@ -315,6 +340,8 @@ class RunConfig(Section):
     on_regression: Literal["continue", "keep_previous"] = "continue"
     """What to do when a round lowers the aligned accuracy on the calibration split by more than its
     interval (the accuracy, if the data have no facts)."""
+    engine: EngineConfig = EngineConfig()
+    """The engine of `search`, `scoring` and `evaluation`, where these do not say otherwise."""
     data: DataConfig = DataConfig()
     model: ModelConfig
     rating_model: TextModelConfig
@@ -327,6 +354,21 @@ class RunConfig(Section):
     curation: CurationConfig = CurationConfig()
     dpo: DpoConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_engine(cls, values: Any) -> Any:
+        """Gives the sections that run an engine the settings of all."""
+        shared = values.get("engine") if isinstance(values, Mapping) else None
+        if not isinstance(shared, Mapping):
+            return values
+        spread = dict(values)
+        for name in ("search", "scoring", "evaluation"):
+            section = values.get(name, {})
+            own = section.get("engine", {}) if isinstance(section, Mapping) else None
+            if isinstance(own, Mapping):
+                spread[name] = {**section, "engine": {**shared, **own}}
+        return spread
 
 
 def preset_names() -> list[str]:

@@ -21,6 +21,7 @@ from srccore.config import RunConfig, identity
 from srccore.errors import UserError
 from srccore.files import MANIFEST, writable, write_json
 from srccore.method.evaluation import HEADLINE
+from srccore.models.engines import check_installed
 from srccore.models.policy import load_processor, resolve_model_path, response_text
 from srccore.run.folder import RunFolder
 from srccore.stages.checks import check_data, check_device, check_settings
@@ -76,6 +77,9 @@ def run(config: RunConfig, out: Path, observer: Observer, workers: int = 1) -> l
     check_settings(_asking(folder, config.rounds), dict(config))
     if not (folder.data / MANIFEST).exists():
         check_data(config)
+    for stage in STAGES.values():
+        if stage.engine:
+            check_installed(getattr(config, stage.engine).engine)
     if config.device == "cuda":
         # Before a teacher is asked for tens of thousands of rationales.
         check_device("evaluate", folder.output("evaluate", config.rounds), config.device)

@@ -128,7 +128,8 @@ def _found(
     work: Work,
 ) -> Iterator[list[CandidateSet]]:
     """Searches candidates for samples, as a job of one process."""
-    engine = sampling_engine(policy, device, config.batch_size)
+    at_once = config.width * config.branch if config.strategy == "beam" else config.candidates
+    engine = sampling_engine(policy, device, config.batch_size, config.engine, draws=at_once)
     yield from drive(
         engine,
         (
@@ -301,7 +302,7 @@ def _rated(
     work: Work,
 ) -> Iterator[list[Rating]]:
     """Rates the candidates of samples, as a job of one process."""
-    engine = rating_engine(model, device, config.batch_tokens)
+    engine = rating_engine(model, device, config.batch_tokens, config.engine)
     for start in range(0, len(given), chunk):
         yield scoring.rate_candidates(engine, given[start : start + chunk])
     work.add(engine.work)

@@ -103,7 +103,7 @@ def _answered(
     work: Work,
 ) -> Iterator[list[Response]]:
     """Answers samples, as a job of one process."""
-    engine = sampling_engine(policy, device, config.batch_size)
+    engine = sampling_engine(policy, device, config.batch_size, config.engine)
     yield from answer_all(engine, opened, samples, config.max_tokens)
     work.add(engine.work)
 

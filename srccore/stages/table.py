@@ -54,6 +54,8 @@ class Stage:
             configuration or its policy names.
         settings: Further arguments, which `srccore.config.RunConfig` or the caller gives.
         outputs: What its component passes on, beside metrics.
+        engine: The section with its `srccore.config.EngineConfig`; with vLLM, it runs in another
+            image.
         trains: Whether several processes can run it together, and resume from its checkpoints.
         teacher: The setting that may choose an endpoint for it to ask.
         without_teacher: How to do without that endpoint.
@@ -68,6 +70,7 @@ class Stage:
     sources: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    engine: str = ""
     trains: bool = False
     teacher: str = ""
     without_teacher: str = ""
@@ -156,6 +159,7 @@ _TABLE = (
         inputs=(_data("train"), _POLICY),
         settings=("seed",),
         outputs=("candidates",),
+        engine="search",
     ),
     Stage(
         "annotate-ratings",
@@ -190,6 +194,7 @@ _TABLE = (
         inputs=(_data("calibration"), _POLICY),
         settings=("seed", "round_number", "shard"),
         outputs=("candidates",),
+        engine="search",
     ),
     Stage(
         "score-candidates",
@@ -204,6 +209,7 @@ _TABLE = (
             _RATIONALES,
         ),
         outputs=("ratings",),
+        engine="scoring",
     ),
     Stage(
         "curate-preference",
@@ -242,6 +248,7 @@ _TABLE = (
         ),
         settings=("seed", "round_number"),
         outputs=("evaluation",),
+        engine="evaluation",
         teacher="evaluation.judge",
         without_teacher="evaluation.judge=none",
     ),

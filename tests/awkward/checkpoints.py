@@ -143,11 +143,11 @@ def _qwen(out: Path) -> ModelConfig:
                 "bos_token_id": 0,
                 "eos_token_id": 2,
                 "pad_token_id": 0,
-                # Halves of a head's 16 values, for time, height and width.
+                # Halves of a head's values, for time, height and width.
                 "rope_parameters": {
                     "rope_type": "default",
                     "rope_theta": 10000.0,
-                    "mrope_section": [2, 3, 3],
+                    "mrope_section": [WIDTH // 16, WIDTH * 3 // 32, WIDTH * 3 // 32],
                 },
             },
             vision_config={

@@ -118,3 +118,22 @@ def test_how_the_work_is_done_makes_no_other_configuration() -> None:
         "annotation.endpoint.model"
     ]
     assert {"rationale.lora.rank", "search.width", "seed"} <= identity(config).keys()
+
+
+def test_the_engine_of_all_stages_gives_way_to_that_of_one() -> None:
+    settings = ["engine.name=vllm", "engine.sequences=8", "search.engine.sequences=16"]
+    config = load_config("tiny", [*settings, "scoring.engine.name=transformers"])
+    assert (config.search.engine.name, config.search.engine.sequences) == ("vllm", 16)
+    assert (config.scoring.engine.name, config.scoring.engine.sequences) == ("transformers", 8)
+    assert config.evaluation.engine == config.engine
+
+
+def test_the_engines_name_changes_what_is_drawn_and_its_memory_does_not() -> None:
+    plain = identity(load_config("tiny").search)
+    assert identity(load_config("tiny", ["engine.memory_share=0.5"]).search) == plain
+    assert identity(load_config("tiny", ["engine.name=vllm"]).search) != plain
+
+
+def test_a_wrong_engine_is_refused_once_by_name() -> None:
+    with pytest.raises(UserError, match=r"engine\.name must be 'transformers' or 'vllm'"):
+        load_config("tiny", ["engine.name=vlm"])

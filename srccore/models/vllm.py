@@ -1,0 +1,338 @@
+"""Engines on vLLM: continuous batching, for GPU pods. Assumes vLLM 0.32 (``make vllm-env``).
+
+A node is a prompt and the tokens of the response so far; vLLM's prefix cache keeps what was
+computed for them. Every draw is a request of its own, all run in the same loop and finish in any
+order. A sentence's end is looked for after every token, as in the engine on transformers, and the
+request is then ended: stop strings would also stop at abbreviations, and leave the token after the
+sentence in the response.
+
+The policy is merged onto the local disk for as long as vLLM loads it. Adapters are not handed to
+vLLM: after three rounds their ranks add up to more than it supports, and it would add them in
+bfloat16 (`srccore.models.folding`).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from srccore.config import EngineConfig
+from srccore.errors import UserError
+from srccore.method.engine import Continuation, Draw, Prompt, TokenDistribution, Work
+from srccore.models.merged import save_merged
+from srccore.models.policy import Policy, prompt_text
+from srccore.models.rating import encode_rating_prompts, single_token
+from srccore.models.writing import Vocabulary, Writer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["VllmRatingEngine", "VllmSamplingEngine"]
+
+_QUEUE = 1.5
+"""Draws that may be submitted, as a share of those that run: a search that waits for the longest
+sentence of its beams leaves room that others fill."""
+_MAX_BANNED = 1024
+"""The most tokens that vLLM bans in one request."""
+_HOTTEST = 2
+"""The highest temperature of vLLM."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A prompt as it goes to vLLM: the image, and the tokens with one placeholder for it."""
+
+    image: Image
+    key: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Node:
+    """A prefix: the prompt, and the response's tokens so far."""
+
+    prompt: _Prepared
+    tokens: tuple[int, ...] = ()
+
+
+class VllmSamplingEngine:
+    """Continues responses of a vision-language model.
+
+    Args:
+        policy: The policy.
+        device: ``cpu`` or ``cuda``.
+        config: How vLLM is set up.
+        draws: Draws that a prompt usually waits for at the same time.
+
+    Raises:
+        UserError: The policy cannot be loaded, or has more tokens that are no text than vLLM bans.
+    """
+
+    batch = 1
+    """Every prompt by itself: its result is known, and can be made durable, as soon as possible."""
+
+    def __init__(self, policy: Policy, device: str, config: EngineConfig, draws: int) -> None:
+        self.work = Work()
+        self.in_flight = max(1, math.ceil(_QUEUE * config.sequences / draws))
+        self._config = config
+        self._tickets = itertools.count()
+        self._running: dict[str, tuple[_Node, Writer]] = {}
+        _prepare_process(device)
+        with tempfile.TemporaryDirectory(prefix="srccore-policy-") as folder:
+            loaded = save_merged(policy, Path(folder))
+            self._vocabulary = Vocabulary(loaded.model, loaded.processor)
+            longest = _longest(loaded.model.config)
+            self._processor = loaded.processor
+            del loaded  # Its weights are on the disk.
+            self._engine = _open(folder, policy.base.dtype, device, config, longest)
+            _use_images_of(self._engine, self._processor)
+        # Its own: a tokenizer must not be used by two threads at a time.
+        self._processor = copy.deepcopy(self._processor)
+        if len(self._vocabulary.banned) > _MAX_BANNED:
+            raise UserError(
+                f"vLLM bans at most {_MAX_BANNED} tokens, and {len(self._vocabulary.banned)} of "
+                f"{policy.base.path} are no text.",
+                "Set engine.name to transformers.",
+            )
+
+    def prepare(self, prompts: Sequence[Prompt]) -> list[_Prepared]:
+        """Decodes images and encodes texts."""
+        return [
+            _Prepared(
+                image=prompt.image(),
+                key=prompt.key,
+                tokens=tuple(
+                    self._processor.tokenizer.encode(
+                        prompt_text(self._processor, prompt.question), add_special_tokens=False
+                    )
+                ),
+            )
+            for prompt in prompts
+        ]
+
+    def open(self, prepared: Sequence[_Prepared]) -> list[_Node]:
+        """Returns nodes; the first draw from one computes its prompt."""
+        self.work.prompts += len(prepared)
+        return [_Node(each) for each in prepared]
+
+    def submit(self, draws: Sequence[Draw]) -> list[int]:
+        """Hands draws to vLLM, which starts as many as fit.
+
+        Raises:
+            UserError: A prompt leaves too little room for what is drawn.
+        """
+        tickets = []
+        for draw in draws:
+            node: _Node = draw.node
+            ticket = next(self._tickets)
+            (request,) = self._engine.renderer.render_cmpl(
+                [
+                    {
+                        "prompt_token_ids": [*node.prompt.tokens, *node.tokens],
+                        "multi_modal_data": {"image": node.prompt.image},
+                        "multi_modal_uuids": {"image": node.prompt.key},
+                    }
+                ]
+            )
+            length = len(request["prompt_token_ids"])
+            limit = self._engine.model_config.max_model_len
+            if length - len(node.tokens) + draw.max_tokens > limit:
+                raise UserError(
+                    f"The prompt of {node.prompt.key} takes {length - len(node.tokens)} tokens "
+                    f"with its image, and up to {draw.max_tokens} may follow: more than the "
+                    f"{limit} of vLLM's longest sequence.",
+                    "Raise engine.max_length if the model allows it, lower the limit of a "
+                    "response (search.max_sentence_tokens, evaluation.max_tokens), or leave the "
+                    "sample out.",
+                )
+            if draw.temperature > _HOTTEST:
+                raise UserError(
+                    f"vLLM draws at temperatures up to {_HOTTEST}, not at {draw.temperature}.",
+                    "Lower search.temperature or annotation.temperature, or set "
+                    "search.engine.name to transformers.",
+                )
+            self._engine.add_request(str(ticket), request, self._parameters(draw, limit - length))
+            self._running[str(ticket)] = (
+                node,
+                Writer(self._vocabulary, node.tokens, draw.whole),
+            )
+            tickets.append(ticket)
+        return tickets
+
+    def _parameters(self, draw: Draw, room: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=0.0 if draw.greedy else draw.temperature,
+            # vLLM's are signed.
+            seed=draw.seed % 2**63,
+            max_tokens=max(1, min(draw.max_tokens, room)),
+            # Of the drawn token alone, and before bans and temperature.
+            logprobs=0,
+            flat_logprobs=True,
+            logit_bias=dict.fromkeys(self._vocabulary.banned, -math.inf),
+            stop_token_ids=sorted(self._vocabulary.ends),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            skip_clone=True,
+        )
+
+    def finished(self) -> list[tuple[int, Continuation]]:
+        """Runs vLLM until a draw is finished."""
+        found: list[tuple[int, Continuation]] = []
+        while self._running and not found:
+            ended = []
+            self.work.forward_passes += 1
+            for output in self._engine.step():
+                if output.request_id not in self._running:
+                    continue  # What it drew after its end.
+                node, writer = self._running[output.request_id]
+                (drawn,) = output.outputs
+                if not writer.count:
+                    self.work.prefilled_tokens += _prefilled(output)
+                self.work.decoded_tokens += len(drawn.token_ids)
+                for token, score in zip(drawn.token_ids, drawn.logprobs.logprobs, strict=True):
+                    writer.write(token, score)
+                if writer.stop is None and not output.finished:
+                    continue
+                if not output.finished:
+                    ended.append(output.request_id)
+                del self._running[output.request_id]
+                found.append((int(output.request_id), _continuation(node, writer)))
+            if ended:
+                self._engine.abort_request(ended)
+        return found
+
+
+def _continuation(node: _Node, writer: Writer) -> Continuation:
+    return Continuation(
+        text=writer.text,
+        token_count=writer.count,
+        log_probability=writer.log_probability,
+        stop=writer.stop or "length",
+        node=None if writer.stop == "end" else _Node(node.prompt, writer.tokens),
+    )
+
+
+class VllmRatingEngine:
+    """Reads next-token distributions of a text-only causal language model, in float32.
+
+    Prompts of one sample share their heads through vLLM's prefix cache.
+
+    Args:
+        folder: A checkpoint that train-scorer wrote.
+        device: ``cpu`` or ``cuda``.
+        config: How vLLM is set up.
+    """
+
+    def __init__(self, folder: Path, device: str, config: EngineConfig) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        longest = _longest(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        self._tickets = itertools.count()
+        self.work = Work()
+        _prepare_process(device)
+        self._engine = _open(str(folder), "float32", device, config, longest)
+
+    def next_token_distribution(
+        self, prompts: Sequence[str], tokens: Sequence[str]
+    ) -> list[TokenDistribution]:
+        """Reads the distributions; a prompt is one request of one token.
+
+        Raises:
+            UserError: A prompt is too long.
+        """
+        from vllm import SamplingParams
+
+        wanted = [single_token(self._tokenizer, token) for token in tokens]
+        parameters = SamplingParams(
+            temperature=0.0, max_tokens=1, logprob_token_ids=wanted, detokenize=False
+        )
+        limit = self._engine.model_config.max_model_len
+        encoded = encode_rating_prompts(self._tokenizer, prompts)
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            if len(ids) >= limit:
+                raise UserError(
+                    f"A rating prompt takes {len(ids)} tokens, more than the {limit} of vLLM's "
+                    f"longest sequence: {prompt[:100]!r}.",
+                    "Raise engine.max_length if the model allows it.",
+                )
+        places: dict[str, int] = {}
+        for place, ids in enumerate(encoded):
+            ticket = str(next(self._tickets))
+            places[ticket] = place
+            (request,) = self._engine.renderer.render_cmpl([{"prompt_token_ids": ids}])
+            self._engine.add_request(ticket, request, parameters)
+        results: dict[int, TokenDistribution] = {}
+        self.work.prompts += len(prompts)
+        while len(results) < len(prompts):
+            self.work.forward_passes += 1
+            for output in self._engine.step():
+                self.work.prefilled_tokens += _prefilled(output)
+                (scores,) = output.outputs[0].logprobs
+                shares = [math.exp(scores[token].logprob) for token in wanted]
+                mass = sum(shares)
+                results[places[output.request_id]] = TokenDistribution(
+                    tuple(share / mass for share in shares), mass
+                )
+        return [results[place] for place in range(len(prompts))]
+
+
+def _prepare_process(device: str) -> None:
+    """Sets what vLLM reads from the environment, before anything of it is imported."""
+    if device == "cpu":
+        # It compiles small functions, which takes a minute and saves nothing here.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # On a CPU it warns about every request.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if device == "cpu" else "WARNING")
+
+
+def _open(folder: str, dtype: str, device: str, config: EngineConfig, longest: int) -> Any:
+    from vllm import EngineArgs, LLMEngine
+
+    on_cpu = device == "cpu"
+    return LLMEngine.from_engine_args(
+        EngineArgs(
+            model=folder,
+            dtype=dtype,
+            tensor_parallel_size=config.tensor_parallel_size,
+            gpu_memory_utilization=config.memory_share,
+            max_model_len=min(config.max_length, longest),
+            max_num_seqs=config.sequences,
+            limit_mm_per_prompt={"image": 1, "video": 0},
+            # Sampling is what a draw says, whatever the checkpoint suggests.
+            generation_config="vllm",
+            disable_log_stats=True,
+            enforce_eager=on_cpu,
+            # A prompt that is computed in parts rewinds its random numbers, which fails on a CPU.
+            enable_chunked_prefill=not on_cpu,
+            # The prefix cache keeps whole blocks; a CPU's would have 128 tokens.
+            block_size=32 if on_cpu else None,
+        )
+    )
+
+
+def _prefilled(output: Any) -> int:
+    """The tokens of a request's prompt that were not in the prefix cache."""
+    return len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
+
+
+def _longest(config: Any) -> int:
+    """The longest sequence that a model's positions allow."""
+    return int(config.get_text_config().max_position_embeddings)
+
+
+def _use_images_of(engine: Any, processor: Any) -> None:
+    """Makes vLLM see the pixels of training: it would process images with torchvision."""
+    theirs = engine.renderer.get_mm_processor().info.get_hf_processor()
+    theirs.image_processor = processor.image_processor
