@@ -23,6 +23,7 @@ __all__ = [
     "description_of",
     "device_warning",
     "size_warning",
+    "stages_on_vllm",
 ]
 
 COMPILED = Path(__file__).parent / "compiled"
@@ -63,6 +64,16 @@ def arguments_of(config: RunConfig) -> dict[str, Any]:
         "threads": config.threads or 0,
         **{name: dumped[name] for name in SECTIONS},
     }
+
+
+def stages_on_vllm(config: RunConfig) -> frozenset[str]:
+    """Returns the stages whose engine is vLLM."""
+    sections = dict(config)
+    return frozenset(
+        name
+        for name, stage in STAGES.items()
+        if stage.engine and sections[stage.engine].engine.name == "vllm"
+    )
 
 
 def size_warning(profile: Profile) -> str | None:
@@ -159,6 +170,15 @@ def compile_pipeline(config: RunConfig, profile: Profile, images: Images) -> str
             "go back to an earlier policy.",
             "Compile with --set on_regression=continue.",
         )
+    on_vllm = stages_on_vllm(config)
+    for stage in sorted(on_vllm):
+        if not profile.resources(stage).gpus:
+            raise UserError(
+                f"The engine of {stage} is vLLM, whose image is for GPUs, and the profile requests "
+                "none for its pods.",
+                "Set gpus in the profile, or compile with --set "
+                f"{STAGES[stage].engine}.engine.name=transformers.",
+            )
     from kfp import compiler
 
     from srccore.pipelines.pods import Pods
@@ -166,7 +186,7 @@ def compile_pipeline(config: RunConfig, profile: Profile, images: Images) -> str
 
     slug = re.sub(r"[^a-z0-9]+", "-", config.name.lower()).strip("-")
     pipeline = make_pipeline(
-        Pods(profile, images),
+        Pods(profile, images, on_vllm),
         name=f"src-{slug}",
         title=config.name,
         description=description_of(config, profile),

@@ -21,7 +21,7 @@ from srccore.cluster.request import (
     PodSettings,
     SecretKeys,
 )
-from srccore.containers.names import CACHE, LAUNCH_TRAINING, USER_ID, Images
+from srccore.containers.names import CACHE, LAUNCH_TRAINING, USER_ID, VLLM, Images
 from srccore.pipelines.profile import Profile, Resources
 from srccore.stages.table import STAGES
 
@@ -54,10 +54,12 @@ class Pods:
     Args:
         profile: The cluster.
         images: The images.
+        vllm: The stages whose engine is vLLM.
     """
 
     profile: Profile
     images: Images
+    vllm: frozenset[str] = frozenset()
 
     def configure(self, task: Any, stage: str, placement: Placement) -> Any:
         """Sets the image of a task and what its pod requests.
@@ -70,7 +72,8 @@ class Pods:
         Returns:
             The task.
         """
-        profile, image, resources = self.profile, stage, self.profile.resources(stage)
+        profile, resources = self.profile, self.profile.resources(stage)
+        image = VLLM if stage in self.vllm else stage
         if launches := stage == _TRAINING and profile.launcher in LAUNCHERS:
             image, resources = LAUNCH_TRAINING, profile.launching()
         trains = stage == _TRAINING and not launches

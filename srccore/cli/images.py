@@ -80,6 +80,9 @@ def push(
     registry: Annotated[
         str, typer.Option(help="The host and path before /srccore/NAME: registry.example.com/team.")
     ],
+    names: Annotated[
+        list[str], repeated("--image", "NAME", "Push only this image; may be repeated.")
+    ],
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Also write the list to this file.")
     ] = None,
@@ -99,6 +102,7 @@ def push(
     pushed = build.push_images(
         build.find_tool(tool),
         registry,
+        names,
         tls_verify=tls_verify,
         starting=lambda image: _say(f"pushing {image}"),
     )
@@ -121,6 +125,7 @@ def list_images(
     ] = None,
 ) -> None:
     """Print every image that a pipeline of this release may use."""
-    images = Images(registry, digests=read_digests(digests, registry) if digests else {})
-    for name in IMAGES:
+    known = read_digests(digests, registry) if digests else {}
+    images = Images(registry, digests=known)
+    for name in known or IMAGES:
         typer.echo(images.of(name))

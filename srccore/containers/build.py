@@ -263,15 +263,17 @@ def image_build(name: str, contexts: Path, checkout: Checkout, source: str) -> B
 def push_images(
     tool: Tool,
     registry: str,
+    names: Sequence[str] = (),
     *,
     tls_verify: bool = True,
     starting: Callable[[str], None] = lambda _name: None,
 ) -> Iterator[str]:
-    """Pushes all images; shared layers are sent once.
+    """Pushes images; shared layers are sent once.
 
     Args:
         tool: The program that pushes.
         registry: Host and path before ``/srccore/<name>``.
+        names: The images to push; empty means all.
         tls_verify: Whether to require HTTPS with a trusted certificate.
         starting: Called with the name of each image before it is pushed.
 
@@ -279,7 +281,7 @@ def push_images(
         ``<repository>@sha256:...`` of every image, with its digest in the registry.
 
     Raises:
-        UserError: An image has not been built, or the tool failed.
+        UserError: There is no such image, it has not been built, or the tool failed.
     """
     if tool == "docker" and not tls_verify:
         raise UserError(
@@ -289,7 +291,7 @@ def push_images(
         )
     remote = Images(registry)
     push = _push_with_docker if tool == "docker" else _push
-    for name in IMAGES:
+    for name in _known(names):
         starting(remote.of(name))
         digest = push(tool, LOCAL.of(name), remote.of(name), tls_verify)
         yield Images(registry, digests={name: digest}).of(name)

@@ -1,4 +1,4 @@
-"""The names of the container images: one per stage and one more, on three shared bases.
+"""The names of the container images: one per stage and two more, on four shared bases.
 
 Components, the compiler and the image build all take the names from here. Imports nothing but the
 standard library, since importing a component must not need more than kfp.
@@ -23,21 +23,25 @@ __all__ = [
     "IMAGES",
     "LAUNCH_TRAINING",
     "USER_ID",
+    "VLLM",
     "Base",
     "Images",
     "read_digests",
 ]
 
-Base = Literal["light", "models", "launcher"]
+Base = Literal["light", "models", "launcher", "vllm"]
 
 LAUNCH_TRAINING = "launch-training"
 """The image of a step whose training runs as a job: it starts the job and watches it."""
+VLLM = "vllm"
+"""The image of all stages whose engine is vLLM."""
 IMAGES: Mapping[str, Base] = {
     **{stage.name: stage.base for stage in STAGES.values()},
     LAUNCH_TRAINING: "launcher",
+    VLLM: "vllm",
 }
 """Every image, and its base; ``launcher`` has the client of Kubernetes, and reads no data set."""
-BASES: tuple[Base, ...] = ("light", "models", "launcher")
+BASES: tuple[Base, ...] = ("light", "models", "launcher", "vllm")
 
 USER_ID = 1000
 """The user of every image."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,15 @@ from shallow import shallow
 
 from srccore.cluster.request import JobSettings
 from srccore.config import load_config, preset_names
-from srccore.containers.names import CACHE, IMAGES, LAUNCH_TRAINING, USER_ID, Images, read_digests
+from srccore.containers.names import (
+    CACHE,
+    IMAGES,
+    LAUNCH_TRAINING,
+    USER_ID,
+    VLLM,
+    Images,
+    read_digests,
+)
 from srccore.errors import UserError
 from srccore.pipelines.compiling import COMPILED, compile_pipeline, device_warning
 from srccore.pipelines.profile import Profile, load_profile
@@ -41,12 +49,13 @@ def compiled(
     preset: str = "llava-1.5-7b",
     images: Images | None = None,
     profile: Path | None = None,
+    settings: Sequence[str] = (),
     **changes: Any,
 ) -> Ir:
     """A compiled pipeline; tests with the same arguments share its text."""
-    config = load_config(preset)
+    config = load_config(preset, settings)
     fixed, images = load_profile(profile, config, **changes), images or Images()
-    key = (preset, fixed.model_dump_json(), repr(images))
+    key = (f"{preset} {settings}", fixed.model_dump_json(), repr(images))
     if key not in TEXTS:
         TEXTS[key] = shallow(compile_pipeline, config, fixed, images)
     pipeline, platforms = yaml.load_all(TEXTS[key], yaml.CSafeLoader)
@@ -150,9 +159,10 @@ def test_stages_with_gpus_do_not_fall_back_to_the_cpu(tmp_path: Path) -> None:
     assert default(compiled("tiny")) == "cpu"
     path = tmp_path / "profile.yaml"
     path.write_text("models: {cpu: '8', memory: 64Gi, timeout_hours: 1}")
-    assert default(compiled(profile=path)) == "auto"
+    plain = ["engine.name=transformers"]
+    assert default(compiled(profile=path, settings=plain)) == "auto"
     path.write_text("stages: {score-candidates: {cpu: '8', memory: 9Gi, timeout_hours: 1}}")
-    ir = compiled(profile=path)
+    ir = compiled(profile=path, settings=["scoring.engine.name=transformers"])
     assert default(ir) == "cuda"
     given = devices(ir)
     assert given.pop("score-candidates") == {"runtimeValue": {"constant": "cpu"}}
@@ -172,7 +182,7 @@ def test_gpus_that_nothing_would_use_are_warned_of() -> None:
 
 def test_every_task_is_bounded_and_runs_as_a_plain_user(llava: Ir) -> None:
     for stage, container, settings in executors(llava):
-        image = LAUNCH_TRAINING if stage == "train-dpo" else stage
+        image = LAUNCH_TRAINING if stage == "train-dpo" else VLLM if STAGES[stage].engine else stage
         assert container["image"] == Images().of(image)
         assert int(settings["activeDeadlineSeconds"]) > 0
         assert settings["securityContext"] == {"runAsUser": "1000", "runAsNonRoot": True}
@@ -425,7 +435,7 @@ def test_digests_replace_every_tag(tmp_path: Path) -> None:
     images = Images("registry.example.com", digests=read_digests(path, "registry.example.com"))
     ir = compiled("tiny", images, launcher="pytorchjob")
     named = re.findall(r"'(registry\.example\.com/[^']*)'", str(ir))
-    expected = IMAGES.keys() - {"import-output"}  # which the preset does not use
+    expected = IMAGES.keys() - {"import-output", VLLM}  # which the preset does not use
     assert set(named) == {
         f"registry.example.com/srccore/{name}@sha256:{'a' * 64}" for name in expected
     }
@@ -505,3 +515,16 @@ def test_a_file_that_cannot_be_written_is_one_paragraph(tmp_path: Path) -> None:
     outcome = call("compile", "-o", tmp_path / "file" / "src.yaml")
     assert outcome.code == 2
     assert "Cannot write to" in outcome.out
+
+
+def test_stages_whose_engine_is_vllm_run_in_its_image() -> None:
+    found = {stage: container["image"] for stage, container, _ in executors(compiled())}
+    on_vllm = {"sample-responses", "search-candidates", "score-candidates", "evaluate"}
+    assert {stage for stage, image in found.items() if image == Images().of(VLLM)} == on_vllm
+
+
+def test_vllm_without_a_gpu_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text("stages: {score-candidates: {cpu: '8', memory: 9Gi, timeout_hours: 1}}")
+    with pytest.raises(UserError, match=r"score-candidates is vLLM.*scoring\.engine\.name"):
+        compiled(profile=path)

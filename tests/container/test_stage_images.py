@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from container.podman import LOCKED_DOWN, USER, Podman, give
+from container.podman import BUILT, LOCKED_DOWN, USER, Podman, give
 from local.shrunken import SETTINGS
 
 from srccore.containers.names import IMAGES, LAUNCH_TRAINING, Images
@@ -111,7 +111,7 @@ def test_the_report_is_the_same_page_but_for_its_date(
     assert inside == outside
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", BUILT)
 def test_an_image_is_what_a_cluster_wants(images: Podman, name: str) -> None:
     (image,) = json.loads(images.run("image", "inspect", Images().of(name)))
     settings = image["Config"]
