@@ -4,14 +4,14 @@
 
 On `tiny`, both engines run the real search on the embedded model, with random numbers of their own.
 On `wide` (30 million random parameters, 576 image tokens), responses of a random model have no
-sentences, so the tree has a fixed shape: 12 draws of 12 tokens from the root, then 3 times 3 draws
-from each of 4 beams. It takes half an hour on two cores.
+sentences, so the tree has a fixed shape: 12 draws of 12 tokens from the root, then twice 3 draws
+from each of 4 beams.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from srccore.method.search import search
 from srccore.models.policy import LoadedPolicy, Policy, load_policy
 from srccore.models.transformers import TransformersSamplingEngine
 
-SAMPLES = 4
-WIDTH, BRANCH, SENTENCES, TOKENS = 4, 3, 4, 12
+SAMPLES = {"tiny": 8, "wide": 2}
+WIDTH, BRANCH, SENTENCES, TOKENS = 4, 3, 3, 12
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -58,20 +58,19 @@ def tree(root: Node, key: str) -> Steps[int]:
     return seed
 
 
-def searched(engine: SamplingEngine, start: Callable[[Prompt], Any]) -> None:
+def searched(engine: SamplingEngine, asked: Sequence[Prompt], start: Callable[..., Any]) -> None:
     """Runs a search per prompt."""
-    asked = prompts(SAMPLES)
     for _ in drive(engine, [Search(prompt, start(prompt)) for prompt in asked]):
         pass
 
 
-def sampled(engine: SamplingEngine, count: int, max_tokens: int) -> None:
+def sampled(engine: SamplingEngine, asked: Sequence[Prompt], count: int, max_tokens: int) -> None:
     """Draws whole responses to each prompt."""
 
     def steps(root: Node) -> Steps[None]:
         yield [Draw(root, max_tokens, seed=seed, whole=True) for seed in range(count)]
 
-    for _ in drive(engine, [Search(prompt, steps) for prompt in prompts(SAMPLES)]):
+    for _ in drive(engine, [Search(prompt, steps) for prompt in asked]):
         pass
 
 
@@ -86,11 +85,16 @@ def work_per_sample(engine: SamplingEngine, way: Callable[[SamplingEngine], None
     )
 
 
-def compare(policy: LoadedPolicy, start: Callable[[Prompt], Any], repetitions: int) -> Any:
+def compare(
+    policy: LoadedPolicy,
+    asked: Sequence[Prompt],
+    start: Callable[[Prompt], Any],
+    repetitions: int,
+) -> Any:
     """Times the search on both engines, and counts their work."""
-    ours = TransformersSamplingEngine(policy.model, policy.processor, SAMPLES)
+    ours = TransformersSamplingEngine(policy.model, policy.processor, len(asked))
     theirs = PerNode(policy.model, policy.processor)
-    way = partial(searched, start=start)
+    way = partial(searched, asked=asked, start=start)
     found = alternate(
         {"a call of generate per node": partial(way, theirs), "ours": partial(way, ours)},
         repetitions,
@@ -126,24 +130,21 @@ def main() -> None:
         ("tiny", tiny, real),
         ("wide", wide, lambda prompt: partial(tree, key=prompt.key)),
     ):
-        title = f"Search, {name}, {SAMPLES} samples"
-        results[title], theirs, ours = compare(policy, start, given.repetitions)
+        asked = prompts(SAMPLES[name])
+        title = f"Search, {name}, {len(asked)} samples"
+        results[title], theirs, ours = compare(policy, asked, start, given.repetitions)
         notes[f"{title}: per sample, generate"] = theirs
         notes[f"{title}: per sample, ours"] = ours
     count, tokens = 12, 32
     for name, policy in (("tiny", never_ending(tiny)), ("wide", wide)):
-        engine = TransformersSamplingEngine(policy.model, policy.processor, SAMPLES)
-        results[f"{count} responses of {tokens} tokens, {name}, {SAMPLES} samples"] = alternate(
+        asked = prompts(SAMPLES[name])
+        engine = TransformersSamplingEngine(policy.model, policy.processor, len(asked))
+        results[f"{count} responses of {tokens} tokens, {name}, {len(asked)} samples"] = alternate(
             {
                 "generate, one batch": partial(
-                    sample_responses,
-                    policy.model,
-                    policy.processor,
-                    prompts(SAMPLES),
-                    count,
-                    tokens,
+                    sample_responses, policy.model, policy.processor, asked, count, tokens
                 ),
-                "ours": partial(sampled, engine, count, tokens),
+                "ours": partial(sampled, engine, asked, count, tokens),
             },
             given.repetitions,
         )
