@@ -1,7 +1,7 @@
 """How long each stage of a preset takes on a GPU, by arithmetic over counted work.
 
     python benchmarks/cost_model.py --preset llava-1.5-7b --gpu h100
-    python benchmarks/cost_model.py --preset llava-1.5-7b --gpu a100 --engine vllm --response 150
+    python benchmarks/cost_model.py --preset llava-1.5-7b --gpu a100 --response 150
 
 Two steps, both explained in docs/cost.md. What a stage computes follows from the preset and from
 how long prompts and responses are: the counters of `srccore.method.engine.Work`, which every
@@ -131,9 +131,11 @@ def jobs(config: RunConfig, policy: Shape, scorer: Shape, texts: Texts = TEXTS) 
         stage: str, settings: OptimizerSettings, samples: int, tokens: int, images: int
     ) -> Job:
         # A frozen weight has no gradient: forward, the gradient of activations, and forward again
-        # under checkpointing. DPO reads the reference, too.
+        # under checkpointing. DPO reads the reference once, too.
         adapter = getattr(settings, "lora", None) is not None
-        passes = (2 if adapter else 3) + settings.gradient_checkpointing + (stage == "train-dpo")
+        passes = (2 if adapter else 3) + settings.gradient_checkpointing
+        if stage == "train-dpo" and config.dpo.reference == "computed":
+            passes += min(1.0, 1 / settings.epochs)
         done = round(samples * settings.epochs)
         work = Work(
             prompts=done,
@@ -282,13 +284,16 @@ def main() -> None:
     parser.add_argument("--preset", action="append", default=[])
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--gpu", choices=GPUS, default="h100")
-    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
+    parser.add_argument(
+        "--engine", choices=["transformers", "vllm"], help="(default: the preset's)"
+    )
     parser.add_argument("--response", type=int, default=Texts.response, help="tokens, mean")
     given = parser.parse_args()
     for name in given.preset or [name for name in preset_names() if name != "tiny"]:
         config = load_config(name, given.overrides)
         texts = Texts(response=given.response)
-        print(table(config, given.gpu, given.engine, texts), end="\n\n")
+        engine = given.engine or config.engine.name
+        print(table(config, given.gpu, engine, texts), end="\n\n")
 
 
 if __name__ == "__main__":

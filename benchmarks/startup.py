@@ -1,4 +1,4 @@
-"""How long commands take before they do anything, against importing what they stand on.
+"""How long commands take before they do anything, against importing their libraries.
 
 python benchmarks/startup.py --json startup.json
 """

@@ -29,7 +29,7 @@ def hash_file(path: Path) -> str:
     return _hash_file(str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
 def _hash_file(path: str, _size: int, _mtime: int, _inode: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -179,7 +179,10 @@ def open_data(path: Path) -> DataSet:
         if sample is None or row.image is None or size is None:
             raise _bad_row(path, row, reasons)
         samples.append(sample)
-        image = copies.add(row.image) if row.is_held else row.image
+        try:
+            image = copies.add(row.image) if row.is_held else row.image
+        except ImageError as error:
+            raise _bad_row(path, row, [str(error)]) from None
         images[sample.id] = _Entry(image, size, row.recorded and row.recorded.sha256)
     return DataSet(path, samples, images)
 

@@ -5,6 +5,7 @@ The limit is checked on an image's header, before anything is decoded.
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
 from collections.abc import Iterator
@@ -41,17 +42,14 @@ def opened(file: BinaryIO) -> Iterator[Image]:
     import PIL.Image
 
     try:
-        with warnings.catch_warnings():
-            # The limit is checked below, where the message can name it.
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            with PIL.Image.open(file, formats=_FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_IMAGE_PIXELS:
-                    raise ImageError(
-                        f"image is too large: {width} x {height} pixels, "
-                        f"more than {MAX_IMAGE_PIXELS}"
-                    )
-                yield image
+        _ignore_warning()
+        with PIL.Image.open(file, formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_IMAGE_PIXELS:
+                raise ImageError(
+                    f"image is too large: {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}"
+                )
+            yield image
     except (ImageError, UserError, MemoryError):
         raise
     except PIL.Image.DecompressionBombError:
@@ -63,15 +61,33 @@ def opened(file: BinaryIO) -> Iterator[Image]:
         raise ImageError(f"image is corrupt ({error})") from error
 
 
+@functools.cache
+def _ignore_warning() -> None:
+    """Silences Pillow about large images: `opened` has a limit of its own.
+
+    For good, because a filter for a while is not safe where threads open images.
+    """
+    import PIL.Image
+
+    warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
+
+
 def upright_size(image: Image) -> tuple[int, int]:
     """Reads width and height as `decode` returns them, from the header alone."""
+    width, height = image.size
+    return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+def _orientation(image: Image) -> int:
+    """Reads the orientation of an image that has not been decoded: 1 to 8, as EXIF has it.
+
+    What a PNG has behind its pixels is not looked for: it would have to be decoded.
+    """
     from PIL.ExifTags import Base
 
-    # A PNG that has no EXIF data yet would be decoded to look for some behind its pixels.
-    seen = image.format != "PNG" or "exif" in image.info
-    turned = seen and image.getexif().get(Base.Orientation) in (5, 6, 7, 8)
-    width, height = image.size
-    return (height, width) if turned else (width, height)
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    return int(image.getexif().get(Base.Orientation, 1))
 
 
 def measure(encoded: bytes) -> tuple[int, int]:
@@ -90,7 +106,18 @@ def decode(encoded: bytes) -> Image:
     Raises:
         ImageError: It cannot be decoded.
     """
-    from PIL import ImageOps
+    from PIL.Image import Transpose
 
+    upright = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
     with opened(io.BytesIO(encoded)) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        # Before it is decoded, as `upright_size` does: then Pillow may find another one.
+        turn = upright.get(_orientation(image))
+        return (image if turn is None else image.transpose(turn)).convert("RGB")

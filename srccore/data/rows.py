@@ -18,7 +18,7 @@ __all__ = ["Recorded", "Row", "json_rows"]
 
 
 class Recorded(NamedTuple):
-    """What a data set says about an image, so that nobody has to read it."""
+    """What a data set says about an image, so that it need not be read."""
 
     size: tuple[int, int]
     """Width and height, upright."""

@@ -1,8 +1,8 @@
 """Runs many searches on one engine, so that the engine never waits for a single search.
 
 A search is a generator (`srccore.method.engine.Steps`): it yields draws and is sent their
-continuations. Which draws an engine computes together, and in what order they finish, is its own
-affair: random numbers depend on sample and text, so results do not depend on it.
+continuations. Which draws an engine computes together, and in what order they finish, is up to the
+engine: random numbers depend on sample and text.
 """
 
 from __future__ import annotations

@@ -135,6 +135,10 @@ class SamplingEngine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Ends what the engine has started; it cannot be used afterwards."""
+        ...
+
 
 class RatingEngine(Protocol):
     """Reads what a text model expects to come next."""
@@ -145,4 +149,8 @@ class RatingEngine(Protocol):
         self, prompts: Sequence[str], tokens: Sequence[str]
     ) -> list[TokenDistribution]:
         """Reads the distribution over ``tokens`` after each prompt; generates nothing."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the engine has started; it cannot be used afterwards."""
         ...

@@ -320,9 +320,10 @@ def use_packing(model: Any) -> None:
     except (NotImplementedError, TypeError) as error:
         reason, is_equal = str(error), False
     else:
+        # By the mean: of 150,000 logits in bfloat16, some always differ.
         tolerance = torch.finfo(model.dtype).eps ** 0.5 * alone.std()
         is_equal = together.shape == alone.shape and bool(
-            (together - alone).abs().max() <= tolerance
+            (together - alone).square().mean().sqrt() <= tolerance
         )
     model.train(training)
     if not is_equal:

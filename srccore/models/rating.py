@@ -80,6 +80,9 @@ class TransformersRatingEngine:
                 results[number] = TokenDistribution(tuple(probabilities), total)
         return [results[number] for number in range(len(prompts))]
 
+    def close(self) -> None:
+        """Does nothing: memory is freed with the last reference to the engine."""
+
 
 @contextlib.contextmanager
 def _fast_products(device: str) -> Iterator[None]:

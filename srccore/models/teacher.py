@@ -19,6 +19,7 @@ import io
 import json
 import os
 import re
+import threading
 import unicodedata
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -318,8 +319,10 @@ class EndpointTeacher:
     ) -> Iterator[Result[Found]]:
         with asyncio.Runner() as runner:
             # If the caller fails, its traceback keeps this generator alive until late in the
-            # interpreter's shutdown, where a loop with open requests hangs: close it earlier.
-            atexit.register(runner.close)
+            # interpreter's shutdown, where a loop with open requests hangs: close it earlier. Only
+            # the thread that runs a loop can close it.
+            if threading.current_thread() is threading.main_thread():
+                atexit.register(runner.close)
             try:
                 results = self._results(ask, requests)
                 while (result := runner.run(_next(results))) is not None:

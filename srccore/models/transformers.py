@@ -124,6 +124,9 @@ class TransformersSamplingEngine:
         found = self._decode_together(draws, draws[0].max_tokens, draws[0].whole)
         return list(zip(tickets, found, strict=True))
 
+    def close(self) -> None:
+        """Does nothing: memory is freed with the last reference to the engine."""
+
     def _decode_together(
         self, draws: list[Draw], max_tokens: int, whole: bool
     ) -> list[Continuation]:

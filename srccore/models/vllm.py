@@ -72,7 +72,7 @@ class VllmSamplingEngine:
         draws: Draws that a prompt usually waits for at the same time.
 
     Raises:
-        UserError: The policy cannot be loaded, or has more tokens that are no text than vLLM bans.
+        UserError: The policy cannot be loaded, or has more tokens that are not text than vLLM bans.
     """
 
     batch = 1
@@ -80,14 +80,23 @@ class VllmSamplingEngine:
 
     def __init__(self, policy: Policy, device: str, config: EngineConfig, draws: int) -> None:
         self.work = Work()
-        self.in_flight = max(1, math.ceil(_QUEUE * config.sequences / draws))
+        # Each open prompt holds its decoded image.
+        queued = math.ceil(_QUEUE * config.sequences / draws)
+        self.in_flight = max(1, min(config.sequences, queued))
         self._config = config
         self._tickets = itertools.count()
         self._running: dict[str, tuple[_Node, Writer]] = {}
+        self._without_room: list[tuple[int, Continuation]] = []
         _prepare_process(device)
         with tempfile.TemporaryDirectory(prefix="srccore-policy-") as folder:
             loaded = save_merged(policy, Path(folder))
             self._vocabulary = Vocabulary(loaded.model, loaded.processor)
+            if len(self._vocabulary.banned) > _MAX_BANNED:
+                raise UserError(
+                    f"vLLM bans at most {_MAX_BANNED} tokens, and {len(self._vocabulary.banned)} "
+                    f"of {policy.base.path} are not text.",
+                    "Set engine.name to transformers.",
+                )
             longest = _longest(loaded.model.config)
             self._processor = loaded.processor
             del loaded  # Its weights are on the disk.
@@ -95,12 +104,6 @@ class VllmSamplingEngine:
             _use_images_of(self._engine, self._processor)
         # Its own: a tokenizer must not be used by two threads at a time.
         self._processor = copy.deepcopy(self._processor)
-        if len(self._vocabulary.banned) > _MAX_BANNED:
-            raise UserError(
-                f"vLLM bans at most {_MAX_BANNED} tokens, and {len(self._vocabulary.banned)} of "
-                f"{policy.base.path} are no text.",
-                "Set engine.name to transformers.",
-            )
 
     def prepare(self, prompts: Sequence[Prompt]) -> list[_Prepared]:
         """Decodes images and encodes texts."""
@@ -132,6 +135,7 @@ class VllmSamplingEngine:
         for draw in draws:
             node: _Node = draw.node
             ticket = next(self._tickets)
+            tickets.append(ticket)
             (request,) = self._engine.renderer.render_cmpl(
                 [
                     {
@@ -142,29 +146,35 @@ class VllmSamplingEngine:
                 ]
             )
             length = len(request["prompt_token_ids"])
-            limit = self._engine.model_config.max_model_len
-            if length - len(node.tokens) + draw.max_tokens > limit:
-                raise UserError(
-                    f"The prompt of {node.prompt.key} takes {length - len(node.tokens)} tokens "
-                    f"with its image, and up to {draw.max_tokens} may follow: more than the "
-                    f"{limit} of vLLM's longest sequence.",
-                    "Raise engine.max_length if the model allows it, lower the limit of a "
-                    "response (search.max_sentence_tokens, evaluation.max_tokens), or leave the "
-                    "sample out.",
-                )
-            if draw.temperature > _HOTTEST:
-                raise UserError(
-                    f"vLLM draws at temperatures up to {_HOTTEST}, not at {draw.temperature}.",
-                    "Lower search.temperature or annotation.temperature, or set "
-                    "search.engine.name to transformers.",
-                )
-            self._engine.add_request(str(ticket), request, self._parameters(draw, limit - length))
-            self._running[str(ticket)] = (
-                node,
-                Writer(self._vocabulary, node.tokens, draw.whole),
-            )
-            tickets.append(ticket)
+            room = self._engine.model_config.max_model_len - length
+            self._check(draw, room)
+            writer = Writer(self._vocabulary, node.tokens, draw.whole)
+            if room < 1:
+                # The response is as long as it can be.
+                self._without_room.append((ticket, _continuation(node, writer)))
+                continue
+            self._engine.add_request(str(ticket), request, self._parameters(draw, room))
+            self._running[str(ticket)] = (node, writer)
         return tickets
+
+    def _check(self, draw: Draw, room: int) -> None:
+        """Refuses what vLLM would refuse, or a prompt that leaves no room for a response."""
+        limit = self._engine.model_config.max_model_len
+        prompt = limit - room - len(draw.node.tokens)
+        if prompt + draw.max_tokens > limit:
+            raise UserError(
+                f"The prompt of {draw.node.prompt.key} takes {prompt} tokens with its image, and "
+                f"up to {draw.max_tokens} may follow: more than the {limit} of vLLM's longest "
+                "sequence.",
+                "Raise engine.max_length if the model allows it, lower the limit of a response "
+                "(search.max_sentence_tokens, evaluation.max_tokens), or leave the sample out.",
+            )
+        if draw.temperature > _HOTTEST:
+            raise UserError(
+                f"vLLM draws at temperatures up to {_HOTTEST}, not at {draw.temperature}.",
+                "Lower search.temperature or annotation.temperature, or set search.engine.name to "
+                "transformers.",
+            )
 
     def _parameters(self, draw: Draw, room: int) -> Any:
         from vllm import SamplingParams
@@ -174,7 +184,7 @@ class VllmSamplingEngine:
             temperature=0.0 if draw.greedy else draw.temperature,
             # vLLM's are signed.
             seed=draw.seed % 2**63,
-            max_tokens=max(1, min(draw.max_tokens, room)),
+            max_tokens=min(draw.max_tokens, room),
             # Of the drawn token alone, and before bans and temperature.
             logprobs=0,
             flat_logprobs=True,
@@ -187,7 +197,7 @@ class VllmSamplingEngine:
 
     def finished(self) -> list[tuple[int, Continuation]]:
         """Runs vLLM until a draw is finished."""
-        found: list[tuple[int, Continuation]] = []
+        found, self._without_room = self._without_room, []
         while self._running and not found:
             ended = []
             self.work.forward_passes += 1
@@ -198,7 +208,6 @@ class VllmSamplingEngine:
                 (drawn,) = output.outputs
                 if not writer.count:
                     self.work.prefilled_tokens += _prefilled(output)
-                self.work.decoded_tokens += len(drawn.token_ids)
                 for token, score in zip(drawn.token_ids, drawn.logprobs.logprobs, strict=True):
                     writer.write(token, score)
                 if writer.stop is None and not output.finished:
@@ -206,10 +215,15 @@ class VllmSamplingEngine:
                 if not output.finished:
                     ended.append(output.request_id)
                 del self._running[output.request_id]
+                self.work.decoded_tokens += writer.count
                 found.append((int(output.request_id), _continuation(node, writer)))
             if ended:
                 self._engine.abort_request(ended)
         return found
+
+    def close(self) -> None:
+        """Ends vLLM's processes and frees their GPUs."""
+        self._engine.engine_core.shutdown()
 
 
 def _continuation(node: _Node, writer: Writer) -> Continuation:
@@ -286,13 +300,22 @@ class VllmRatingEngine:
                 )
         return [results[place] for place in range(len(prompts))]
 
+    def close(self) -> None:
+        """Ends vLLM's processes and frees their GPUs."""
+        self._engine.engine_core.shutdown()
+
 
 def _prepare_process(device: str) -> None:
     """Sets what vLLM reads from the environment, before anything of it is imported."""
     if device == "cpu":
         # It compiles small functions, which takes a minute and saves nothing here.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    else:
+        # R-Scorer, which is read in float32: TF32, as by the engine on transformers.
+        os.environ.setdefault("VLLM_FLOAT32_MATMUL_PRECISION", "high")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # A fork would take over locks of this process's threads.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     # On a CPU it warns about every request.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if device == "cpu" else "WARNING")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence, Set
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -130,23 +131,22 @@ def _found(
     """Searches candidates for samples, as a job of one process."""
     at_once = config.width * config.branch if config.strategy == "beam" else config.candidates
     engine = sampling_engine(policy, device, config.batch_size, config.engine, draws=at_once)
-    yield from drive(
-        engine,
-        (
-            Search(
-                Prompt(partial(opened.image, sample.id), sample.question, sample.id),
-                partial(
-                    search.search,
-                    sample_id=sample.id,
-                    config=config,
-                    seed=seed,
-                    round_number=round_number,
-                ),
-            )
-            for sample in samples
-        ),
+    searches = (
+        Search(
+            Prompt(partial(opened.image, sample.id), sample.question, sample.id),
+            partial(
+                search.search,
+                sample_id=sample.id,
+                config=config,
+                seed=seed,
+                round_number=round_number,
+            ),
+        )
+        for sample in samples
     )
-    work.add(engine.work)
+    with closing(engine):
+        yield from drive(engine, searches)
+        work.add(engine.work)
 
 
 def _draw(
@@ -303,6 +303,7 @@ def _rated(
 ) -> Iterator[list[Rating]]:
     """Rates the candidates of samples, as a job of one process."""
     engine = rating_engine(model, device, config.batch_tokens, config.engine)
-    for start in range(0, len(given), chunk):
-        yield scoring.rate_candidates(engine, given[start : start + chunk])
-    work.add(engine.work)
+    with closing(engine):
+        for start in range(0, len(given), chunk):
+            yield scoring.rate_candidates(engine, given[start : start + chunk])
+        work.add(engine.work)

@@ -24,7 +24,7 @@ _Rows = Iterator[tuple[str, Sample, bytes]]
 def prepare_data(config: DataConfig, out: Path, machine: Machine = Machine()) -> Figures:
     """Writes the three splits as Parquet: ``train``, ``calibration`` and ``heldout``.
 
-    The images of a data set of one's own are read once, in the order of its rows.
+    Your own data set is copied in one pass, in the order of its rows.
 
     Args:
         config: The data's settings.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -104,8 +105,9 @@ def _answered(
 ) -> Iterator[list[Response]]:
     """Answers samples, as a job of one process."""
     engine = sampling_engine(policy, device, config.batch_size, config.engine)
-    yield from answer_all(engine, opened, samples, config.max_tokens)
-    work.add(engine.work)
+    with closing(engine):
+        yield from answer_all(engine, opened, samples, config.max_tokens)
+        work.add(engine.work)
 
 
 def answer_all(

@@ -66,7 +66,9 @@ def _file(path: Path) -> str:
     manifest = path.parent / MANIFEST
     if (path.parent / STARTED).is_file() and manifest.is_file():
         known = read_manifest(path.parent).outputs.get(path.name)
-        if known and path.stat().st_mtime_ns <= manifest.stat().st_mtime_ns:
+        # A file that was moved or copied here may have kept an older modification time.
+        found = path.stat()
+        if known and max(found.st_mtime_ns, found.st_ctime_ns) <= manifest.stat().st_ctime_ns:
             return known
     return hash_file(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ def _with_memory(trainer: type[Any], config: DpoConfig) -> type[Any]:
     """Makes a DPO trainer class that computes the reference once per preference, or not at all.
 
     TRL computes it in every epoch, and precomputes it only for texts. A pass before the training
-    would encode every image once more; here, the first epoch computes what its batches need, with
+    would encode every image again; here, the first epoch computes what its batches need, with
     the layout and the kernels of the policy, so that log ratios start from 0 exactly.
 
     Args:
@@ -190,8 +191,9 @@ def _with_memory(trainer: type[Any], config: DpoConfig) -> type[Any]:
 
         def _check(self, differences: torch.Tensor) -> None:
             """Refuses log-probabilities that another policy has computed."""
-            self.is_unchecked = False
             mean = float(self.accelerator.gather(differences).nanmean())
+            # A batch in which nothing was drawn shows nothing.
+            self.is_unchecked = math.isnan(mean)
             if mean > OTHER_POLICY:
                 raise UserError(
                     "The preferences' log-probabilities are not those of this policy: they differ "

@@ -97,10 +97,12 @@ class Collator:
             batch["mm_token_type_ids"] = torch.stack(
                 [torch.nn.functional.pad(each, (0, rest - len(each))) for each in kinds]
             )
-        told = [each for column in responses for each in column]
-        learned = _padded([torch.cat([each.new_zeros(1), torch.ones_like(each)]) for each in told])
+        answers = [each for column in responses for each in column]
+        learned = _padded(
+            [torch.cat([each.new_zeros(1), torch.ones_like(each)]) for each in answers]
+        )
         batch["input_ids"] = _padded(
-            [torch.cat([each.new_full((1,), filler), each]) for each in told], filler
+            [torch.cat([each.new_full((1,), filler), each]) for each in answers], filler
         )
         if len(self.responses) > 1:
             batch["completion_mask"] = learned
@@ -179,7 +181,7 @@ class Layout:
 
         Returns:
             (count, rows, length), places in a row: of the prompt's last token, then of each token
-            of the response. Shorter responses go on with places that mean nothing.
+            of the response. Shorter responses are padded with arbitrary places.
         """
         last = self.prompt_lengths - 1
         steps = torch.arange(length, device=last.device)
@@ -297,7 +299,7 @@ class _Reader:
 def _masks(layout: Layout, backbone: Any) -> Any:
     """Makes the mask of a language model, or one for each kind of its layers.
 
-    It is added to the scores: SDPA would make such a mask of truth values anew in each layer, and
+    It is added to the scores: SDPA would make such a mask of truth values again in each layer, and
     keep it for the backward pass.
 
     Raises:

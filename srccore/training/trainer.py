@@ -234,7 +234,7 @@ def train_adapter(
             # The tokenizers library warns on stderr that its threads do not survive a fork.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         ready = trainer(
-            {**session.arguments, "dataloader_num_workers": config.image_workers},
+            {**session.arguments, **_image_workers(config)},
             model=loaded.model,
             train_dataset=Dataset.from_dict({"row": order}).with_transform(_Rows(fitting)),
             processing_class=loaded.processor,
@@ -450,6 +450,16 @@ def _log_probability(said: str | Candidate, count: int) -> float:
     if isinstance(said, str) or said.drawn is None or said.token_count != count:
         return math.nan
     return said.log_probability
+
+
+def _image_workers(config: PolicyTrainingSettings) -> dict[str, Any]:
+    """The trainer's arguments for processes that read images: forked, since rows are no pickle."""
+    if not config.image_workers:
+        return {}
+    return {
+        "dataloader_num_workers": config.image_workers,
+        "dataloader_multiprocessing_context": "fork",
+    }
 
 
 @contextlib.contextmanager

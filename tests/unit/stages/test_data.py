@@ -1,4 +1,4 @@
-"""prepare-data on a data set of one's own."""
+"""prepare-data on your own data set."""
 
 from __future__ import annotations
 

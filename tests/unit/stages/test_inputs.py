@@ -125,19 +125,23 @@ def test_weights_that_a_stage_wrote_are_still_identified_by_their_bytes(checkpoi
     assert identify.checkpoint(str(stage / "out" / "model")) != before
 
 
-def test_a_split_is_identified_by_its_manifest_until_it_is_touched(tmp_path: Path) -> None:
+def test_a_split_is_identified_by_its_manifest_until_it_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = StageFolder(Stage("stage", "A stage.", "light"), tmp_path / "out")
     split = tmp_path / "out" / "train.parquet"
     split.write_bytes(b"a")
     folder.finish({})
+    read: list[Path] = []
+    monkeypatch.setattr(identify, "hash_file", lambda path: read.append(path) or hash_file(path))
     known = identify.content("data", split)
     assert known == hash_file(split)
-    manifest = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
-    # Older than the manifest, as nothing but a stage or a fetch leaves it: taken at its word.
+    assert read == []
     split.write_bytes(b"b")
-    os.utime(split, ns=(manifest, manifest))
-    assert identify.content("data", split) == known
-    os.utime(split, ns=(manifest, manifest + 1))
+    assert identify.content("data", split) == hash_file(split) != known
+    # Moved here from elsewhere, with an old modification time.
+    status = (tmp_path / "out" / "manifest.json").stat()
+    os.utime(split, ns=(status.st_atime_ns, status.st_mtime_ns - 10**9))
     assert identify.content("data", split) == hash_file(split) != known
     split.write_bytes(b"a")
     assert identify.content("data", split) == known
