@@ -101,7 +101,9 @@ def test_without_gpus_there_is_a_worker_for_every_two_cores(
 
 
 STARTS = """
-import sys
+import signal, sys
+# A shell ignores it for what it starts in the background, which this process inherits.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {tests!r})
 from functools import partial
 from pathlib import Path
