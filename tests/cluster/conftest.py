@@ -13,7 +13,7 @@ from cluster.existing import ExistingCluster, existing
 from cluster.installation import EXACT, METHOD, Site
 from cluster.pipeline_pods import Pods
 from cluster.processes import MissingError
-from container.podman import Podman
+from container.podman import BUILT, Podman
 
 collect_ignore = ["cache", "tools"]
 """A running node keeps all files of its images in there."""
@@ -46,7 +46,8 @@ def site(node_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Sit
     podman.build()
     digests = folder / "images.txt"
     pushed = ("--registry", node_cluster.registry, "--no-tls-verify", "-o", str(digests))
-    podman.srccore("images", "push", "--tool", "podman", *pushed)
+    names = (word for name in BUILT for word in ("--image", name))
+    podman.srccore("images", "push", "--tool", "podman", *names, *pushed)
     site = Site(node_cluster, node_cluster.s3.with_new_bucket(), digests, podman)
     site.install()
     return site
