@@ -5,8 +5,9 @@ their samples and send back what they found; they end with the stage, so the mem
 free for the next one. Samples are divided in whole batches, and an engine opens the same samples
 together in any worker: results do not depend on the number of workers.
 
-A worker ends when the process that started it is gone. It ignores Ctrl-C, which reaches the whole
-process group: the process that started it gets it, too, and stops its workers.
+A worker ends when the process that started it is gone. It is in a process group of its own: Ctrl-C
+only reaches the process that started it, which stops its workers, and what a worker started itself
+(vLLM has processes of its own) is killed with it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -22,6 +24,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 from srccore.errors import UserError
@@ -38,32 +41,51 @@ pickled, so it is a `functools.partial` of a function of a module."""
 _PRELOADED = ["srccore.models.transformers", "srccore.models.policy", "srccore.data.dataset"]
 _running: set[Any] = set()
 """The workers of this process."""
+_MOST_ON_CPU = 8
+"""Workers of a run without a GPU that asks for no number: each has the model in memory."""
+_EXIT = 60.0
+"""Seconds in which a worker that has sent everything must exit; vLLM ends its processes first."""
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Where a container finds its CPU limit: microseconds, or ``max``, in each period of so many."""
 
 
-def visible_gpus() -> list[str]:
-    """Lists the GPUs of this process, as ``CUDA_VISIBLE_DEVICES`` names them."""
+def visible_gpus(device: str = "auto") -> list[str]:
+    """Lists the GPUs of this process, as ``CUDA_VISIBLE_DEVICES`` names them.
+
+    Args:
+        device: ``cpu``, which uses none, ``cuda`` or ``auto``.
+    """
+    if device == "cpu":
+        return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [each.strip() for each in named.split(",") if each.strip()]
+        each = (name.strip() for name in named.split(","))
+        # As CUDA reads it: -1, the usual way to hide all, also hides what follows.
+        return list(itertools.takewhile(lambda name: name not in ("", "-1"), each))
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def default_workers(device: str) -> int:
-    """The workers of a run that asks for no number: one per GPU, or per two cores.
+def default_workers(device: str, gpus_each: int = 1) -> int:
+    """The workers of a run that asks for no number: as many as the GPUs, or one per two cores.
 
     Args:
         device: ``cpu``, ``cuda`` or ``auto``.
+        gpus_each: GPUs that a worker needs.
     """
-    gpus = 0 if device == "cpu" else len(visible_gpus())
-    return gpus or max(1, _cores() // 2)
+    if gpus := len(visible_gpus(device)):
+        return max(1, gpus // gpus_each)
+    return min(_MOST_ON_CPU, max(1, _cores() // 2))
 
 
 def _cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The cores that this process may use, also where a container limits their time."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = _QUOTA.read_text(encoding="ascii").split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
 
 
 def divide(
@@ -75,8 +97,9 @@ def divide(
         job: What to do.
         items: The samples, in the order of the batches.
         batch: Items that must stay together: those that the job's engine opens together.
-        workers: Numbers of the worker processes, each of which has its own GPU, if there are any;
-            none works in this process.
+        workers: Numbers of the worker processes: those of the run, from 0, or all but the first
+            of them. Each has its share of the machine's cores and GPUs. Without any, the job is
+            done in this process.
         work: Receives what was computed.
 
     Yields:
@@ -100,9 +123,10 @@ def divide(
         connections: dict[Connection, tuple[int, Any]] = {}
         for number, share in shared:
             connection, process = running.enter_context(
-                _started(functools.partial(job, share), _environment(number, len(workers)))
+                _started(functools.partial(job, share), _environment(number, max(workers) + 1))
             )
             connections[connection] = number, process
+        started = [process for _, process in connections.values()]
         while connections:
             for ready in wait(list(connections)):
                 assert isinstance(ready, Connection)
@@ -121,6 +145,8 @@ def divide(
                     raise UserError(*value)
                 else:
                     raise RuntimeError(f"Worker {number} failed.\n{value}")
+        for process in started:
+            process.join(_EXIT)
 
 
 @atexit.register
@@ -130,16 +156,36 @@ def stop_workers() -> None:
     Also when the process exits, since Python would wait for them.
     """
     for process in list(_running):
-        if process.pid is not None:
-            process.kill()
+        _kill(process)
+
+
+def _kill(process: Any) -> None:
+    """Kills a worker and all that it has started.
+
+    One that ended by itself has waited for what it started, and its number may be another's by now.
+    """
+    if process.pid is not None and process.exitcode != 0:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        # It may not have its process group yet.
+        process.kill()
 
 
 def _environment(number: int, count: int) -> dict[str, str]:
-    """What a worker sees of the machine: one GPU, and its share of the cores."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // count))
-    found = {"OMP_NUM_THREADS": threads}
+    """What a worker sees of the machine: its share of the cores and of the GPUs.
+
+    Args:
+        number: The worker's number, from 0.
+        count: The workers of the run.
+    """
+    # OpenMP takes a number for each level of nesting: 4,1.
+    named = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    threads = int(named) if named.isdigit() else 0
+    found = {"OMP_NUM_THREADS": str(threads or max(1, _cores() // count))}
     if gpus := visible_gpus():
-        found["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+        each = max(1, len(gpus) // count)
+        first = number * each % len(gpus)
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first : first + each])
     return found
 
 
@@ -149,8 +195,8 @@ def _killed(number: int, code: int | None) -> UserError:
         how = f"was killed by {signal.Signals(-code).name}"
     return UserError(
         f"Worker {number} {how}.",
-        "It may have run out of memory: use fewer --workers or a smaller batch_size. The same "
-        "command resumes the run.",
+        "It may have run out of memory: use fewer --workers or smaller batches. The same command "
+        "resumes the run.",
     )
 
 
@@ -173,11 +219,9 @@ def _started(
         yield receiver, process
     finally:
         _running.discard(process)
+        _kill(process)
         if process.pid is not None:
-            # One that has sent everything is only about to exit.
-            process.terminate()
             process.join(10)
-            process.kill()
         receiver.close()
 
 
@@ -186,15 +230,15 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _work(
     job: Callable[[Work], Iterator[Any]], environment: Mapping[str, str], sender: Connection
 ) -> None:
     """The life of a worker."""
+    os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(environment)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))

@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
 
 from srccore.errors import UserError
 from srccore.method.engine import Work
-from srccore.stages.workers import default_workers, divide, visible_gpus
+from srccore.stages import workers
+from srccore.stages.workers import _environment, default_workers, divide, visible_gpus
 
 
 def squares(batch: int, items: Sequence[int], work: Work) -> Iterator[list[tuple[int, int]]]:
@@ -45,9 +47,22 @@ def see(name: str, _items: Sequence[int], _work: Work) -> Iterator[list[str]]:
 
 
 def linger(folder: Path, _items: Sequence[int], _work: Work) -> Iterator[list[int]]:
-    (folder / str(os.getpid())).touch()
+    # What an engine starts: a process that outlives the one that started it, if that is killed.
+    started = subprocess.Popen(["sleep", "600"])
+    for process in (os.getpid(), started.pid):
+        (folder / str(process)).touch()
     yield []
     time.sleep(600)
+
+
+def leave(folder: Path, _items: Sequence[int], _work: Work) -> Iterator[list[int]]:
+    def end() -> None:
+        # As an engine takes some time to end its processes.
+        time.sleep(0.5)
+        (folder / "left").touch()
+
+    Finalize(None, end, exitpriority=0)
+    yield []
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -87,17 +102,71 @@ def test_each_worker_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-b,6")
     assert visible_gpus() == ["4", "GPU-b", "6"]
     assert default_workers("auto") == 3
+    # As beside a training, which has worker 0's.
     found = divide(partial(see, "CUDA_VISIBLE_DEVICES"), [0, 1], 1, (1, 2), Work())
     assert sorted(each for batch in found for each in batch) == ["6", "GPU-b"]
 
 
-def test_without_gpus_there_is_a_worker_for_every_two_cores(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [
+        ("0", 1, ["0"]),
+        ("0,1,2,3", 1, ["0,1,2,3"]),
+        ("0,1,2,3", 2, ["0,1", "2,3"]),
+        # One GPU is left over.
+        ("0,1,2", 2, ["0", "1"]),
+        ("0,1", 3, ["0", "1", "0"]),
+        ("-1", 2, [None, None]),
+    ],
+)
+def test_workers_share_the_gpus(
+    visible: str, count: int, expected: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    for cores, workers in ((1, 1), (2, 1), (16, 8)):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = [_environment(number, count).get("CUDA_VISIBLE_DEVICES") for number in range(count)]
+    assert found == expected
+
+
+def test_workers_that_need_several_gpus_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    assert [default_workers("cuda", each) for each in (1, 2, 8)] == [5, 2, 1]
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", "-1,0"])
+def test_without_gpus_there_is_a_worker_for_every_two_cores(
+    hidden: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    for cores, expected in ((1, 1), (2, 1), (16, 8), (96, 8)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        assert default_workers("auto") == workers
+        assert default_workers("auto") == expected
+
+
+def test_a_limit_of_the_container_counts_as_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(workers, "_QUOTA", tmp_path / "cpu.max")
+    # In a period of 100 ms: no limit, 4 cores, half a core.
+    for limit, expected in (("max 100000", 6), ("400000 100000", 2), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(f"{limit}\n")
+        assert default_workers("cpu") == expected
+
+
+@pytest.mark.parametrize(("named", "threads"), [("", 3), ("4,1", 4), ("many", 3)])
+def test_workers_share_the_cores_with_all_workers_of_the_run(
+    named: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", named)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    # Worker 1 of 2, while the process that started it trains.
+    found = divide(partial(see, "OMP_NUM_THREADS"), [0], 1, (1,), Work())
+    assert list(found) == [[str(threads)]]
+
+
+def test_a_worker_that_has_sent_everything_ends_by_itself(tmp_path: Path) -> None:
+    list(divide(partial(leave, tmp_path), [0, 1], 1, range(1), Work()))
+    assert (tmp_path / "left").exists()
 
 
 STARTS = """
@@ -128,7 +197,7 @@ def is_running(process: int) -> bool:
 
 
 @pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGKILL])
-def test_workers_end_with_the_process_that_started_them(
+def test_workers_and_what_they_started_end_with_the_process_that_started_them(
     tmp_path: Path, signalled: signal.Signals
 ) -> None:
     script = STARTS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
@@ -136,7 +205,7 @@ def test_workers_end_with_the_process_that_started_them(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 120
-    while len(workers := [int(path.name) for path in tmp_path.iterdir()]) < 2:
+    while len(started := [int(path.name) for path in tmp_path.iterdir()]) < 4:
         assert parent.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     if signalled is signal.SIGINT:
@@ -146,6 +215,6 @@ def test_workers_end_with_the_process_that_started_them(
         parent.kill()
     out, _ = parent.communicate(timeout=60)
     assert out == ("interrupted\n" if signalled is signal.SIGINT else "")
-    while any(is_running(worker) for worker in workers):
+    while any(is_running(process) for process in started):
         assert time.monotonic() < deadline
         time.sleep(0.05)
