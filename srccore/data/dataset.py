@@ -105,10 +105,6 @@ class DataSet:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles the path alone: another process opens the data set for itself."""
-        return open_data, (self.path,)
-
     def sample(self, sample_id: str) -> Sample:
         """Returns the sample with that id.
 

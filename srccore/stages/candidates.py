@@ -80,10 +80,9 @@ def _search(
     )
     if folder.figures is not None:
         return folder.figures
-    opened = dataset.open_data(data)
     start = max(0, round_number - 1)
     seen = trained_on(policy) if unseen_first else set()
-    drawn = _draw(opened.samples, seen, config.samples, seed, start)
+    drawn = _draw(dataset.read_samples(data), seen, config.samples, seed, start)
     samples = sampling.shard(drawn, *shard)
     journal = Journal(out, CandidateSet)
     known = {record.sample_id for record in journal.records()}
@@ -95,7 +94,7 @@ def _search(
     work = None
     if todo:
         work = Work()
-        job = partial(_found, opened, policy, machine.device, config, seed, round_number)
+        job = partial(_found, data, policy, machine.device, config, seed, round_number)
         done = len(known)
         for found in divide(job, todo, config.batch_size, machine.workers, work):
             journal.append(*found)
@@ -119,7 +118,7 @@ def _search(
 
 
 def _found(
-    opened: dataset.DataSet,
+    data: Path,
     policy: Path,
     device: str,
     config: SearchConfig,
@@ -129,6 +128,7 @@ def _found(
     work: Work,
 ) -> Iterator[list[CandidateSet]]:
     """Searches candidates for samples, as a job of one process."""
+    opened = dataset.open_data(data)
     at_once = config.width * config.branch if config.strategy == "beam" else config.candidates
     engine = sampling_engine(policy, device, config.batch_size, config.engine, draws=at_once)
     searches = (

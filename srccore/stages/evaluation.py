@@ -58,36 +58,34 @@ def evaluate(
     )
     if folder.figures is not None:
         return folder.figures
-    opened = dataset.open_data(data)
+    samples = dataset.read_samples(data)
     journal: Journal[Response | Judgement] = Journal(out, Response, Judgement)
     records = journal.records()
     responses = {each.sample_id: each for each in records if isinstance(each, Response)}
     todo = sorted(
-        (sample for sample in opened.samples if sample.id not in responses),
+        (sample for sample in samples if sample.id not in responses),
         key=lambda sample: (len(sample.question), sample.id),
     )
     work = None
     if todo:
         work = Work()
-        job = partial(_answered, opened, policy, machine.device, config)
+        job = partial(_answered, data, policy, machine.device, config)
         for found in divide(job, todo, config.batch_size, machine.workers, work):
             journal.append(*found)
             responses |= {response.sample_id: response for response in found}
-            machine.progress(len(responses), len(opened.samples))
-    write_records(
-        out / "responses.jsonl", Response, [responses[sample.id] for sample in opened.samples]
-    )
+            machine.progress(len(responses), len(samples))
+    write_records(out / "responses.jsonl", Response, [responses[sample.id] for sample in samples])
     judgements = {each.sample_id: each for each in records if isinstance(each, Judgement)}
     if config.judge == "endpoint":
-        unjudged = [s for s in opened.samples if not s.facts and s.id not in judgements]
-        for judgement in _judge(config, opened, unjudged, responses, machine.progress):
+        unjudged = [s for s in samples if not s.facts and s.id not in judgements]
+        for judgement in _judge(config, data, unjudged, responses, machine.progress):
             journal.append(judgement)
             judgements[judgement.sample_id] = judgement
     write_records(
         out / "judgements.jsonl", Judgement, [judgements[name] for name in sorted(judgements)]
     )
-    outcomes = read_outcomes(opened.samples, out)
-    before = read_outcomes(opened.samples, previous) if previous is not None else None
+    outcomes = read_outcomes(samples, out)
+    before = read_outcomes(samples, previous) if previous is not None else None
     figures = evaluation.figures(
         outcomes, round=round_number, previous=before, resamples=config.resamples, seed=seed
     ).model_dump(mode="json")
@@ -96,7 +94,7 @@ def evaluate(
 
 
 def _answered(
-    opened: dataset.DataSet,
+    data: Path,
     policy: Path,
     device: str,
     config: EvaluationConfig,
@@ -104,6 +102,7 @@ def _answered(
     work: Work,
 ) -> Iterator[list[Response]]:
     """Answers samples, as a job of one process."""
+    opened = dataset.open_data(data)
     engine = sampling_engine(policy, device, config.batch_size, config.engine)
     with closing(engine):
         yield from answer_all(engine, opened, samples, config.max_tokens)
@@ -138,7 +137,7 @@ def answer_all(
 
 def _judge(
     config: EvaluationConfig,
-    opened: dataset.DataSet,
+    data: Path,
     samples: Sequence[Sample],
     responses: Mapping[str, Response],
     progress: Progress,
@@ -146,6 +145,9 @@ def _judge(
     """Asks about every response that has a rationale; what fails stays unjudged."""
     from srccore.models.teacher import EndpointTeacher, JudgeRequest
 
+    if not samples:
+        return
+    opened = dataset.open_data(data)
     asked = []
     for sample in samples:
         parsed = evaluation.parse_finished(responses[sample.id])

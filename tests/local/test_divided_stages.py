@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from shrunken import Recorder, shrunken
 
+from srccore.data.dataset import open_data
+from srccore.errors import UserError
 from srccore.run.loop import run
 from srccore.stages.candidates import score_candidates, search_candidates
 from srccore.stages.evaluation import evaluate
@@ -36,6 +38,29 @@ def answer(run: Path, out: Path, machine: Machine) -> Figures:
     data = run / "data" / "heldout.parquet"
     given: dict[str, Any] = {"data": data, "policy": run / "tune-rationale", "round_number": 0}
     return evaluate(CONFIG.evaluation, out=out, seed=0, machine=machine, **given)
+
+
+@pytest.mark.parametrize("workers", [(), (0, 1)])
+def test_a_damaged_image_is_an_error_of_the_user_in_any_process(
+    workers: tuple[int, ...], finished: Path, tmp_path: Path
+) -> None:
+    opened = open_data(finished / "data" / "calibration.parquet")
+    (tmp_path / "data").mkdir()
+    with (tmp_path / "data" / "samples.jsonl").open("w") as rows:
+        for sample in opened.samples[:6]:
+            (tmp_path / "data" / f"{sample.id}.png").write_text("no image")
+            row = sample.model_dump(mode="json", exclude_none=True) | {"image": f"{sample.id}.png"}
+            rows.write(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="Row 1 of"):
+        search_candidates(
+            CONFIG.search,
+            data=tmp_path / "data",
+            policy=finished / "tune-rationale",
+            out=tmp_path / "out",
+            seed=0,
+            round_number=1,
+            machine=Machine("cpu", workers=workers),
+        )
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
