@@ -114,6 +114,7 @@ def _search(
             "unparsed": sum(record.unparsed for record in ordered),
         },
         work,
+        divided=bool(machine.workers),
     )
 
 
@@ -290,6 +291,7 @@ def score_candidates(
             "swap_consistency": scoring.swap_consistency(ordered),
         },
         work,
+        divided=bool(machine.workers),
     )
 
 

@@ -90,7 +90,7 @@ def evaluate(
         outcomes, round=round_number, previous=before, resamples=config.resamples, seed=seed
     ).model_dump(mode="json")
     write_json(out / "figures.json", figures)
-    return folder.finish(figures, work)
+    return folder.finish(figures, work, divided=bool(machine.workers))
 
 
 def _answered(

@@ -100,6 +100,17 @@ def test_several_inputs_of_one_name_are_numbered(tmp_path: Path) -> None:
     assert sorted(read_manifest(tmp_path / "out").inputs) == ["shards_0", "shards_1"]
 
 
+def test_the_peak_of_a_gpu_is_not_recorded_where_workers_used_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a training before has left in this process.
+    monkeypatch.setattr("srccore.stages.folder._peak_gpu_memory_mb", lambda: 5.0)
+    for divided, peak in ((False, 5.0), (True, None)):
+        out = tmp_path / str(divided)
+        _folder(out).finish({}, divided=divided)
+        assert read_manifest(out).peak_gpu_memory_mb == peak
+
+
 def test_a_temporary_file_that_a_killed_process_left_goes_with_the_next_attempt(
     tmp_path: Path,
 ) -> None:
