@@ -87,6 +87,12 @@ class ConsoleObserver:
                     bars.stop()
                     self._bars = None
 
+    def close(self) -> None:
+        """Gives the terminal its cursor back, also where an interrupted run still shows a stage."""
+        with self._lock:
+            if self._bars is not None:
+                self._bars.stop()
+
     def _new_bars(self) -> Progress:
         columns = (
             TextColumn("{task.description}", markup=False),
