@@ -5,6 +5,7 @@ Heavy packages are imported by the commands that need them, so that ``--help`` i
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,13 +110,16 @@ def run_command(
     from srccore.run.folder import RunFolder
     from srccore.run.loop import run
     from srccore.run.report.gather import write_report
+    from srccore.stages.checks import gpus_of_worker
     from srccore.stages.workers import default_workers
 
     quiet_libraries()
     config = load_config(preset, [*overrides, *([f"seed={seed}"] if seed is not None else [])])
     observer = ConsoleObserver()
+    workers = workers or default_workers(config.device, max(1, gpus_of_worker(config)))
     try:
-        run(config, out, observer, workers or default_workers(config.device))
+        with contextlib.closing(observer):
+            run(config, out, observer, workers)
     except KeyboardInterrupt:
         observer.note(f"\nInterrupted. Run the same command to resume {out}.")
         raise typer.Exit(130) from None

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,10 +24,11 @@ from srccore.method.evaluation import HEADLINE
 from srccore.models.engines import check_installed
 from srccore.models.policy import load_processor, resolve_model_path, response_text
 from srccore.run.folder import RunFolder
-from srccore.stages.checks import check_data, check_device, check_settings
+from srccore.stages.checks import check_data, check_device, check_gpus, check_settings
 from srccore.stages.manifest import read_manifest
 from srccore.stages.table import STAGES
-from srccore.stages.workers import stop_workers
+from srccore.stages.trained import free_training_memory
+from srccore.stages.workers import stop_workers, visible_gpus
 from srccore.training.machine import Figures, Machine, Progress
 
 __all__ = ["Observer", "load_run", "run", "set_threads"]
@@ -64,7 +65,8 @@ def run(config: RunConfig, out: Path, observer: Observer, workers: int = 1) -> l
         The figures after stage 1 (round 0) and after every round.
 
     Raises:
-        UserError: The folder belongs to a different run, or an input is invalid.
+        UserError: The folder belongs to a different run, or an input is invalid. The figures of
+            the rounds before are known then.
     """
     for model in (config.model, config.rating_model):
         resolve_model_path(model.path)
@@ -80,6 +82,7 @@ def run(config: RunConfig, out: Path, observer: Observer, workers: int = 1) -> l
     for stage in STAGES.values():
         if stage.engine:
             check_installed(getattr(config, stage.engine).engine)
+    check_gpus(config, workers)
     if config.device == "cuda":
         # Before a teacher is asked for tens of thousands of rationales.
         check_device("evaluate", folder.output("evaluate", config.rounds), config.device)
@@ -87,6 +90,20 @@ def run(config: RunConfig, out: Path, observer: Observer, workers: int = 1) -> l
     set_threads(config.threads)
     numbers = tuple(range(workers)) if workers > 1 else ()
     wiring = _Wiring(config, folder, observer, numbers)
+    try:
+        _run_rounds(wiring)
+    except UserError:
+        # What is wrong with this round is to be fixed; the figures of the one before may help.
+        with suppress(UserError):
+            wiring.evaluate_waiting(numbers)
+        raise
+    wiring.evaluate_waiting(numbers)
+    return wiring.figures
+
+
+def _run_rounds(wiring: _Wiring) -> None:
+    """The algorithm; the policy of the last round may be left to evaluate."""
+    config = wiring.config
     wiring.prepare_data()
     wiring.augment_rationales()
     policy = wiring.tune_rationale()
@@ -100,8 +117,6 @@ def run(config: RunConfig, out: Path, observer: Observer, workers: int = 1) -> l
         aligned = wiring.align(preferences, policy, number)
         policy = wiring.keep_or_revert(policy, aligned, number)
         wiring.evaluate(policy, number)
-    wiring.evaluate_waiting(numbers)
-    return wiring.figures
 
 
 def _asking(folder: RunFolder, rounds: int) -> list[str]:
@@ -191,11 +206,27 @@ class _Wiring:
         if "shard" in STAGES[stage].settings:
             given["shard"] = (shard, self.config.shards)
         check_device(stage, folder, self.config.device)
+        divided = self.divided(stage, self.workers if workers is None else workers)
         with self.observer.stage(stage, number) as progress:
-            divided = self.workers if workers is None else workers
             machine = Machine(self.config.device, progress, workers=divided)
             STAGES[stage].run(self.config, out=folder, machine=machine, **given)
+        if not divided and "torch" in sys.modules:
+            # Of a GPU that the next stage may use in another process.
+            free_training_memory()
         return folder
+
+    def divided(self, stage: str, workers: tuple[int, ...]) -> tuple[int, ...]:
+        """The workers of a stage: always one at least on vLLM, which keeps its memory to the end.
+
+        Args:
+            stage: The stage.
+            workers: Those that are free for it.
+        """
+        section = STAGES[stage].engine
+        if not section:
+            return ()
+        on_vllm = getattr(self.config, section).engine.name == "vllm"
+        return workers or ((0,) if on_vllm else ())
 
     def _known(self, split: str) -> dict[str, Any]:
         return {"data": self.out.split(split), "rationales": self.out.rationales(split)}
@@ -268,32 +299,40 @@ class _Wiring:
     def evaluate(self, policy: Path, number: int) -> None:
         """Evaluates a policy, or leaves that to the workers that the next training does not use."""
         self.waiting.append((policy, number))
-        if not self.workers:
-            self.evaluate_waiting(())
+        if not self.is_evaluated_beside_training:
+            self.evaluate_waiting(self.workers)
+
+    @property
+    def is_evaluated_beside_training(self) -> bool:
+        """Whether all workers but the first leave the GPU of a training alone."""
+        gpus = len(visible_gpus(self.config.device))
+        return len(self.workers) > 1 and (not gpus or len(self.workers) <= gpus)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Evaluates what is waiting while this process trains, on all GPUs but the first."""
         failures: list[BaseException] = []
+        waiting, self.waiting = self.waiting, []
 
         def evaluate() -> None:
             try:
-                self.evaluate_waiting(self.workers[1:])
+                for policy, number in waiting:
+                    self._evaluate(policy, number, self.workers[1:])
             except BaseException as failure:
                 failures.append(failure)
 
         # A daemon, since an interrupted run must not wait for a judge's answer.
         thread = threading.Thread(target=evaluate, daemon=True)
-        if self.waiting:
-            thread.start()
         try:
+            if waiting:
+                thread.start()
             yield
-        except KeyboardInterrupt:
+            if waiting:
+                thread.join()
+        except BaseException:
+            # The user waits for the error; the journal keeps what the evaluation has so far.
             stop_workers()
             raise
-        finally:
-            if thread.ident is not None and sys.exc_info()[0] is not KeyboardInterrupt:
-                thread.join()
         if failures:
             raise failures[0]
 
@@ -303,9 +342,9 @@ class _Wiring:
         Args:
             workers: The workers to use.
         """
-        while self.waiting:
-            self._evaluate(*self.waiting[0], workers)
-            self.waiting.pop(0)
+        waiting, self.waiting = self.waiting, []
+        for policy, number in waiting:
+            self._evaluate(policy, number, workers)
 
     def _evaluate(self, policy: Path, number: int, workers: tuple[int, ...]) -> None:
         previous = self.out.output("evaluate", number - 1) if number else None

@@ -16,8 +16,16 @@ from srccore.errors import UserError
 from srccore.files import MANIFEST
 from srccore.stages.inputs import source_samples
 from srccore.stages.table import STAGES
+from srccore.stages.workers import visible_gpus
 
-__all__ = ["check_data", "check_device", "check_facts", "check_settings"]
+__all__ = [
+    "check_data",
+    "check_device",
+    "check_facts",
+    "check_gpus",
+    "check_settings",
+    "gpus_of_worker",
+]
 
 
 def check_data(config: RunConfig) -> None:
@@ -81,6 +89,31 @@ def check_device(stage: str, out: Path, device: str) -> None:
         from srccore.models.device import open_device
 
         open_device(device)
+
+
+def gpus_of_worker(config: RunConfig) -> int:
+    """The GPUs that each worker of a run needs for itself; 0 if no stage runs on vLLM."""
+    engines = [getattr(config, stage.engine).engine for stage in STAGES.values() if stage.engine]
+    return max((each.tensor_parallel_size for each in engines if each.name == "vllm"), default=0)
+
+
+def check_gpus(config: RunConfig, workers: int) -> None:
+    """Refuses more workers than the GPUs have room for.
+
+    Args:
+        config: The run's configuration.
+        workers: The workers of the run.
+
+    Raises:
+        UserError: vLLM would find too few GPUs, or one whose memory another worker has taken.
+    """
+    gpus, needed = len(visible_gpus(config.device)), workers * gpus_of_worker(config)
+    if 0 < gpus < needed:
+        raise UserError(
+            f"--workers {workers} needs {needed} GPUs, {gpus_of_worker(config)} for each worker's "
+            f"vLLM, but only {gpus} {'is' if gpus == 1 else 'are'} visible.",
+            "Use fewer --workers, or a smaller engine.tensor_parallel_size.",
+        )
 
 
 def check_facts(stage: str, section: Any, samples: Sequence[Sample], data: object) -> None:

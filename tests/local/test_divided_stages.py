@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from srccore.run.loop import run
 from srccore.stages.candidates import score_candidates, search_candidates
 from srccore.stages.evaluation import evaluate
 from srccore.stages.manifest import read_manifest
-from srccore.training.machine import Figures, Machine
+from srccore.training.machine import Figures, Machine, Progress
 
 # 24 samples each: five batches.
 CONFIG = shrunken("search.batch_size=5", "evaluation.batch_size=5")
@@ -106,3 +109,58 @@ def test_a_run_with_two_workers_ends_with_the_same_figures_and_preferences(
     again = Recorder()
     assert run(shrunken(), tmp_path / "run", again, workers=3) == figures
     assert again.worked == []
+
+
+class _Beside(Recorder):
+    """An observer of a training that fails in the middle of the evaluation beside it."""
+
+    def __init__(self, failure: BaseException) -> None:
+        super().__init__()
+        self.failure = failure
+        self.evaluating = threading.Event()
+
+    @contextmanager
+    def stage(self, name: str, round_number: int | None) -> Iterator[Progress]:
+        """Fails the training once the evaluation has made progress."""
+        if name == "train-scorer":
+            assert self.evaluating.wait(120)
+            raise self.failure
+        yield self._report if name == "evaluate" else lambda _done, _total: None
+
+    def _report(self, done: int, _total: int) -> None:
+        assert done < 24, "the evaluation was not stopped"
+        self.evaluating.set()
+
+
+@pytest.mark.parametrize(
+    "failure", [KeyboardInterrupt(), ZeroDivisionError(), UserError("Bad.", "Fix it.")]
+)
+def test_a_failed_training_does_not_wait_for_the_evaluation_beside_it(
+    failure: BaseException, finished: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    for folder in ("round-0", "round-1"):
+        shutil.rmtree(copy / folder / "evaluate")
+    config = json.loads((copy / "run.json").read_text())
+    # So that there is a middle.
+    config["evaluation"]["batch_size"] = 1
+    (copy / "run.json").write_text(json.dumps(config))
+    with pytest.raises(type(failure)) as caught:
+        run(shrunken("evaluation.batch_size=1"), copy, _Beside(failure), workers=2)
+    assert caught.value is failure
+    assert (copy / "round-0" / "evaluate" / "journal.jsonl").exists()
+    assert not (copy / "round-0" / "evaluate" / "manifest.json").exists()
+
+
+def test_a_round_has_its_figures_where_the_next_one_fails(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "round-1" / "evaluate")
+    (copy / "figures.json").unlink()
+    blocked = copy / "round-2" / "search-candidates-0"
+    blocked.mkdir(parents=True)
+    (blocked / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="search-candidates-0 already holds"):
+        run(shrunken("rounds=2"), copy, Recorder(), workers=2)
+    assert (copy / "figures.json").read_bytes() == (finished / "figures.json").read_bytes()

@@ -7,7 +7,7 @@ import pytest
 from srccore.config import AnnotationConfig, AugmentationConfig, load_config
 from srccore.data.records import Category, Fact, Sample
 from srccore.errors import UserError
-from srccore.stages.checks import check_facts, check_settings
+from srccore.stages.checks import check_facts, check_gpus, check_settings
 from srccore.stages.table import STAGES
 
 BARE = Sample(id="1", category=Category.CHART, question="How many?", answer="2")
@@ -63,3 +63,26 @@ def test_one_sample_with_facts_is_enough() -> None:
     check_facts("annotate-ratings", FACTS, [BARE, known], "mine")
     endpoint = AnnotationConfig(samples=1, teacher="endpoint")
     check_facts("annotate-ratings", endpoint, [BARE], "mine")
+
+
+@pytest.mark.parametrize(
+    ("settings", "workers", "message"),
+    [
+        ([], 9, None),
+        (["engine.name=vllm"], 4, None),
+        (["engine.name=vllm"], 5, "--workers 5 needs 5 GPUs, 1 for each worker's vLLM, but only 4"),
+        (["engine.name=vllm", "scoring.engine.tensor_parallel_size=2"], 2, None),
+        (["engine.name=vllm", "scoring.engine.tensor_parallel_size=2"], 3, "needs 6 GPUs, 2 for"),
+        (["engine.name=vllm", "device=cpu"], 5, None),
+    ],
+)
+def test_more_workers_on_vllm_than_gpus_are_refused(
+    settings: list[str], workers: int, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    config = load_config("tiny", ["device=auto", *settings])
+    if message is None:
+        check_gpus(config, workers)
+    else:
+        with pytest.raises(UserError, match=message):
+            check_gpus(config, workers)
