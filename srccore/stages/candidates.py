@@ -114,7 +114,7 @@ def _search(
             "unparsed": sum(record.unparsed for record in ordered),
         },
         work,
-        divided=bool(machine.workers),
+        elsewhere=bool(machine.workers) or config.engine.name == "vllm",
     )
 
 
@@ -291,7 +291,7 @@ def score_candidates(
             "swap_consistency": scoring.swap_consistency(ordered),
         },
         work,
-        divided=bool(machine.workers),
+        elsewhere=bool(machine.workers) or config.engine.name == "vllm",
     )
 
 

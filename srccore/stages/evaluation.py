@@ -90,7 +90,9 @@ def evaluate(
         outcomes, round=round_number, previous=before, resamples=config.resamples, seed=seed
     ).model_dump(mode="json")
     write_json(out / "figures.json", figures)
-    return folder.finish(figures, work, divided=bool(machine.workers))
+    return folder.finish(
+        figures, work, elsewhere=bool(machine.workers) or config.engine.name == "vllm"
+    )
 
 
 def _answered(

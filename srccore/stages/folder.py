@@ -113,14 +113,14 @@ class StageFolder:
         return None
 
     def finish(
-        self, figures: Mapping[str, Any], work: Work | None = None, *, divided: bool = False
+        self, figures: Mapping[str, Any], work: Work | None = None, *, elsewhere: bool = False
     ) -> dict[str, Any]:
         """Writes the manifest, last of all, and deletes the journal and the checkpoints.
 
         Args:
             figures: What the stage measured of its work.
             work: What its engine computed.
-            divided: Whether workers did the work: then this process used no GPU.
+            elsewhere: Whether workers, or processes of vLLM, used the GPU instead of this one.
 
         Returns:
             The figures, as JSON keeps them.
@@ -143,7 +143,7 @@ class StageFolder:
             versions=_versions(),
             seconds=round(time.monotonic() - self._began, 3),
             peak_memory_mb=_peak_memory_mb(),
-            peak_gpu_memory_mb=None if divided else _peak_gpu_memory_mb(),
+            peak_gpu_memory_mb=None if elsewhere else _peak_gpu_memory_mb(),
             work=dataclasses.asdict(work) if work else None,
         )
         write_json(self.path / MANIFEST, self.manifest.model_dump(mode="json"))

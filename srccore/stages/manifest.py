@@ -34,7 +34,7 @@ class Manifest(BaseModel):
     kernels other than Linux, since the process began."""
     peak_gpu_memory_mb: float | None = None
     """Most memory that torch had reserved on the process's GPU while the stage ran, in MiB; None
-    without a GPU, or if workers used it."""
+    without a GPU, or if workers or vLLM used it."""
     work: dict[str, int] | None = None
     """What a stage's engine computed (`srccore.method.engine.Work`), if it has one. Like the time
     and the memory, of the last attempt: what an interrupted one had made durable is not in it."""

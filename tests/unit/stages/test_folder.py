@@ -105,9 +105,9 @@ def test_the_peak_of_a_gpu_is_not_recorded_where_workers_used_it(
 ) -> None:
     # What a training before has left in this process.
     monkeypatch.setattr("srccore.stages.folder._peak_gpu_memory_mb", lambda: 5.0)
-    for divided, peak in ((False, 5.0), (True, None)):
-        out = tmp_path / str(divided)
-        _folder(out).finish({}, divided=divided)
+    for elsewhere, peak in ((False, 5.0), (True, None)):
+        out = tmp_path / str(elsewhere)
+        _folder(out).finish({}, elsewhere=elsewhere)
         assert read_manifest(out).peak_gpu_memory_mb == peak
 
 
