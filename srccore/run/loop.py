@@ -28,7 +28,7 @@ from srccore.stages.checks import check_data, check_device, check_gpus, check_se
 from srccore.stages.manifest import read_manifest
 from srccore.stages.table import STAGES
 from srccore.stages.trained import free_training_memory
-from srccore.stages.workers import stop_workers, visible_gpus
+from srccore.stages.workers import keep_first_gpu, stop_workers, visible_gpus
 from srccore.training.machine import Figures, Machine, Progress
 
 __all__ = ["Observer", "load_run", "run", "set_threads"]
@@ -68,6 +68,7 @@ def run(config: RunConfig, out: Path, observer: Observer, workers: int = 1) -> l
         UserError: The folder belongs to a different run, or an input is invalid. The figures of
             the rounds before are known then.
     """
+    keep_first_gpu(config.device)
     for model in (config.model, config.rating_model):
         resolve_model_path(model.path)
     folder = RunFolder(out)

@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 from srccore.errors import UserError
 from srccore.method.engine import Work
 
-__all__ = ["Job", "default_workers", "divide", "stop_workers", "visible_gpus"]
+__all__ = ["Job", "default_workers", "divide", "keep_first_gpu", "stop_workers", "visible_gpus"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,6 +41,8 @@ pickled, so it is a `functools.partial` of a function of a module."""
 _PRELOADED = ["srccore.models.transformers", "srccore.models.policy", "srccore.data.dataset"]
 _running: set[Any] = set()
 """The workers of this process."""
+_shared: list[str] = []
+"""The GPUs of the workers, where this process has kept only the first for itself."""
 _MOST_ON_CPU = 8
 """Workers of a run without a GPU that asks for no number: each has the model in memory."""
 _EXIT = 60.0
@@ -50,13 +52,15 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def visible_gpus(device: str = "auto") -> list[str]:
-    """Lists the GPUs of this process, as ``CUDA_VISIBLE_DEVICES`` names them.
+    """Lists the GPUs of this process and its workers, as ``CUDA_VISIBLE_DEVICES`` names them.
 
     Args:
         device: ``cpu``, which uses none, ``cuda`` or ``auto``.
     """
     if device == "cpu":
         return []
+    if _shared:
+        return list(_shared)
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         each = (name.strip() for name in named.split(","))
@@ -65,6 +69,18 @@ def visible_gpus(device: str = "auto") -> list[str]:
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def keep_first_gpu(device: str) -> None:
+    """Leaves this process one GPU, since a training uses one; its workers share all.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``auto``. CUDA must not have started in this process.
+    """
+    gpus = visible_gpus(device)
+    if len(gpus) > 1:
+        _shared[:] = gpus
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]
 
 
 def default_workers(device: str, gpus_each: int = 1) -> int:

@@ -17,7 +17,13 @@ import pytest
 from srccore.errors import UserError
 from srccore.method.engine import Work
 from srccore.stages import workers
-from srccore.stages.workers import _environment, default_workers, divide, visible_gpus
+from srccore.stages.workers import (
+    _environment,
+    default_workers,
+    divide,
+    keep_first_gpu,
+    visible_gpus,
+)
 
 
 def squares(batch: int, items: Sequence[int], work: Work) -> Iterator[list[tuple[int, int]]]:
@@ -125,6 +131,18 @@ def test_workers_share_the_gpus(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     found = [_environment(number, count).get("CUDA_VISIBLE_DEVICES") for number in range(count)]
     assert found == expected
+
+
+def test_a_process_that_trains_keeps_one_gpu_and_its_workers_share_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers, "_shared", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    for _ in range(2):
+        keep_first_gpu("auto")
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
+        assert visible_gpus("auto") == ["4", "5"]
+    assert [_environment(number, 2)["CUDA_VISIBLE_DEVICES"] for number in (0, 1)] == ["4", "5"]
 
 
 def test_workers_that_need_several_gpus_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
