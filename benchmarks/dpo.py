@@ -24,71 +24,27 @@ import torch
 from peers.trl_dpo import trl_trainer
 from PIL import Image
 from timing import alternate, arguments, report
+from wide import SIDE, wide_checkpoint
 
 from srccore.config import DpoConfig, LoraSettings, ModelConfig
 from srccore.data.records import Candidate
 from srccore.embedded.flaws import flawed_response
-from srccore.embedded.model import LVLM_TEMPLATE
 from srccore.embedded.world import make_item
 from srccore.method.response import write
-from srccore.models.policy import Policy, load_processor
+from srccore.models.policy import Policy
 from srccore.training.dpo import dpo_trainer
 from srccore.training.machine import Machine
 from srccore.training.trainer import Row, step_figures, train_adapter
 
 EMBEDDED = ModelConfig(path="embedded:lvlm")
-SIDE, PATCH = 336, 14
+VOCABULARY = 8000
+"""Of the wide model: the head is a part of the step that is compared."""
 SETTINGS = {
     "tiny": {"batch_size": 8, "lora": LoraSettings(rank=32, alpha=64)},
     "wide": {"batch_size": 2, "lora": LoraSettings(rank=32, alpha=64)},
 }
 SENTENCES = {"tiny": 1, "wide": 4}
 """How often the facts of a rationale are said, so that responses are as long as real ones."""
-
-
-def wide(folder: Path) -> ModelConfig:
-    """Makes a random LLaVA of 37 million parameters that reads an image as 576 tokens."""
-    import transformers
-
-    words = load_processor(EMBEDDED).tokenizer
-    model = transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(
-            vision_config=transformers.CLIPVisionConfig(
-                hidden_size=256,
-                intermediate_size=1024,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                image_size=SIDE,
-                patch_size=PATCH,
-            ),
-            text_config=transformers.LlamaConfig(
-                vocab_size=8000,
-                hidden_size=512,
-                intermediate_size=1376,
-                num_hidden_layers=8,
-                num_attention_heads=8,
-                max_position_embeddings=2048,
-                bos_token_id=words.bos_token_id,
-                eos_token_id=words.eos_token_id,
-                pad_token_id=words.pad_token_id,
-            ),
-            image_token_id=words.convert_tokens_to_ids("<image>"),
-            image_seq_length=(SIDE // PATCH) ** 2,
-            tie_word_embeddings=False,
-        )
-    )
-    model.save_pretrained(folder)
-    transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessorPil(
-            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
-        ),
-        tokenizer=words,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=LVLM_TEMPLATE,
-    ).save_pretrained(folder)
-    return ModelConfig(path=str(folder))
 
 
 def pairs(count: int, model: str) -> list[Row]:
@@ -170,7 +126,9 @@ def main() -> None:
     )
     rows = pairs(given.steps * config.batch_size, given.model)
     with tempfile.TemporaryDirectory() as folder:
-        base = wide(Path(folder) / "base") if given.model == "wide" else EMBEDDED
+        base = EMBEDDED
+        if given.model == "wide":
+            base = wide_checkpoint(Path(folder) / "base", VOCABULARY)
 
         def trained(name: str, rows: list[Row], make: Callable[..., Any]) -> Any:
             out = Path(folder) / name

@@ -14,7 +14,7 @@ from srccore.config import ModelConfig
 from srccore.models.merged import save_in_public_names
 from srccore.models.policy import load_processor
 
-__all__ = ["wide_checkpoint"]
+__all__ = ["SIDE", "wide_checkpoint"]
 
 SIDE, PATCH = 336, 14
 VISION = {
@@ -36,11 +36,12 @@ TEXT = {
 }
 
 
-def wide_checkpoint(folder: Path) -> ModelConfig:
+def wide_checkpoint(folder: Path, vocabulary: int | None = None) -> ModelConfig:
     """Writes the checkpoint, with the tokenizer and the chat template of the embedded model.
 
     Args:
         folder: The folder to write.
+        vocabulary: Rows of the embedding and of the head; by default the tokenizer's.
 
     Returns:
         The configuration that loads it.
@@ -51,7 +52,7 @@ def wide_checkpoint(folder: Path) -> ModelConfig:
     words = processor.tokenizer
     text = transformers.LlamaConfig(
         **TEXT,
-        vocab_size=len(words),
+        vocab_size=vocabulary or len(words),
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id,
