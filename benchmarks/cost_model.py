@@ -207,7 +207,7 @@ def seconds(job: Job, card: Card, engine: Engine = "transformers") -> dict[str, 
         Seconds for reading prompts (or training) and for decoding.
     """
     shape, work = job.shape, job.work
-    images = 2.0 * _vision_parameters(shape) * shape.image.patches * work.image_encodings
+    images = 2.0 * shape.vision_parameters * shape.image.patches * work.image_encodings
     operations = 2.0 * _decoder_parameters(shape) * work.prefilled_tokens * job.passes + images
     share = TRAINING if job.passes > 1 else PREFILL
     peak = card.flops / 2 if job.is_float32 else card.flops
@@ -244,16 +244,10 @@ def step_seconds(
     )
 
 
-def _vision_parameters(shape: Shape) -> int:
-    matrices = 3 if shape.vision_gated else 2
-    block = 4 * shape.vision_hidden**2 + matrices * shape.vision_hidden * shape.vision_intermediate
-    return shape.vision_layers * block
-
-
 def _decoder_parameters(shape: Shape) -> int:
     """Of the blocks and the head: what a token is multiplied with."""
     embeddings = 0 if shape.tied else shape.vocabulary * shape.hidden
-    return shape.parameters - _vision_parameters(shape) - embeddings
+    return shape.parameters - shape.vision_parameters - embeddings
 
 
 def table(config: RunConfig, gpu: str, engine: Engine, texts: Texts = TEXTS) -> str:

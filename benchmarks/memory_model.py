@@ -110,11 +110,16 @@ class Shape:
         """The number of weights, without biases, norms and projectors of under one percent."""
         attention = 2 * self.hidden * (self.queries + self.keys)
         decoder = self.layers * (attention + 3 * self.hidden * self.intermediate)
+        embeddings = (1 if self.tied else 2) * self.vocabulary * self.hidden
+        return decoder + self.vision_parameters + embeddings
+
+    @property
+    def vision_parameters(self) -> int:
+        """Of these, the weights of the vision tower."""
         matrices = 3 if self.vision_gated else 2
-        vision = self.vision_layers * (
+        return self.vision_layers * (
             4 * self.vision_hidden**2 + matrices * self.vision_hidden * self.vision_intermediate
         )
-        return decoder + vision + (1 if self.tied else 2) * self.vocabulary * self.hidden
 
     def adapter(self, rank: int) -> int:
         """The number of weights of a LoRA adapter."""
