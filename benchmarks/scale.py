@@ -9,7 +9,6 @@ sample is between the first and the last progress report, so that loading does n
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import statistics
 import tempfile
@@ -18,12 +17,11 @@ from pathlib import Path
 
 import torch
 
-from srccore.config import ModelConfig, load_config
-from srccore.data.dataset import write_data
+from srccore.config import DataConfig, ModelConfig, load_config
 from srccore.embedded.model import MODELS
-from srccore.embedded.world import make_item
 from srccore.models.policy import Policy, write_policy
 from srccore.stages.candidates import score_candidates, search_candidates
+from srccore.stages.data import prepare_data
 from srccore.stages.manifest import read_manifest
 from srccore.training.machine import Machine
 
@@ -49,15 +47,7 @@ class Clock:
 
 def make_inputs(folder: Path) -> None:
     """Writes a data set, a policy and an R-Scorer."""
-
-    def rows() -> object:
-        for number in range(max(SIZES)):
-            item = make_item(0, "calibration", number)
-            buffer = io.BytesIO()
-            item.image.save(buffer, "PNG")
-            yield item.sample, buffer.getvalue()
-
-    write_data(folder / "data.parquet", rows())
+    prepare_data(DataConfig(train=4, calibration=max(SIZES), heldout=4), folder / "data")
     write_policy(folder, Policy(base=ModelConfig(path="embedded:lvlm")))
     (folder / "scorer").mkdir()
     (folder / "scorer" / "model").symlink_to(MODELS / "rating")
@@ -70,7 +60,7 @@ def measure(folder: Path, samples: int, turn: int) -> dict[str, float]:
     searching, scoring = Clock(), Clock()
     search_candidates(
         config.search,
-        data=folder / "data.parquet",
+        data=folder / "data" / "calibration.parquet",
         policy=folder / "policy.json",
         out=out / "search",
         seed=0,
@@ -79,7 +69,7 @@ def measure(folder: Path, samples: int, turn: int) -> dict[str, float]:
     )
     score_candidates(
         config.scoring,
-        data=folder / "data.parquet",
+        data=folder / "data" / "calibration.parquet",
         candidates=out / "search",
         scorer=folder / "scorer",
         out=out / "score",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
 
-from srccore.config import EvaluationConfig, ModelConfig
-from srccore.data import dataset
-from srccore.embedded.world import make_item
+from srccore.config import DataConfig, EvaluationConfig, ModelConfig
 from srccore.models.policy import Policy, write_policy
+from srccore.stages.data import prepare_data
 from srccore.stages.evaluation import evaluate
 from srccore.training.machine import Machine
 
@@ -18,13 +16,7 @@ COUNT, BATCH = 12, 4
 
 
 def test_an_interrupted_evaluation_keeps_the_batches_that_it_has(tmp_path: Path) -> None:
-    rows = []
-    for number in range(COUNT):
-        item = make_item(0, "heldout", number)
-        buffer = io.BytesIO()
-        item.image.save(buffer, "PNG")
-        rows.append((item.sample, buffer.getvalue()))
-    dataset.write_data(tmp_path / "data.parquet", rows)
+    prepare_data(DataConfig(train=4, calibration=4, heldout=COUNT), tmp_path / "data")
     write_policy(tmp_path / "policy.json", Policy(base=ModelConfig(path="embedded:lvlm")))
     seen: list[int] = []
 
@@ -36,7 +28,7 @@ def test_an_interrupted_evaluation_keeps_the_batches_that_it_has(tmp_path: Path)
 
         evaluate(
             EvaluationConfig(batch_size=BATCH, max_tokens=60),
-            data=tmp_path / "data.parquet",
+            data=tmp_path / "data" / "heldout.parquet",
             policy=tmp_path / "policy.json",
             out=tmp_path / folder,
             seed=0,
