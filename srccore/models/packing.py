@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from srccore.errors import UserError
+from srccore.models.shared_prefix import unknown_scores
 
 __all__ = ["batches", "next_logits", "pack", "use_packing"]
 
@@ -266,10 +267,9 @@ def _attend(
     Returns:
         (1, length, heads, width), and no weights.
     """
-    unknown = [
-        name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None
-    ]
+    unknown = unknown_scores(others)
     if unknown or attention_mask is not None:
+        # `use_packing` tries a model out, and turns this into its reason for refusing it.
         raise NotImplementedError(f"its attention has {', '.join(unknown) or 'a mask'}")
     heads = query.shape[1]
     shared = heads // key.shape[1]

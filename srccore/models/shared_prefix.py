@@ -9,7 +9,7 @@ configuration with one query per row, plain softmax attention, full or with a sl
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["Decoding", "Prompts", "Responses", "prompt_cache"]
+__all__ = ["Decoding", "Prompts", "Responses", "prompt_cache", "unknown_scores"]
 
 ATTENTION = "srccore_shared_prefix"
 BLOCK = 32
@@ -208,6 +208,17 @@ class _Shared:
         return rows if self._is_grid else rows.index_select(1, self._slots)
 
 
+def unknown_scores(arguments: Mapping[str, Any]) -> list[str]:
+    """Names what a model does to the scores of its attention that is not plain softmax.
+
+    Args:
+        arguments: What the model passes to an attention function besides queries, keys and values.
+    """
+    return [
+        name for name in ("softcap", "s_aux", "position_bias") if arguments.get(name) is not None
+    ]
+
+
 def _attend(
     module: Any,
     query: Tensor,
@@ -239,9 +250,7 @@ def _attend(
     Returns:
         (rows, 1, heads, width), and no weights.
     """
-    unknown = [
-        name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None
-    ]
+    unknown = unknown_scores(others)
     if unknown or attention_mask is not None or query.shape[2] != 1:
         raise NotImplementedError(f"Attention with {unknown or 'a mask, or several queries'}.")
     rows, heads, _, width = query.shape
