@@ -114,7 +114,7 @@ def _search(
             "unparsed": sum(record.unparsed for record in ordered),
         },
         work,
-        elsewhere=bool(machine.workers) or config.engine.name == "vllm",
+        elsewhere=machine.leaves_gpu_to_others(config.engine),
     )
 
 
@@ -291,7 +291,7 @@ def score_candidates(
             "swap_consistency": scoring.swap_consistency(ordered),
         },
         work,
-        elsewhere=bool(machine.workers) or config.engine.name == "vllm",
+        elsewhere=machine.leaves_gpu_to_others(config.engine),
     )
 
 

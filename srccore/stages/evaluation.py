@@ -90,9 +90,7 @@ def evaluate(
         outcomes, round=round_number, previous=before, resamples=config.resamples, seed=seed
     ).model_dump(mode="json")
     write_json(out / "figures.json", figures)
-    return folder.finish(
-        figures, work, elsewhere=bool(machine.workers) or config.engine.name == "vllm"
-    )
+    return folder.finish(figures, work, elsewhere=machine.leaves_gpu_to_others(config.engine))
 
 
 def _answered(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from srccore.config import EngineConfig
 from srccore.training.resume import Checkpoints
 
 __all__ = ["Figures", "Machine", "Progress"]
@@ -39,3 +40,11 @@ class Machine:
     progress: Progress = _silent
     checkpoints: Checkpoints | None = None
     workers: tuple[int, ...] = ()
+
+    def leaves_gpu_to_others(self, engine: EngineConfig) -> bool:
+        """Whether other processes than this one run a stage's engine.
+
+        Args:
+            engine: The stage's engine: vLLM has processes of its own.
+        """
+        return bool(self.workers) or engine.name == "vllm"
