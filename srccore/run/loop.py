@@ -74,16 +74,17 @@ def run(config: RunConfig, out: Path, observer: Observer, workers: int = 1) -> l
     folder = RunFolder(out)
     # Asking for fewer rounds than are finished must not drop any.
     config = config.model_copy(update={"rounds": max([config.rounds, *folder.finished_rounds()])})
+    # First what costs nothing: the checks below may fetch a checkpoint or a data set.
+    for stage in STAGES.values():
+        if stage.engine:
+            check_installed(getattr(config, stage.engine).engine)
+    check_gpus(config, workers)
     if not (folder.output("tune-rationale") / MANIFEST).exists():
         # Its family, padding and chat template, too, before a teacher is paid.
         response_text(load_processor(config.model), "Yes.")
     check_settings(_asking(folder, config.rounds), dict(config))
     if not (folder.data / MANIFEST).exists():
         check_data(config)
-    for stage in STAGES.values():
-        if stage.engine:
-            check_installed(getattr(config, stage.engine).engine)
-    check_gpus(config, workers)
     if config.device == "cuda":
         # Before a teacher is asked for tens of thousands of rationales.
         check_device("evaluate", folder.output("evaluate", config.rounds), config.device)
