@@ -29,6 +29,7 @@ class Journal(Generic[R]):
             kinds: The classes of its records; no two have the same fields.
         """
         self.path = folder / JOURNAL
+        # One adapter for all kinds: `|` cannot join classes that are only known when it runs.
         self._read: TypeAdapter[R] = TypeAdapter(Union[kinds])  # type: ignore[arg-type]  # noqa: UP007
 
     def append(self, *records: R) -> None:
