@@ -110,8 +110,9 @@ def jobs(config: RunConfig, policy: Shape, scorer: Shape, texts: Texts = TEXTS) 
     context = prompt + texts.response / 2
     search, rounds = config.search, config.rounds
 
-    def drawing(stage: str, samples: int, per_sample: float, rows: int, batch: int) -> Job:
+    def drawing(stage: str, samples: int, per_sample: float, rows: int, most: int) -> Job:
         """``rows`` responses of a sample are alive at a time, and ``per_sample`` tokens drawn."""
+        batch = max(1, most // prompt)
         steps = math.ceil(samples / batch) * per_sample / rows
         return Job(
             stage,
@@ -160,7 +161,7 @@ def jobs(config: RunConfig, policy: Shape, scorer: Shape, texts: Texts = TEXTS) 
             config.annotation.samples,
             config.annotation.candidates * texts.response,
             config.annotation.candidates,
-            search.batch_size,
+            search.batch_tokens,
         ),
         training(
             "train-scorer",
@@ -171,7 +172,7 @@ def jobs(config: RunConfig, policy: Shape, scorer: Shape, texts: Texts = TEXTS) 
             rating,
             0,
         ),
-        drawing("search-candidates", rated, rows * texts.response, rows, search.batch_size),
+        drawing("search-candidates", rated, rows * texts.response, rows, search.batch_tokens),
         Job(
             "score-candidates",
             scorer,
@@ -190,7 +191,7 @@ def jobs(config: RunConfig, policy: Shape, scorer: Shape, texts: Texts = TEXTS) 
             (rounds + 1) * config.data.heldout,
             texts.response,
             1,
-            config.evaluation.batch_size,
+            config.evaluation.batch_tokens,
         ),
     ]
 

@@ -48,6 +48,7 @@ from srccore.run.console import ConsoleObserver
 from srccore.run.folder import RunFolder
 from srccore.run.loop import run
 from srccore.run.report.gather import overall_change
+from srccore.stages.batches import prompt_batches
 from srccore.stages.candidates import score_candidates, search_candidates
 from srccore.stages.evaluation import evaluate, read_outcomes
 from srccore.stages.folder import StageFolder
@@ -250,7 +251,7 @@ def raw_samples(
     count: int = 6,
 ) -> dict[str, list[Candidate]]:
     """Complete responses as sampled, including duplicates and those that do not parse."""
-    engine = sampling_engine(policy, config.device, config.search.batch_size)
+    engine = sampling_engine(policy, config.device)
 
     def responses(root: Node, sample: Sample) -> Steps[tuple[str, list[Candidate]]]:
         drawn = yield [
@@ -273,12 +274,18 @@ def raw_samples(
             for each in drawn
         ]
 
+    batches = prompt_batches(
+        samples, opened, policy, config.search.engine, config.search.batch_tokens
+    )
     searches = (
-        Search(
-            Prompt(partial(opened.image, sample.id), sample.question, sample.id),
-            partial(responses, sample=sample),
-        )
-        for sample in samples
+        [
+            Search(
+                Prompt(partial(opened.image, sample.id), sample.question, sample.id),
+                partial(responses, sample=sample),
+            )
+            for sample in batch
+        ]
+        for batch in batches
     )
     return dict(pair for found in drive(engine, searches) for pair in found)
 

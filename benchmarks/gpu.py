@@ -539,7 +539,11 @@ def run_model(bench: Bench, shape: Shape) -> RunConfig:
     overrides += ["search.max_sentences=3", "search.max_sentence_tokens=48"]
     overrides += ["search.fill_attempts=1"]
     if bench.smoke:
-        overrides += ["search.batch_size=2", "evaluation.batch_size=4", "evaluation.max_tokens=16"]
+        overrides += [
+            "search.batch_tokens=1",
+            "evaluation.batch_tokens=1",
+            "evaluation.max_tokens=16",
+        ]
         overrides += ["dpo.lora.rank=4", "model.dtype=float32"]
         overrides += ["dpo.batch_size=2", "rationale.batch_size=2"]
         overrides += [f"{each}.gradient_accumulation_steps=1" for each in ("rationale", "dpo")]
@@ -566,7 +570,7 @@ def load(bench: Bench, results: list[str], config: RunConfig, folder: Path) -> S
     """Loads the base policy into the sampling engine."""
     write_policy(folder, Policy(base=config.model))
     began = bench.wait()
-    engine = sampling_engine(folder / "policy.json", bench.device, config.search.batch_size)
+    engine = sampling_engine(folder / "policy.json", bench.device)
     results.append(f"{_size(folder / 'base') / 1e9 / (bench.wait() - began):.2f} GB/s")
     return engine
 
@@ -614,10 +618,16 @@ def compare_greedy(bench: Bench, results: list[str], engine: Any) -> None:
         raise AssertionError(f"Greedy tokens differ although their logits are {max(gaps)} apart.")
 
 
+def fitting(engine: Any, batch_tokens: int) -> list[Prompt]:
+    """As many prompts as a batch of the preset has, and at least two."""
+    longest = engine.prepare(prompts(len(IMAGES)))["input_ids"].shape[1]
+    return prompts(max(2, batch_tokens // longest))
+
+
 def answer(bench: Bench, results: list[str], engine: Any, config: RunConfig) -> None:
     """Answers a batch greedily, and compares a decoding step with the bandwidth's limit."""
     settings = config.evaluation
-    batch = prompts(settings.batch_size)
+    batch = fitting(engine, settings.batch_tokens)
     started = bench.wait()
     nodes = engine.open(engine.prepare(batch))
     opened = bench.wait()
@@ -668,9 +678,9 @@ def search_batch(bench: Bench, results: list[str], engine: Any, config: RunConfi
                 return end.value
             drawn.extend(each.token_count for each in continuations)
 
-    batch = prompts(config.search.batch_size)
+    batch = fitting(engine, config.search.batch_tokens)
     began = bench.wait()
-    list(drive(engine, [Search(prompt, partial(counted, prompt=prompt)) for prompt in batch]))
+    list(drive(engine, [[Search(prompt, partial(counted, prompt=prompt)) for prompt in batch]]))
     seconds = bench.wait() - began
     results.append(f"batch {len(batch)}, {len(drawn)} draws")
     results.append(f"{sum(drawn) / seconds:.0f} tokens/s")
@@ -682,9 +692,9 @@ def profile(bench: Bench, results: list[str], config: RunConfig) -> None:
     from torch.profiler import ProfilerActivity
 
     policy = Path(config.model.path).parent / "policy.json"
-    engine = sampling_engine(policy, bench.device, config.search.batch_size)
+    engine = sampling_engine(policy, bench.device)
     count = config.search.width * config.search.branch
-    nodes = engine.open(engine.prepare(prompts(config.search.batch_size)))
+    nodes = engine.open(engine.prepare(fitting(engine, config.search.batch_tokens)))
     draws = [Draw(node, PROFILED, seed=n, whole=True) for node in nodes for n in range(count)]
     draw_all(engine, draws)
     began = bench.wait()

@@ -269,9 +269,10 @@ def parts(
     width = BYTES[config.model.dtype]
     train = width if device == "cuda" else 4
     search, most = config.search, config.search.max_sentences * config.search.max_sentence_tokens
-    rows = search.batch_size * search.width * search.branch
     response = min(lengths.response, most)
     length = policy.image.tokens + lengths.prompt
+    searched = max(1, search.batch_tokens // length)
+    answered = max(1, config.evaluation.batch_tokens // length)
     weights: Parts = {"weights": policy.parameters * width}
     found = {
         "tune-rationale": _training(
@@ -281,8 +282,8 @@ def parts(
         | _sampling(
             policy,
             width,
-            prompts=search.batch_size,
-            rows=search.batch_size * config.annotation.candidates,
+            prompts=searched,
+            rows=searched * config.annotation.candidates,
             length=length,
             tokens=response,
             logit=SAMPLING,
@@ -302,8 +303,8 @@ def parts(
         | _sampling(
             policy,
             width,
-            prompts=search.batch_size,
-            rows=rows,
+            prompts=searched,
+            rows=searched * search.width * search.branch,
             length=length,
             tokens=response,
             logit=SAMPLING,
@@ -326,8 +327,8 @@ def parts(
         | _sampling(
             policy,
             width,
-            prompts=config.evaluation.batch_size,
-            rows=config.evaluation.batch_size,
+            prompts=answered,
+            rows=answered,
             length=length,
             # Greedy responses may go round in circles until they are cut.
             tokens=config.evaluation.max_tokens,
@@ -514,12 +515,12 @@ def fits(peak: float, card: int) -> bool:
 
 BATCHES: dict[str, tuple[str, str]] = {
     "tune-rationale": ("rationale", "batch_size"),
-    "sample-responses": ("search", "batch_size"),
+    "sample-responses": ("search", "batch_tokens"),
     "train-scorer": ("scorer", "batch_size"),
-    "search-candidates": ("search", "batch_size"),
+    "search-candidates": ("search", "batch_tokens"),
     "score-candidates": ("scoring", "batch_tokens"),
     "train-dpo": ("dpo", "batch_size"),
-    "evaluate": ("evaluation", "batch_size"),
+    "evaluate": ("evaluation", "batch_tokens"),
 }
 """The section and the field that has the batch of a stage."""
 LARGEST = {"batch_size": 512, "batch_tokens": 2**17}

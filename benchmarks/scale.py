@@ -55,7 +55,7 @@ def make_inputs(folder: Path) -> None:
 
 def measure(folder: Path, samples: int, turn: int) -> dict[str, float]:
     """Searches and scores some samples; returns seconds per sample and memory by stage."""
-    config = load_config("tiny", [f"search.samples={samples}", "search.batch_size=8"])
+    config = load_config("tiny", [f"search.samples={samples}", "search.batch_tokens=420"])
     out = folder / f"{samples}-{turn}"
     searching, scoring = Clock(), Clock()
     search_candidates(

@@ -49,10 +49,10 @@ STEPS = 4
 def searched_prompts(samples: int) -> list[str]:
     """Returns the prompts of all pairs of some samples, as `score-candidates` asks them."""
     policy = load_policy(Policy(base=ModelConfig(path="embedded:lvlm")))
-    engine = TransformersSamplingEngine(policy.model, policy.processor, samples)
+    engine = TransformersSamplingEngine(policy.model, policy.processor)
     items = [make_item(0, "calibration", number) for number in range(samples)]
     config = load_config("tiny").search
-    searches = (
+    searches = [
         Search(
             # The pretrained model only reasons where it is asked to.
             Prompt(
@@ -61,8 +61,8 @@ def searched_prompts(samples: int) -> list[str]:
             partial(search.search, sample_id=item.sample.id, config=config, seed=0, round_number=1),
         )
         for item in items
-    )
-    sets = [each for found in drive(engine, searches) for each in found]
+    ]
+    sets = [each for found in drive(engine, [searches]) for each in found]
     return [
         scoring.rating_prompt(item.sample, first.text, second.text)
         for item, found in zip(items, sets, strict=True)

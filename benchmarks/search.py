@@ -60,7 +60,7 @@ def tree(root: Node, key: str) -> Steps[int]:
 
 def searched(engine: SamplingEngine, asked: Sequence[Prompt], start: Callable[..., Any]) -> None:
     """Runs a search per prompt."""
-    for _ in drive(engine, [Search(prompt, start(prompt)) for prompt in asked]):
+    for _ in drive(engine, [[Search(prompt, start(prompt)) for prompt in asked]]):
         pass
 
 
@@ -70,7 +70,7 @@ def sampled(engine: SamplingEngine, asked: Sequence[Prompt], count: int, max_tok
     def steps(root: Node) -> Steps[None]:
         yield [Draw(root, max_tokens, seed=seed, whole=True) for seed in range(count)]
 
-    for _ in drive(engine, [Search(prompt, steps) for prompt in asked]):
+    for _ in drive(engine, [[Search(prompt, steps) for prompt in asked]]):
         pass
 
 
@@ -92,7 +92,7 @@ def compare(
     repetitions: int,
 ) -> Any:
     """Times the search on both engines, and counts their work."""
-    ours = TransformersSamplingEngine(policy.model, policy.processor, len(asked))
+    ours = TransformersSamplingEngine(policy.model, policy.processor)
     theirs = PerNode(policy.model, policy.processor)
     way = partial(searched, asked=asked, start=start)
     found = alternate(
@@ -138,7 +138,7 @@ def main() -> None:
     count, tokens = 12, 32
     for name, policy in (("tiny", never_ending(tiny)), ("wide", wide)):
         asked = prompts(SAMPLES[name])
-        engine = TransformersSamplingEngine(policy.model, policy.processor, len(asked))
+        engine = TransformersSamplingEngine(policy.model, policy.processor)
         results[f"{count} responses of {tokens} tokens, {name}, {len(asked)} samples"] = alternate(
             {
                 "generate, one batch": partial(

@@ -54,7 +54,7 @@ def main() -> None:
         return sum(each.token_count for each in drawn)
 
     def ours() -> int:
-        found = drive(engine, [Search(prompt, steps) for prompt in prompts])
+        found = drive(engine, [[Search(prompt, steps)] for prompt in prompts])
         return sum(count for each in found for count in each)
 
     def theirs() -> int:

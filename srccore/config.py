@@ -250,8 +250,9 @@ class SearchConfig(Section):
     fill_attempts: int = Field(default=2, ge=1)
     """How often whole responses are drawn, `candidates` at a time, for a sample that has too few
     candidates: after the beams, or instead of them (``strategy: sample``)."""
-    batch_size: int = Field(default=16, ge=1)
-    """Samples that are searched together by the engine transformers."""
+    batch_tokens: int = Field(default=8192, ge=1)
+    """Most tokens of the prompts, their images included, that the engine transformers searches
+    together; a longer prompt is searched by itself."""
     engine: EngineConfig = EngineConfig()
     """What draws responses, those of `sample-responses`, too."""
 
@@ -314,8 +315,9 @@ class DpoConfig(PolicyTrainingSettings):
 class EvaluationConfig(Section):
     """`evaluate`: greedy responses on the held-out split."""
 
-    batch_size: int = Field(default=64, ge=1)
-    """Samples that are answered together by the engine transformers."""
+    batch_tokens: int = Field(default=32768, ge=1)
+    """Most tokens of the prompts, their images included, that the engine transformers answers
+    together; a longer prompt is answered by itself."""
     engine: EngineConfig = EngineConfig()
     """What writes the responses."""
     max_tokens: int = Field(default=512, ge=1)

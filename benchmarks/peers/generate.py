@@ -38,7 +38,7 @@ class PerNode:
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
-        self.batch = self.in_flight = 1
+        self.in_flight = 1
         self.work = Work()
         self._model, self._processor = model.eval(), processor
         self._eos = sorted(end_tokens(model, processor))

@@ -88,7 +88,7 @@ def _lvlm_figures(items: list[Item]) -> str:
     from srccore.models.transformers import TransformersSamplingEngine
 
     loaded = load_policy(Policy(base=ModelConfig(path="embedded:lvlm")))
-    engine = TransformersSamplingEngine(loaded.model, loaded.processor, batch_size=200)
+    engine = TransformersSamplingEngine(loaded.model, loaded.processor)
     rows = [
         "| asked | parses | answer right | answer and rationale right |",
         "| --- | --- | --- | --- |",
@@ -101,7 +101,7 @@ def _lvlm_figures(items: list[Item]) -> str:
             )
             for item in items
         ]
-        responses = {each.sample_id: each for found in drive(engine, searches) for each in found}
+        responses = {each.sample_id: each for found in drive(engine, [searches]) for each in found}
         outcomes = evaluation.judge_responses([item.sample for item in items], responses)
         found_figures = evaluation.figures(outcomes, round=0, previous=None, resamples=100, seed=0)
         rows.append(

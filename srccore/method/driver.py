@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from srccore.method.engine import Continuation, Draw, Node, Prompt, SamplingEngine, Steps
@@ -22,7 +21,7 @@ __all__ = ["Search", "draw_all", "drive"]
 R = TypeVar("R")
 
 _PREPARED_PROMPTS = 32
-"""Prompts that are prepared ahead, or one batch if that is more: each holds a decoded image."""
+"""Prompts that are prepared ahead, until one batch more is: each holds a decoded image."""
 
 
 @dataclass(frozen=True)
@@ -33,29 +32,28 @@ class Search(Generic[R]):
     start: Callable[[Node], Steps[R]]
 
 
-def drive(engine: SamplingEngine, searches: Iterable[Search[R]]) -> Iterator[list[R]]:
+def drive(engine: SamplingEngine, batches: Iterable[Sequence[Search[R]]]) -> Iterator[list[R]]:
     """Runs searches, as many at a time as the engine takes; prompts are prepared ahead of it.
 
     Args:
         engine: Continues the policy's responses.
-        searches: The searches, read as they are needed.
+        batches: The searches whose prompts are opened together, read as they are needed. None is
+            empty.
 
     Yields:
-        The results of the prompts that were opened together, in their order, as soon as all of
-        them are known. A stage that makes each such list durable, and leaves out those prompts
-        when it runs again, gives the engine the same batches as without an interruption.
+        The results of a batch, in its order, as soon as all of them are known.
     """
     open_now = 0
     ready: list[_Running[R]] = []
     asked: dict[int, tuple[_Running[R], int]] = {}
-    with contextlib.closing(_prepare_ahead(engine, searches)) as waiting:
+    with contextlib.closing(_prepare_ahead(engine, batches)) as waiting:
         while True:
-            while open_now + engine.batch <= engine.in_flight:
+            while open_now < engine.in_flight:
                 opened = next(waiting, None)
                 if opened is None:
                     break
                 ready += _start(engine, *opened)
-                open_now += len(opened[0])
+                open_now += 1
             if not open_now:
                 return
             draws, places = [], []
@@ -63,10 +61,9 @@ def drive(engine: SamplingEngine, searches: Iterable[Search[R]]) -> Iterator[lis
                 if running.advance():
                     draws += running.draws
                     places += [(running, place) for place in range(len(running.draws))]
-                else:
+                elif running.batch.missing == 0:
                     open_now -= 1
-                    if running.batch.missing == 0:
-                        yield running.batch.in_order()
+                    yield running.batch.in_order()
             asked.update(zip(engine.submit(draws), places, strict=True))
             ready = []
             for ticket, drawn in engine.finished():
@@ -147,16 +144,16 @@ def _start(
 
 
 def _prepare_ahead(
-    engine: SamplingEngine, searches: Iterable[Search[R]]
-) -> Generator[tuple[list[Search[R]], Any], None, None]:
-    remaining = iter(searches)
-    ahead: deque[tuple[list[Search[R]], Future[Any]]] = deque()
+    engine: SamplingEngine, batches: Iterable[Sequence[Search[R]]]
+) -> Generator[tuple[Sequence[Search[R]], Any], None, None]:
+    remaining = iter(batches)
+    ahead: deque[tuple[Sequence[Search[R]], Future[Any]]] = deque()
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare")
     try:
         while True:
-            while len(ahead) <= _PREPARED_PROMPTS // engine.batch:
-                together = list(islice(remaining, engine.batch))
-                if not together:
+            while sum(len(together) for together, _ in ahead) < _PREPARED_PROMPTS:
+                together = next(remaining, None)
+                if together is None:
                     break
                 prompts = [search.prompt for search in together]
                 ahead.append((together, pool.submit(engine.prepare, prompts)))

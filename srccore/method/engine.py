@@ -110,10 +110,8 @@ class SamplingEngine(Protocol):
     """Continues responses of a policy."""
 
     work: Work
-    batch: int
-    """Prompts that are opened together."""
     in_flight: int
-    """Prompts that may be open at the same time; at least ``batch``."""
+    """Batches of prompts that may be open at the same time."""
 
     def prepare(self, prompts: Sequence[Prompt]) -> Any:
         """Loads images and encodes texts, on the CPU. May run in another thread than the rest."""

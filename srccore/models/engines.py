@@ -30,7 +30,6 @@ def check_installed(config: EngineConfig) -> None:
 def sampling_engine(
     policy: Path,
     device: str,
-    batch_size: int,
     config: EngineConfig = EngineConfig(),
     *,
     draws: int = 1,
@@ -40,7 +39,6 @@ def sampling_engine(
     Args:
         policy: A ``policy.json`` or its folder.
         device: ``cpu``, ``cuda`` or ``auto``.
-        batch_size: Prompts whose responses are decoded together, by an engine that has batches.
         config: Which engine, and its settings.
         draws: Responses that a prompt usually waits for at the same time.
 
@@ -60,7 +58,7 @@ def sampling_engine(
     from srccore.models.transformers import TransformersSamplingEngine
 
     loaded = load_policy(read_policy(policy), open_device(device))
-    return TransformersSamplingEngine(loaded.model, loaded.processor, batch_size)
+    return TransformersSamplingEngine(loaded.model, loaded.processor)
 
 
 def rating_engine(

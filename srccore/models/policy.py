@@ -23,7 +23,7 @@ from srccore import storage
 from srccore.config import ModelConfig, TextModelConfig
 from srccore.errors import UserError
 from srccore.files import write_json
-from srccore.models.families import family_of, load_processor_of
+from srccore.models.families import family_of, image_tokens, load_processor_of
 from srccore.models.folding import Folding, fold_adapters
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "pinned",
     "policy_document",
     "prompt_text",
+    "prompt_tokens",
     "read_policy",
     "resolve_model_path",
     "response_text",
@@ -338,6 +339,18 @@ def prompt_text(processor: Any, question: str) -> str:
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
     return text
+
+
+def prompt_tokens(processor: Any, prompt: str, size: tuple[int, int]) -> int:
+    """Counts the tokens of a prompt, those of its image included.
+
+    Args:
+        processor: The policy's processor.
+        prompt: What `prompt_text` wrote.
+        size: Width and height of the image.
+    """
+    # The prompt's own placeholder already counts as one token.
+    return len(_encode(processor.tokenizer, prompt)) + image_tokens(processor, size) - 1
 
 
 def response_text(processor: Any, response: str) -> str:

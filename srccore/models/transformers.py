@@ -46,15 +46,16 @@ class TransformersSamplingEngine:
     Args:
         model: A model for conditional generation from an image and a text.
         processor: Its processor, with a chat template that ends a turn.
-        batch_size: Prompts that are opened, and whose responses are decoded, together.
 
     Raises:
         UserError: The model's attention is of a kind that the engine does not support, or the
             chat template does not end a turn.
     """
 
-    def __init__(self, model: Any, processor: Any, batch_size: int) -> None:
-        self.batch = self.in_flight = batch_size
+    in_flight = 1
+    """All that is open is decoded together."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
         self.work = Work()
         self._model = model.eval()
         # Its own: a tokenizer must not be used by two threads at a time.

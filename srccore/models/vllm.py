@@ -75,9 +75,6 @@ class VllmSamplingEngine:
         UserError: The policy cannot be loaded, or has more tokens that are not text than vLLM bans.
     """
 
-    batch = 1
-    """Every prompt by itself: its result is known, and can be made durable, as soon as possible."""
-
     def __init__(self, policy: Policy, device: str, config: EngineConfig, draws: int) -> None:
         self.work = Work()
         # Each open prompt holds its decoded image.

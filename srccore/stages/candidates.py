@@ -15,6 +15,7 @@ from srccore.method import scoring, search
 from srccore.method.driver import Search, drive
 from srccore.method.engine import Prompt, Work
 from srccore.models.engines import rating_engine, sampling_engine
+from srccore.stages.batches import prompt_batches, unfinished
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
 from srccore.stages.rationales import judged_samples, trained_on
@@ -82,25 +83,21 @@ def _search(
         return folder.figures
     start = max(0, round_number - 1)
     seen = trained_on(policy) if unseen_first else set()
-    drawn = _draw(dataset.read_samples(data), seen, config.samples, seed, start)
+    opened = dataset.open_data(data)
+    drawn = _draw(opened.samples, seen, config.samples, seed, start)
     samples = sampling.shard(drawn, *shard)
     journal = Journal(out, CandidateSet)
-    known = {record.sample_id for record in journal.records()}
-    # Prompts of like length share a batch; the id makes the order the same everywhere.
-    todo = sorted(
-        (sample for sample in samples if sample.id not in known),
-        key=lambda sample: (len(sample.question), sample.id),
-    )
+    sets = {record.sample_id: record for record in journal.records()}
+    batches = prompt_batches(samples, opened, policy, config.engine, config.batch_tokens)
+    todo = unfinished(batches, lambda sample: sample.id in sets)
     work = None
     if todo:
         work = Work()
         job = partial(_found, data, policy, machine.device, config, seed, round_number)
-        done = len(known)
-        for found in divide(job, todo, config.batch_size, machine.workers, work):
+        for found in divide(job, todo, machine.workers, work):
             journal.append(*found)
-            done += len(found)
-            machine.progress(done, len(samples))
-    sets = {record.sample_id: record for record in journal.records()}
+            sets |= {record.sample_id: record for record in found}
+            machine.progress(len(sets), len(samples))
     ordered = [sets[sample.id] for sample in samples]
     write_records(out / "candidates.jsonl", CandidateSet, ordered)
     seen_again = {"trained_on": sum(s.id in seen for s in samples)} if unseen_first else {}
@@ -125,25 +122,28 @@ def _found(
     config: SearchConfig,
     seed: int,
     round_number: int,
-    samples: Sequence[Sample],
+    batches: Sequence[Sequence[Sample]],
     work: Work,
 ) -> Iterator[list[CandidateSet]]:
     """Searches candidates for samples, as a job of one process."""
     opened = dataset.open_data(data)
     at_once = config.width * config.branch if config.strategy == "beam" else config.candidates
-    engine = sampling_engine(policy, device, config.batch_size, config.engine, draws=at_once)
+    engine = sampling_engine(policy, device, config.engine, draws=at_once)
     searches = (
-        Search(
-            Prompt(partial(opened.image, sample.id), sample.question, sample.id),
-            partial(
-                search.search,
-                sample_id=sample.id,
-                config=config,
-                seed=seed,
-                round_number=round_number,
-            ),
-        )
-        for sample in samples
+        [
+            Search(
+                Prompt(partial(opened.image, sample.id), sample.question, sample.id),
+                partial(
+                    search.search,
+                    sample_id=sample.id,
+                    config=config,
+                    seed=seed,
+                    round_number=round_number,
+                ),
+            )
+            for sample in batch
+        ]
+        for batch in batches
     )
     with closing(engine):
         yield from drive(engine, searches)
@@ -264,16 +264,17 @@ def score_candidates(
     ]
     journal = Journal(out, Rating)
     ratings = {(each.sample_id, each.first, each.second): each for each in journal.records()}
-    # An interruption may have cut a sample's ratings in two: then all are made again.
+    # An interruption may have cut a sample's ratings in two.
     missing = {pair[0] for pair in pairs if pair not in ratings}
     known = {record.sample_id for record in sets} - missing
-    todo = [record for record in sets if record.sample_id not in known]
+    given = [(samples[record.sample_id], record) for record in sets]
+    chunks = [given[start : start + SCORING_CHUNK] for start in range(0, len(given), SCORING_CHUNK)]
+    todo = unfinished(chunks, lambda each: each[0].id in known)
     work = None
     if todo:
         work = Work()
-        job = partial(_rated, scorer / "model", machine.device, config, SCORING_CHUNK)
-        given = [(samples[record.sample_id], record) for record in todo]
-        for rated in divide(job, given, SCORING_CHUNK, machine.workers, work):
+        job = partial(_rated, scorer / "model", machine.device, config)
+        for rated in divide(job, todo, machine.workers, work):
             journal.append(*rated)
             ratings.update({(each.sample_id, each.first, each.second): each for each in rated})
             known |= {each.sample_id for each in rated}
@@ -299,13 +300,12 @@ def _rated(
     model: Path,
     device: str,
     config: ScoringConfig,
-    chunk: int,
-    given: Sequence[tuple[Sample, CandidateSet]],
+    chunks: Sequence[Sequence[tuple[Sample, CandidateSet]]],
     work: Work,
 ) -> Iterator[list[Rating]]:
     """Rates the candidates of samples, as a job of one process."""
     engine = rating_engine(model, device, config.batch_tokens, config.engine)
     with closing(engine):
-        for start in range(0, len(given), chunk):
-            yield scoring.rate_candidates(engine, given[start : start + chunk])
+        for chunk in chunks:
+            yield scoring.rate_candidates(engine, chunk)
         work.add(engine.work)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from srccore.method import evaluation
 from srccore.method.driver import Search, drive
 from srccore.method.engine import Prompt, SamplingEngine, Work
 from srccore.models.engines import sampling_engine
+from srccore.stages.batches import prompt_batches, unfinished
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
 from srccore.stages.workers import divide
@@ -58,19 +59,18 @@ def evaluate(
     )
     if folder.figures is not None:
         return folder.figures
-    samples = dataset.read_samples(data)
+    opened = dataset.open_data(data)
+    samples = opened.samples
     journal: Journal[Response | Judgement] = Journal(out, Response, Judgement)
     records = journal.records()
     responses = {each.sample_id: each for each in records if isinstance(each, Response)}
-    todo = sorted(
-        (sample for sample in samples if sample.id not in responses),
-        key=lambda sample: (len(sample.question), sample.id),
-    )
+    batches = prompt_batches(samples, opened, policy, config.engine, config.batch_tokens)
+    todo = unfinished(batches, lambda sample: sample.id in responses)
     work = None
     if todo:
         work = Work()
         job = partial(_answered, data, policy, machine.device, config)
-        for found in divide(job, todo, config.batch_size, machine.workers, work):
+        for found in divide(job, todo, machine.workers, work):
             journal.append(*found)
             responses |= {response.sample_id: response for response in found}
             machine.progress(len(responses), len(samples))
@@ -78,7 +78,7 @@ def evaluate(
     judgements = {each.sample_id: each for each in records if isinstance(each, Judgement)}
     if config.judge == "endpoint":
         unjudged = [s for s in samples if not s.facts and s.id not in judgements]
-        for judgement in _judge(config, data, unjudged, responses, machine.progress):
+        for judgement in _judge(config, opened, unjudged, responses, machine.progress):
             journal.append(judgement)
             judgements[judgement.sample_id] = judgement
     write_records(
@@ -98,26 +98,29 @@ def _answered(
     policy: Path,
     device: str,
     config: EvaluationConfig,
-    samples: Sequence[Sample],
+    batches: Sequence[Sequence[Sample]],
     work: Work,
 ) -> Iterator[list[Response]]:
     """Answers samples, as a job of one process."""
     opened = dataset.open_data(data)
-    engine = sampling_engine(policy, device, config.batch_size, config.engine)
+    engine = sampling_engine(policy, device, config.engine)
     with closing(engine):
-        yield from answer_all(engine, opened, samples, config.max_tokens)
+        yield from answer_all(engine, opened, batches, config.max_tokens)
         work.add(engine.work)
 
 
 def answer_all(
-    engine: SamplingEngine, opened: dataset.DataSet, samples: Sequence[Sample], max_tokens: int
+    engine: SamplingEngine,
+    opened: dataset.DataSet,
+    batches: Iterable[Sequence[Sample]],
+    max_tokens: int,
 ) -> Iterator[list[Response]]:
     """Answers samples greedily.
 
     Args:
         engine: Writes the policy's responses.
         opened: The data set that has the images.
-        samples: What to answer, in the order of the engine's batches.
+        batches: What to answer, in batches that the engine computes together.
         max_tokens: The maximum number of tokens in one response.
 
     Yields:
@@ -126,18 +129,21 @@ def answer_all(
     return drive(
         engine,
         (
-            Search(
-                Prompt(partial(opened.image, sample.id), sample.question, sample.id),
-                partial(evaluation.answer, sample_id=sample.id, max_tokens=max_tokens),
-            )
-            for sample in samples
+            [
+                Search(
+                    Prompt(partial(opened.image, sample.id), sample.question, sample.id),
+                    partial(evaluation.answer, sample_id=sample.id, max_tokens=max_tokens),
+                )
+                for sample in batch
+            ]
+            for batch in batches
         ),
     )
 
 
 def _judge(
     config: EvaluationConfig,
-    data: Path,
+    opened: dataset.DataSet,
     samples: Sequence[Sample],
     responses: Mapping[str, Response],
     progress: Progress,
@@ -147,7 +153,6 @@ def _judge(
 
     if not samples:
         return
-    opened = dataset.open_data(data)
     asked = []
     for sample in samples:
         parsed = evaluation.parse_finished(responses[sample.id])

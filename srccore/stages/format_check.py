@@ -12,12 +12,13 @@ from srccore.data.records import Response
 from srccore.errors import UserError
 from srccore.method.response import has_rationale
 
-__all__ = ["BATCH", "FORMAT_SAMPLES", "MAX_TOKENS", "check_format", "format_rate"]
+__all__ = ["BATCH_TOKENS", "FORMAT_SAMPLES", "MAX_TOKENS", "check_format", "format_rate"]
 
 FORMAT_SAMPLES = 64
 """Responses that are looked at: enough to tell a policy that mostly follows the format from one
 that mostly does not (reconstruction)."""
-BATCH = 16
+BATCH_TOKENS = 8192
+"""Of the prompts that are answered together."""
 MAX_TOKENS = 1024
 """More than a search allows by default: a long rationale must not look like a missing answer."""
 

@@ -16,6 +16,7 @@ from srccore.errors import UserError
 from srccore.files import write_json
 from srccore.method import response
 from srccore.stages import inputs as identify
+from srccore.stages.batches import by_length
 from srccore.stages.checks import check_facts
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
@@ -159,11 +160,12 @@ def tune_rationale(
     loaded = load_trained(policy, machine)
     kept = loaded.folding.newest
     check_kept(kept, adapter=adapter, dtype=model.dtype, section="rationale")
-    engine = TransformersSamplingEngine(loaded.model, loaded.processor, format_check.BATCH)
+    engine = TransformersSamplingEngine(loaded.model, loaded.processor)
     ids = {sample.id for sample in drawn}
     unseen = [sample for sample in opened.samples if sample.id not in ids] or drawn
     asked = sampling.draw(unseen, min(format_check.FORMAT_SAMPLES, len(unseen)), seed=seed)
-    answered = answer_all(engine, opened, asked, format_check.MAX_TOKENS)
+    batches = by_length(asked, opened, loaded.processor, format_check.BATCH_TOKENS)
+    answered = answer_all(engine, opened, batches, format_check.MAX_TOKENS)
     responses = [response for found in answered for response in found]
     format_check.check_format(responses, config.min_format_rate, out)
     write_policy(out, policy)

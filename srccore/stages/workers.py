@@ -34,9 +34,9 @@ __all__ = ["Job", "default_workers", "divide", "keep_first_gpu", "stop_workers",
 
 T = TypeVar("T")
 R = TypeVar("R")
-Job = Callable[[Sequence[T], Work], Iterator[list[R]]]
-"""Works on samples: yields what becomes known together, and adds to the work at the end. It is
-pickled, so it is a `functools.partial` of a function of a module."""
+Job = Callable[[Sequence[Sequence[T]], Work], Iterator[list[R]]]
+"""Works on batches of samples: yields what becomes known together, and adds to the work at the end.
+It is pickled, so it is a `functools.partial` of a function of a module."""
 
 _PRELOADED = ["srccore.models.transformers", "srccore.models.policy", "srccore.data.dataset"]
 _running: set[Any] = set()
@@ -105,14 +105,13 @@ def _cores() -> int:
 
 
 def divide(
-    job: Job[T, R], items: Sequence[T], batch: int, workers: Sequence[int], work: Work
+    job: Job[T, R], batches: Sequence[Sequence[T]], workers: Sequence[int], work: Work
 ) -> Iterator[list[R]]:
     """Runs a job, in this process or in several others.
 
     Args:
         job: What to do.
-        items: The samples, in the order of the batches.
-        batch: Items that must stay together: those that the job's engine opens together.
+        batches: The samples, in batches that the job's engine computes together.
         workers: Numbers of the worker processes: those of the run, from 0, or all but the first
             of them. Each has its share of the machine's cores and GPUs. Without any, the job is
             done in this process.
@@ -126,13 +125,9 @@ def divide(
         RuntimeError: A worker failed; the message has its traceback.
     """
     if not workers:
-        yield from job(items, work)
+        yield from job(batches, work)
         return
-    batches = [items[start : start + batch] for start in range(0, len(items), batch)]
-    shares = [
-        [item for together in batches[place :: len(workers)] for item in together]
-        for place in range(len(workers))
-    ]
+    shares = [batches[place :: len(workers)] for place in range(len(workers))]
     # A worker without samples would load a model for nothing.
     shared = [(number, share) for number, share in zip(workers, shares, strict=True) if share]
     with contextlib.ExitStack() as running:

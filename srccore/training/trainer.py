@@ -31,8 +31,15 @@ from srccore.data.records import Candidate
 from srccore.errors import UserError
 from srccore.hashing import stable_hash
 from srccore.models.device import open_device
-from srccore.models.families import image_tokens, language_model_targets
-from srccore.models.policy import Policy, drawn_text, load_policy, prompt_text, response_text
+from srccore.models.families import language_model_targets
+from srccore.models.policy import (
+    Policy,
+    drawn_text,
+    load_policy,
+    prompt_text,
+    prompt_tokens,
+    response_text,
+)
 from srccore.training.machine import Machine
 from srccore.training.ranks import Processes, joined, local_share
 from srccore.training.resume import CHECKPOINTS, Checkpoints, Timetable, step_callback
@@ -419,9 +426,7 @@ def _within_context(
     for row in rows:
         prompt = prompt_text(processor, row.question)
         responses = {name: _text(processor, said) for name, said in row.responses.items()}
-        # The prompt's own placeholder already counts as one token.
-        tokens = image_tokens(processor, row.size or row.image().size) - 1
-        tokens += len(encode(prompt, add_special_tokens=False))
+        tokens = prompt_tokens(processor, prompt, row.size or row.image().size)
         counts = [len(encode(text, add_special_tokens=False)) for text in responses.values()]
         if tokens + max(counts) <= limit:
             columns: dict[str, Any] = {"prompt": prompt, **responses}

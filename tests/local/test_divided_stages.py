@@ -21,8 +21,8 @@ from srccore.stages.evaluation import evaluate
 from srccore.stages.manifest import read_manifest
 from srccore.training.machine import Figures, Machine, Progress
 
-# 24 samples each: five batches.
-CONFIG = shrunken("search.batch_size=5", "evaluation.batch_size=5")
+# 24 samples each, of some 50 tokens: about five batches.
+CONFIG = shrunken("search.batch_tokens=260", "evaluation.batch_tokens=260")
 
 
 def search(run: Path, out: Path, machine: Machine) -> Figures:
@@ -144,10 +144,10 @@ def test_a_failed_training_does_not_wait_for_the_evaluation_beside_it(
         shutil.rmtree(copy / folder / "evaluate")
     config = json.loads((copy / "run.json").read_text())
     # So that there is a middle.
-    config["evaluation"]["batch_size"] = 1
+    config["evaluation"]["batch_tokens"] = 1
     (copy / "run.json").write_text(json.dumps(config))
     with pytest.raises(type(failure)) as caught:
-        run(shrunken("evaluation.batch_size=1"), copy, _Beside(failure), workers=2)
+        run(shrunken("evaluation.batch_tokens=1"), copy, _Beside(failure), workers=2)
     assert caught.value is failure
     assert (copy / "round-0" / "evaluate" / "journal.jsonl").exists()
     assert not (copy / "round-0" / "evaluate" / "manifest.json").exists()

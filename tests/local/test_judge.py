@@ -41,9 +41,7 @@ def test_a_judge_fills_the_figures_and_is_not_asked_twice_of_one_response(
 
         def evaluate(folder: str) -> Figures:
             endpoint = EndpointConfig(url=server.url, model="judge", concurrency=1, retries=0)
-            config = EvaluationConfig(
-                batch_size=COUNT, max_tokens=60, judge="endpoint", endpoint=endpoint
-            )
+            config = EvaluationConfig(max_tokens=60, judge="endpoint", endpoint=endpoint)
             return run_evaluate(
                 config,
                 **inputs,

@@ -146,7 +146,7 @@ def test_the_engine_decodes_greedily_as_generate_does(finished: Path) -> None:
     wanted = loaded.processor.tokenizer.batch_decode(
         generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
-    engine = sampling_engine(finished / "tune-rationale" / "policy.json", "cpu", batch_size=16)
+    engine = sampling_engine(finished / "tune-rationale" / "policy.json", "cpu")
     roots = engine.open(engine.prepare(prompts))
     whole = draw_all(engine, [Draw(root, 60, greedy=True, whole=True) for root in roots])
     assert [drawn.text for drawn in whole] == wanted
@@ -194,7 +194,7 @@ def test_the_command_says_that_there_is_nothing_to_do_and_writes_the_report(
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_leaves_a_run_that_goes_on(workers: int, tmp_path: Path) -> None:
     run_folder = tmp_path / "run"
-    small_batches = ["--set", "search.batch_size=4"]
+    small_batches = ["--set", "search.batch_tokens=200"]
     command = [sys.executable, "-m", "srccore", "run", "--out", str(run_folder), *_sets()]
     process = subprocess.Popen(
         [*command, *small_batches, "--workers", str(workers)],

@@ -46,16 +46,12 @@ class Engines:
 
 
 def opened(engine: Any, prompts: list[Prompt]) -> list[Any]:
-    return [
-        node
-        for start in range(0, len(prompts), engine.batch)
-        for node in engine.open(engine.prepare(prompts[start : start + engine.batch]))
-    ]
+    return engine.open(engine.prepare(prompts))  # type: ignore[no-any-return]
 
 
 def load(policy: Policy) -> Engines:
     loaded = load_policy(policy)
-    plain = TransformersSamplingEngine(loaded.model, loaded.processor, batch_size=16)
+    plain = TransformersSamplingEngine(loaded.model, loaded.processor)
     return Engines(VllmSamplingEngine(policy, "cpu", CONFIG, draws=8), plain, loaded)
 
 

@@ -38,8 +38,9 @@ def test_work_follows_from_the_preset(model: ModuleType) -> None:
     assert search.image_encodings == search.prompts == 36_000
     assert search.prefilled_tokens == 36_000 * 640
     assert search.decoded_tokens == 36_000 * 12 * 100
-    # Batches of 8: a pass for the prompts of each, and one per token of the longest row.
-    assert search.forward_passes == 4_500 * (1 + 100)
+    # Batches of 9, since 10 x 640 tokens are more than 6144: a pass for the prompts of each, and
+    # one per token of the longest row.
+    assert search.forward_passes == 4_000 * (1 + 100)
     # 5 candidates: 20 + 10 pairs.
     scoring = jobs["score-candidates"].work
     assert scoring.prompts == 36_000 * 30

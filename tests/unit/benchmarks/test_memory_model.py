@@ -153,6 +153,10 @@ def lengths_of(loaded: LoadedPolicy, response: int) -> Any:
     return model_of.Lengths(prompt=prompt, response=response)
 
 
+def prompt_length(loaded: LoadedPolicy) -> int:
+    return int(shape_of(loaded).image.tokens) + int(lengths_of(loaded, 1).prompt)
+
+
 def predicted(loaded: LoadedPolicy, stage: str, response: int, overrides: list[str]) -> float:
     shape = shape_of(loaded)
     config = load_config("tiny", overrides)
@@ -202,7 +206,7 @@ def test_a_preset_fits_80_gb_and_the_documented_settings_make_it_fit_40(preset: 
 
 def test_a_batch_that_is_too_large_is_found_out() -> None:
     # A token takes 0.5 MiB: 8 prompts of 704 tokens and 8 x 12 responses of 160 and 256 before and
-    # after a sentence are 22 GiB, 64 prompts with responses of 512 are 38 GiB; weights 13 GiB.
+    # after a sentence are 22 GiB, 58 prompts with responses of 512 are 34 GiB; weights 13 GiB.
     assert _too_large("llava-1.5-7b", 40, []) == ["search-candidates", "evaluate"]
 
 
@@ -211,18 +215,19 @@ def test_the_table_names_the_largest_batch_of_each_card() -> None:
     policy, scorer = (model_of.SHAPES[m.path] for m in (config.model, config.rating_model))
     lines = model_of.table(config, policy, scorer).splitlines()
     (search,) = (line for line in lines if line.startswith("| search-candidates"))
-    assert search.endswith("| 16 | 8 | 4 |")
+    assert search.endswith("| 8192 | 4096 | 4096 |")
 
 
 def test_a_greedy_evaluation(loaded: LoadedPolicy) -> None:
-    engine = TransformersSamplingEngine(loaded.model, loaded.processor, batch_size=6)
+    engine = TransformersSamplingEngine(loaded.model, loaded.processor)
     prompts = [tiny_models.prompt(image(40 + n, 30)) for n in range(6)]
 
     def work() -> None:
         nodes = engine.open(engine.prepare(prompts))
         draw_all(engine, [Draw(node, 64, greedy=True, whole=True) for node in nodes])
 
-    overrides = ["evaluation.batch_size=6", "evaluation.max_tokens=64"]
+    tokens = 6 * prompt_length(loaded)
+    overrides = [f"evaluation.batch_tokens={tokens}", "evaluation.max_tokens=64"]
     wanted = predicted(loaded, "evaluate", 64, overrides)
     assert measured(work) == pytest.approx(wanted, rel=TOLERANCE)
 
@@ -231,8 +236,9 @@ def test_a_search(loaded: LoadedPolicy, monkeypatch: pytest.MonkeyPatch) -> None
     # Every response is as long as it may be: no token ends a response, and no sentence ends.
     monkeypatch.setattr("srccore.models.writing.end_tokens", lambda *_: set())
     monkeypatch.setattr("srccore.models.writing.sentences.first_end", lambda *_: None)
-    engine = TransformersSamplingEngine(loaded.model, loaded.processor, batch_size=3)
-    settings = {"batch_size": 3, "branch": 3, "max_sentences": 2, "max_sentence_tokens": 32}
+    engine = TransformersSamplingEngine(loaded.model, loaded.processor)
+    settings = {"branch": 3, "max_sentences": 2, "max_sentence_tokens": 32}
+    settings["batch_tokens"] = 3 * prompt_length(loaded)
     overrides = [f"search.{name}={value}" for name, value in settings.items()]
     config = load_config("tiny", overrides).search
     wanted = predicted(loaded, "search-candidates", 2 * 32, overrides)
@@ -243,7 +249,7 @@ def test_a_search(loaded: LoadedPolicy, monkeypatch: pytest.MonkeyPatch) -> None
         )
         for n in range(3)
     ]
-    found = measured(lambda: list(drive(engine, searches)))
+    found = measured(lambda: list(drive(engine, [searches])))
     assert found == pytest.approx(wanted, rel=TOLERANCE)
 
 

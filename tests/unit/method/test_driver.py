@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import TypeVar
 
 import pytest
 from toy_engine import ToyEngine, prompt
 
 from srccore.method.driver import Search, draw_all, drive
 from srccore.method.engine import Draw, Prompt, Steps
+
+T = TypeVar("T")
 
 
 def asking(times: int, name: str) -> Search[str]:
@@ -28,31 +31,33 @@ def names(count: int) -> list[str]:
     return [f"{number:02d}" for number in range(count)]
 
 
+def in_batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
 def test_results_come_back_batch_by_batch_in_the_order_of_their_prompts() -> None:
     # Within a batch the later ones are done first.
     searches = [asking(3 - place % 3, name) for place, name in enumerate(names(7))]
-    found = list(drive(ToyEngine(batch=3), searches))
+    found = list(drive(ToyEngine(), in_batches(searches, 3)))
     assert found == [["00", "01", "02"], ["03", "04", "05"], ["06"]]
 
 
 def test_a_batch_is_opened_only_while_the_engine_has_room() -> None:
-    engine = ToyEngine(batch=2, in_flight=4, shuffle=0)
-    done = 0
-    for found in drive(engine, [asking(2, name) for name in names(20)]):
-        done += len(found)
-        opened = sum(len(batch) for batch in engine.opened)
-        assert opened - done <= 4 + 2  # A batch counts until its last search is done.
-    assert engine.opened == [names(20)[start : start + 2] for start in range(0, 20, 2)]
+    engine = ToyEngine(in_flight=2, shuffle=0)
+    searches = [asking(2, name) for name in names(20)]
+    for done, _ in enumerate(drive(engine, in_batches(searches, 2)), start=1):
+        assert len(engine.opened) - done < 2
+    assert engine.opened == in_batches(names(20), 2)
 
 
 def test_a_search_that_draws_nothing_is_done_at_once() -> None:
     searches = [asking(0, "a"), asking(1, "b"), asking(0, "c")]
-    assert list(drive(ToyEngine(batch=1), searches)) == [["a"], ["b"], ["c"]]
+    assert list(drive(ToyEngine(), in_batches(searches, 1))) == [["a"], ["b"], ["c"]]
     assert list(drive(ToyEngine(), [])) == []
 
 
 def test_prompts_are_prepared_ahead_in_another_thread_but_not_all_of_them() -> None:
-    engine, threads = ToyEngine(batch=8), set()
+    engine, threads = ToyEngine(), set()
     prepare = engine.prepare
 
     def noted(prompts: Sequence[Prompt]) -> list[str]:
@@ -60,7 +65,7 @@ def test_prompts_are_prepared_ahead_in_another_thread_but_not_all_of_them() -> N
         return prepare(prompts)
 
     engine.prepare = noted  # type: ignore[method-assign]
-    running = drive(engine, (asking(1, name) for name in names(99)))
+    running = drive(engine, in_batches([asking(1, name) for name in names(99)], 8))
     next(running)
     running.close()
     assert len(engine.prepared) <= 6
@@ -69,14 +74,14 @@ def test_prompts_are_prepared_ahead_in_another_thread_but_not_all_of_them() -> N
 
 
 def test_an_error_in_the_preparation_reaches_the_caller() -> None:
-    engine = ToyEngine(batch=1)
+    engine = ToyEngine()
 
     def fail(prompts: Sequence[Prompt]) -> list[str]:
         raise ValueError(prompts[0].key)
 
     engine.prepare = fail  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="only"):
-        list(drive(engine, [asking(1, "only")]))
+        list(drive(engine, [[asking(1, "only")]]))
 
 
 def test_draws_come_back_in_their_order() -> None:

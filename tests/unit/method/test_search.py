@@ -40,6 +40,7 @@ def _search(
     ids: Sequence[str] = ("s",),
     round_number: int = 1,
     tree: dict[str, dict[str, float]] = TREE,
+    batch: int = 100,
     **engine_settings: Any,
 ):
     engine = ToyEngine(tree, **engine_settings)
@@ -50,7 +51,8 @@ def _search(
         )
         for name in ids
     ]
-    return engine, [result for found in drive(engine, searches) for result in found]
+    batches = [searches[start : start + batch] for start in range(0, len(searches), batch)]
+    return engine, [result for found in drive(engine, batches) for result in found]
 
 
 def test_all_responses_of_the_toy_are_found_and_ranked_by_mean_log_probability() -> None:
@@ -113,14 +115,14 @@ def test_the_draws_of_a_sample_depend_on_no_other_sample() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 5), st.integers(0, 4), st.integers(0, 99))
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
 def test_the_order_in_which_draws_finish_changes_nothing(
-    batch: int, more: int, shuffle: int
+    batch: int, in_flight: int, shuffle: int
 ) -> None:
     config = _config(width=2, branch=2, candidates=3)
     ids = [f"sample {number}" for number in range(12)]
     in_order = _search(config, ids)[1]
-    shuffled = _search(config, ids, batch=batch, in_flight=batch + more, shuffle=shuffle)[1]
+    shuffled = _search(config, ids, batch=batch, in_flight=in_flight, shuffle=shuffle)[1]
     assert {each.sample_id: each for each in shuffled} == {e.sample_id: e for e in in_order}
 
 

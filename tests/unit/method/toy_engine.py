@@ -30,7 +30,6 @@ class ToyEngine:
 
     Args:
         tree: The policy.
-        batch: As in `SamplingEngine`.
         in_flight: As in `SamplingEngine`.
         shuffle: Finish a few draws at a time, in an order drawn with this seed; None finishes
             everything at once.
@@ -40,12 +39,10 @@ class ToyEngine:
         self,
         tree: dict[str, dict[str, float]] = TREE,
         *,
-        batch: int = 100,
-        in_flight: int | None = None,
+        in_flight: int = 1,
         shuffle: int | None = None,
     ) -> None:
-        self.batch = batch
-        self.in_flight = in_flight or batch
+        self.in_flight = in_flight
         self.calls: list[int] = []
         self.seeds: list[int] = []
         self.prepared: list[list[str]] = []

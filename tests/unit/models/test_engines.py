@@ -20,7 +20,7 @@ def test_an_engine_that_is_not_installed_is_refused_with_how_to_get_it(tmp_path:
 
     vllm = EngineConfig(name="vllm")
     for load in (
-        lambda: sampling_engine(tmp_path, "cpu", 1, vllm),
+        lambda: sampling_engine(tmp_path, "cpu", vllm),
         lambda: rating_engine(tmp_path, "cpu", 1, vllm),
         # Before any work is done.
         lambda: run(load_config("tiny", ["engine.name=vllm"]), tmp_path / "run", Recorder()),

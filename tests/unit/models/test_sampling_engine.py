@@ -35,7 +35,7 @@ def load(awkward: Awkward, name: str, dtype: str = "float32") -> LoadedPolicy:
 
 
 def engine(policy: LoadedPolicy) -> TransformersSamplingEngine:
-    return TransformersSamplingEngine(policy.model, policy.processor, batch_size=len(PROMPTS))
+    return TransformersSamplingEngine(policy.model, policy.processor)
 
 
 def opened(sampler: TransformersSamplingEngine, prompts: Sequence[Prompt]) -> list[Any]:

@@ -25,34 +25,36 @@ from srccore.stages.workers import (
     visible_gpus,
 )
 
+Batches = Sequence[Sequence[int]]
 
-def squares(batch: int, items: Sequence[int], work: Work) -> Iterator[list[tuple[int, int]]]:
+
+def squares(batches: Batches, work: Work) -> Iterator[list[tuple[int, int]]]:
     """Squares numbers, batch by batch, with the process that did it."""
-    for start in range(0, len(items), batch):
-        yield [(item * item, os.getpid()) for item in items[start : start + batch]]
-    work.add(Work(prompts=len(items), forward_passes=-(-len(items) // batch)))
+    for batch in batches:
+        yield [(item * item, os.getpid()) for item in batch]
+        work.add(Work(prompts=len(batch), forward_passes=1))
 
 
-def refuse(_items: Sequence[int], _work: Work) -> Iterator[list[int]]:
+def refuse(_batches: Batches, _work: Work) -> Iterator[list[int]]:
     raise UserError("No such model.", "Check the path.")
     yield []
 
 
-def fail(items: Sequence[int], _work: Work) -> Iterator[list[int]]:
-    yield list(items)
+def fail(batches: Batches, _work: Work) -> Iterator[list[int]]:
+    yield list(batches[0])
     raise ZeroDivisionError("by nothing")
 
 
-def die(items: Sequence[int], _work: Work) -> Iterator[list[int]]:
-    yield list(items)
+def die(batches: Batches, _work: Work) -> Iterator[list[int]]:
+    yield list(batches[0])
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def see(name: str, _items: Sequence[int], _work: Work) -> Iterator[list[str]]:
+def see(name: str, _batches: Batches, _work: Work) -> Iterator[list[str]]:
     yield [os.environ.get(name, "")]
 
 
-def linger(folder: Path, _items: Sequence[int], _work: Work) -> Iterator[list[int]]:
+def linger(folder: Path, _batches: Batches, _work: Work) -> Iterator[list[int]]:
     # What an engine starts: a process that outlives the one that started it, if that is killed.
     started = subprocess.Popen(["sleep", "600"])
     for process in (os.getpid(), started.pid):
@@ -61,7 +63,7 @@ def linger(folder: Path, _items: Sequence[int], _work: Work) -> Iterator[list[in
     time.sleep(600)
 
 
-def leave(folder: Path, _items: Sequence[int], _work: Work) -> Iterator[list[int]]:
+def leave(folder: Path, _batches: Batches, _work: Work) -> Iterator[list[int]]:
     def end() -> None:
         # As an engine takes some time to end its processes.
         time.sleep(0.5)
@@ -74,9 +76,9 @@ def leave(folder: Path, _items: Sequence[int], _work: Work) -> Iterator[list[int
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_the_batches_are_the_same_for_any_number_of_workers(count: int) -> None:
     alone, work = Work(), Work()
-    items = list(range(11))
-    expected = list(divide(partial(squares, 3), items, 3, (), alone))
-    found = list(divide(partial(squares, 3), items, 3, range(count), work))
+    batches = [range(3), range(3, 6), range(6, 9), range(9, 11)]
+    expected = list(divide(squares, batches, (), alone))
+    found = list(divide(squares, batches, range(count), work))
     in_order = sorted([square for square, _ in batch] for batch in found)
     assert in_order == [[square for square, _ in batch] for batch in expected]
     assert work == alone == Work(prompts=11, forward_passes=4)
@@ -88,18 +90,18 @@ def test_the_batches_are_the_same_for_any_number_of_workers(count: int) -> None:
 
 def test_what_a_worker_refuses_is_an_error_of_the_user() -> None:
     with pytest.raises(UserError, match=r"No such model\. Check the path\."):
-        list(divide(refuse, [1, 2], 1, range(2), Work()))
+        list(divide(refuse, [[1], [2]], range(2), Work()))
 
 
 def test_a_failure_of_a_worker_comes_with_its_traceback() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)Worker \d failed.*ZeroDivisionError: by nothing"):
-        list(divide(fail, [1, 2], 1, range(2), Work()))
+        list(divide(fail, [[1], [2]], range(2), Work()))
 
 
 def test_a_killed_worker_is_reported_and_what_it_sent_is_kept() -> None:
     found = []
     with pytest.raises(UserError, match=r"Worker 0 was killed by SIGKILL.*fewer --workers"):
-        for each in divide(die, [1], 1, range(1), Work()):
+        for each in divide(die, [[1]], range(1), Work()):
             found.append(each)
     assert found == [[1]]
 
@@ -109,7 +111,7 @@ def test_each_worker_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert visible_gpus() == ["4", "GPU-b", "6"]
     assert default_workers("auto") == 3
     # As beside a training, which has worker 0's.
-    found = divide(partial(see, "CUDA_VISIBLE_DEVICES"), [0, 1], 1, (1, 2), Work())
+    found = divide(partial(see, "CUDA_VISIBLE_DEVICES"), [[0], [1]], (1, 2), Work())
     assert sorted(each for batch in found for each in batch) == ["6", "GPU-b"]
 
 
@@ -178,12 +180,12 @@ def test_workers_share_the_cores_with_all_workers_of_the_run(
     monkeypatch.setenv("OMP_NUM_THREADS", named)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     # Worker 1 of 2, while the process that started it trains.
-    found = divide(partial(see, "OMP_NUM_THREADS"), [0], 1, (1,), Work())
+    found = divide(partial(see, "OMP_NUM_THREADS"), [[0]], (1,), Work())
     assert list(found) == [[str(threads)]]
 
 
 def test_a_worker_that_has_sent_everything_ends_by_itself(tmp_path: Path) -> None:
-    list(divide(partial(leave, tmp_path), [0, 1], 1, range(1), Work()))
+    list(divide(partial(leave, tmp_path), [[0], [1]], range(1), Work()))
     assert (tmp_path / "left").exists()
 
 
@@ -200,7 +202,7 @@ from srccore.stages import workers
 from srccore.stages.workers import divide
 workers._PRELOADED.clear()
 try:
-    list(divide(partial(linger, Path({folder!r})), [1, 2], 1, range(2), Work()))
+    list(divide(partial(linger, Path({folder!r})), [[1], [2]], range(2), Work()))
 except KeyboardInterrupt:
     print("interrupted")
 """

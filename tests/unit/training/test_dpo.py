@@ -31,7 +31,7 @@ SIZES = [(30, 20), (20, 60), (24, 24), (50, 50)]
 def drawn() -> list[PreferenceExample]:
     """Preferences between responses that the policy drew."""
     loaded = load_policy(POLICY)
-    engine = TransformersSamplingEngine(loaded.model, loaded.processor, len(SIZES))
+    engine = TransformersSamplingEngine(loaded.model, loaded.processor)
     prompts = [
         Prompt(functools.partial(tiny_models.image, *size), tiny_models.QUESTION, str(size))
         for size in SIZES
