@@ -19,7 +19,7 @@ from srccore.stages.batches import prompt_batches, unfinished
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
 from srccore.stages.rationales import judged_samples, trained_on
-from srccore.stages.workers import divide
+from srccore.stages.workers import divide, gpus_of
 from srccore.training.machine import Figures, Machine
 
 __all__ = ["sample_responses", "score_candidates", "search_candidates"]
@@ -111,6 +111,7 @@ def _search(
             "unparsed": sum(record.unparsed for record in ordered),
         },
         work,
+        gpus=gpus_of(machine, config.engine),
         elsewhere=machine.leaves_gpu_to_others(config.engine),
     )
 
@@ -292,6 +293,7 @@ def score_candidates(
             "swap_consistency": scoring.swap_consistency(ordered),
         },
         work,
+        gpus=gpus_of(machine, config.engine),
         elsewhere=machine.leaves_gpu_to_others(config.engine),
     )
 

@@ -18,7 +18,7 @@ from srccore.models.engines import sampling_engine
 from srccore.stages.batches import prompt_batches, unfinished
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
-from srccore.stages.workers import divide
+from srccore.stages.workers import divide, gpus_of
 from srccore.training.machine import Figures, Machine, Progress
 
 __all__ = ["answer_all", "evaluate", "read_outcomes"]
@@ -90,7 +90,12 @@ def evaluate(
         outcomes, round=round_number, previous=before, resamples=config.resamples, seed=seed
     ).model_dump(mode="json")
     write_json(out / "figures.json", figures)
-    return folder.finish(figures, work, elsewhere=machine.leaves_gpu_to_others(config.engine))
+    return folder.finish(
+        figures,
+        work,
+        gpus=gpus_of(machine, config.engine),
+        elsewhere=machine.leaves_gpu_to_others(config.engine),
+    )
 
 
 def _answered(

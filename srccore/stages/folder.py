@@ -113,13 +113,19 @@ class StageFolder:
         return None
 
     def finish(
-        self, figures: Mapping[str, Any], work: Work | None = None, *, elsewhere: bool = False
+        self,
+        figures: Mapping[str, Any],
+        work: Work | None = None,
+        *,
+        gpus: int = 0,
+        elsewhere: bool = False,
     ) -> dict[str, Any]:
         """Writes the manifest, last of all, and deletes the journal and the checkpoints.
 
         Args:
             figures: What the stage measured of its work.
-            work: What its engine computed.
+            work: What was computed on its model.
+            gpus: How many GPUs the stage had to itself, those of its workers included.
             elsewhere: Whether workers, or processes of vLLM, used the GPU instead of this one.
 
         Returns:
@@ -141,7 +147,8 @@ class StageFolder:
             outputs=outputs,
             figures=json.loads(json.dumps(figures)),
             versions=_versions(),
-            seconds=round(time.monotonic() - self._began, 3),
+            seconds=(seconds := round(time.monotonic() - self._began, 3)),
+            gpu_seconds=round(gpus * seconds, 3),
             peak_memory_mb=_peak_memory_mb(),
             peak_gpu_memory_mb=None if elsewhere else _peak_gpu_memory_mb(),
             work=dataclasses.asdict(work) if work else None,

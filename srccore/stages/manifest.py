@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from srccore.errors import UserError
 from srccore.files import MANIFEST
 
-__all__ = ["Manifest", "read_manifest"]
+__all__ = ["Manifest", "parse_manifest", "read_manifest"]
 
 
 class Manifest(BaseModel):
@@ -29,6 +29,8 @@ class Manifest(BaseModel):
     figures: dict[str, Any]
     versions: dict[str, str]
     seconds: float
+    gpu_seconds: float = 0.0
+    """`seconds` times the GPUs that the stage had to itself, with loading and waiting."""
     peak_memory_mb: float
     """Peak resident memory of the process while the stage ran, in MiB, without its workers; on
     kernels other than Linux, since the process began."""
@@ -36,8 +38,15 @@ class Manifest(BaseModel):
     """Most memory that torch had reserved on the process's GPU while the stage ran, in MiB; None
     without a GPU, or if workers or vLLM used it."""
     work: dict[str, int] | None = None
-    """What a stage's engine computed (`srccore.method.engine.Work`), if it has one. Like the time
-    and the memory, of the last attempt: what an interrupted one had made durable is not in it."""
+    """What was computed on a stage's model (`srccore.method.engine.Work`); in a training, forward.
+    Like the time and the memory, of the last attempt: what an interrupted one had made durable is
+    not in it."""
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What the stage took: seconds, and what was computed."""
+        found: dict[str, Any] = {"seconds": self.seconds, "gpu_seconds": self.gpu_seconds}
+        return found | ({"work": self.work} if self.work else {})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -46,10 +55,26 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         UserError: The manifest is missing or unreadable.
     """
-    path = folder / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError):
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    return parse_manifest(text, str(folder))
+
+
+def parse_manifest(text: str, folder: str) -> Manifest:
+    """Parses the manifest of a finished stage.
+
+    Args:
+        text: The file's text; empty if there is none.
+        folder: Its folder, for the error.
+
+    Raises:
+        UserError: It is not a whole manifest.
+    """
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError:
         raise UserError(
             f"{folder} is not the folder of a finished stage: {MANIFEST} is missing or unreadable.",
             "Finish the stage that writes it first.",

@@ -105,7 +105,7 @@ def train_dpo(
         UserError: There are no preferences, or most of the adapter is lost in folding.
     """
     from srccore.models.policy import read_policy, write_policy
-    from srccore.stages.trained import check_kept, load_trained
+    from srccore.stages.trained import check_kept, figures_and_work, load_trained
     from srccore.training.dpo import PreferenceExample
     from srccore.training.dpo import train_dpo as train
 
@@ -137,11 +137,13 @@ def train_dpo(
         )
     start = read_policy(policy)
     outcome = train(start, examples, config, out, seed=seed, machine=machine)
+    figures, work = figures_and_work(outcome)
     if not is_first():
-        return dataclasses.asdict(outcome)
+        return figures
     adapter = out / "adapter"
     trained = start.with_adapter(adapter)
     kept = load_trained(trained, machine).folding.newest
     check_kept(kept, adapter=adapter, dtype=start.base.dtype, section="dpo")
     write_policy(out, trained)
-    return folder.finish({**dataclasses.asdict(outcome), "folding": dataclasses.asdict(kept)})
+    figures["folding"] = dataclasses.asdict(kept)
+    return folder.finish(figures, work, gpus=outcome.training.gpus)

@@ -118,7 +118,7 @@ def tune_rationale(
     from srccore.models.transformers import TransformersSamplingEngine
     from srccore.stages import format_check
     from srccore.stages.evaluation import answer_all
-    from srccore.stages.trained import check_kept, load_trained
+    from srccore.stages.trained import check_kept, figures_and_work, load_trained
     from srccore.training.rationale import RationaleExample
     from srccore.training.rationale import tune_rationale as train
 
@@ -152,8 +152,9 @@ def tune_rationale(
     ]
     start = Policy(base=pinned(model))
     outcome = train(start, examples, config, out, seed=seed, machine=machine)
+    figures, work = figures_and_work(outcome)
     if not is_first():
-        return dataclasses.asdict(outcome)
+        return figures
     adapter = out / "adapter"
     write_json(adapter / TRAINED_ON, sorted(sample.id for sample in drawn))
     policy = start.with_adapter(adapter)
@@ -171,11 +172,13 @@ def tune_rationale(
     write_policy(out, policy)
     return folder.finish(
         {
-            **dataclasses.asdict(outcome),
+            **figures,
             "revision": start.base.revision,
             "folding": dataclasses.asdict(kept),
             "format_rate": format_check.format_rate(responses),
-        }
+        },
+        work,
+        gpus=outcome.gpus,
     )
 
 

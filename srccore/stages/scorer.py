@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from srccore.config import AnnotationConfig, ScorerConfig, ScoringConfig, TextModelConfig
@@ -167,7 +166,7 @@ def train_scorer(
         Steps and losses, and the scorer's health on the validation pairs.
     """
     from srccore.models.policy import pinned
-    from srccore.stages.trained import free_training_memory
+    from srccore.stages.trained import figures_and_work, free_training_memory
     from srccore.training.scorer import RatingExample
     from srccore.training.scorer import train_scorer as train
 
@@ -212,15 +211,18 @@ def train_scorer(
     ]
     pinned_model = pinned(model)
     outcome = train(pinned_model, examples, config, out, seed=seed, machine=machine)
+    figures, work = figures_and_work(outcome)
     if not is_first():
-        return dataclasses.asdict(outcome)
+        return figures
     free_training_memory()
     engine = rating_engine(out / "model", machine.device, ScoringConfig().batch_tokens)
     health = scoring.validate(engine, samples, validation)
     return folder.finish(
         {
-            **dataclasses.asdict(outcome),
+            **figures,
             "revision": pinned_model.revision,
             "validation": health,
-        }
+        },
+        work,
+        gpus=outcome.training.gpus,
     )

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from srccore.errors import UserError
+from srccore.method.engine import Work
 from srccore.models.device import open_device
 from srccore.models.folding import Share
 from srccore.models.policy import LoadedPolicy, Policy, load_policy
-from srccore.training.machine import Machine
+from srccore.training.machine import Figures, Machine
 
-__all__ = ["check_kept", "free_training_memory", "load_trained"]
+if TYPE_CHECKING:
+    from srccore.training.dpo import DpoOutcome
+    from srccore.training.scorer import ScorerOutcome
+    from srccore.training.trainer import TrainingOutcome
+
+__all__ = ["check_kept", "figures_and_work", "free_training_memory", "load_trained"]
 
 WARN_BELOW, FAIL_BELOW = 0.9, 0.5
 """Limits of the share of an adapter that is left after rounding (reconstruction)."""
@@ -42,6 +50,12 @@ def free_training_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def figures_and_work(outcome: TrainingOutcome | ScorerOutcome | DpoOutcome) -> tuple[Figures, Work]:
+    """Divides the result of a training for `srccore.stages.folder.StageFolder.finish`."""
+    figures = dataclasses.asdict(outcome)
+    return figures, Work(**figures.get("training", figures).pop("work"))
 
 
 def check_kept(kept: Share, *, adapter: Path, dtype: str, section: str) -> None:

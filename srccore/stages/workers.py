@@ -27,10 +27,20 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
+from srccore.config import EngineConfig
 from srccore.errors import UserError
 from srccore.method.engine import Work
+from srccore.training.machine import Machine
 
-__all__ = ["Job", "default_workers", "divide", "keep_first_gpu", "stop_workers", "visible_gpus"]
+__all__ = [
+    "Job",
+    "default_workers",
+    "divide",
+    "gpus_of",
+    "keep_first_gpu",
+    "stop_workers",
+    "visible_gpus",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -102,6 +112,19 @@ def _cores() -> int:
         quota, period = _QUOTA.read_text(encoding="ascii").split()
         cores = min(cores, max(1, int(quota) // int(period)))
     return cores
+
+
+def gpus_of(machine: Machine, engine: EngineConfig) -> int:
+    """Counts the GPUs of a stage that runs an engine.
+
+    Args:
+        machine: How the stage is done.
+        engine: Its engine.
+    """
+    gpus = len(visible_gpus(machine.device))
+    if not machine.workers:
+        return min(gpus, engine.tensor_parallel_size if engine.name == "vllm" else 1)
+    return min(gpus, len(machine.workers) * max(1, gpus // (max(machine.workers) + 1)))
 
 
 def divide(

@@ -37,8 +37,9 @@ from srccore.hashing import hash_text
 from srccore.models.policy import POLICY_FILE, Policy, parse_policy, policy_document, write_policy
 from srccore.stages import inputs as identify
 from srccore.stages.checks import check_device, check_settings
+from srccore.stages.manifest import parse_manifest, read_manifest
 from srccore.stages.table import STAGES, Stage
-from srccore.training.machine import Figures, Machine, Progress
+from srccore.training.machine import Machine, Progress
 from srccore.training.ranks import Processes, is_launched, joined
 from srccore.training.resume import CHECKPOINTS, Checkpoints, PublishedCheckpoints, discard
 
@@ -107,10 +108,12 @@ class Finished:
     Attributes:
         uri: Its folder.
         figures: What it measured of its work.
+        measured: What it took, as `srccore.stages.manifest.Manifest.measured`.
     """
 
     uri: str
     figures: dict[str, Any]
+    measured: Mapping[str, Any]
 
     def refer(self, artifact: str, name: str = "") -> None:
         """Writes a reference.
@@ -132,13 +135,13 @@ class Finished:
         _write(Path(artifact), policy_document(policy))
 
     def log(self, metrics: Metrics) -> None:
-        """Logs all figures that are numbers.
+        """Logs all figures that are numbers, and what the stage took.
 
         Args:
             metrics: Kubeflow's artifact; the numbers also go into its file, because Kubeflow's
                 cache looks for that file.
         """
-        numbers = dict(_numbers(self.figures))
+        numbers = dict(_numbers({**self.figures, **self.measured}))
         for name, value in numbers.items():
             metrics.log_metric(name, value)
         _write(Path(metrics.path), numbers)
@@ -225,16 +228,17 @@ def finished_stage(stage: str, uri: str) -> Finished | None:
         Its folder and figures; None if there is work to do.
 
     Raises:
-        UserError: Another stage wrote the folder.
+        UserError: Another stage wrote the folder, or its manifest is not whole.
     """
     path = storage.join(uri, MANIFEST)
     if not storage.exists(path):
         return None
-    manifest = json.loads(storage.read_text(path))
-    if manifest["stage"] != stage:
-        wrote = manifest["stage"]
-        raise UserError(f"{uri} is the output of {wrote}, not {stage}.", "Check the address.")
-    return Finished(uri, manifest["figures"])
+    manifest = parse_manifest(storage.read_text(path), uri)
+    if manifest.stage != stage:
+        raise UserError(
+            f"{uri} is the output of {manifest.stage}, not {stage}.", "Check the address."
+        )
+    return Finished(uri, manifest.figures, manifest.measured)
 
 
 def import_output(uri: str, artifact: str) -> None:
@@ -295,15 +299,12 @@ class _Work:
     root: str
     uri: str
 
-    def run(self, out: Path, progress: Progress | None = None) -> Figures:
+    def run(self, out: Path, progress: Progress | None = None) -> None:
         """Fetches what goes in and runs the stage function.
 
         Args:
             out: The output folder.
             progress: Receives its progress.
-
-        Returns:
-            Its figures.
 
         Raises:
             UserError: A GPU is missing, or something else that the stage function needs.
@@ -319,7 +320,7 @@ class _Work:
                 for name, found in self.given.items()
             }
             inputs = {name: found if name in many else found[0] for name, found in paths.items()}
-            return self.stage.function()(**self.arguments, **inputs, out=out, machine=machine)
+            self.stage.function()(**self.arguments, **inputs, out=out, machine=machine)
 
     def _checkpoints(self) -> Checkpoints | None:
         """The same ones for all processes, whatever their output folder."""
@@ -389,7 +390,7 @@ def _lead(work: _Work, processes: Processes) -> Finished:
         # An attempt that was interrupted after training only has to be published.
         processes.from_first((folder / MANIFEST).exists())
         with ConsoleObserver().stage(work.stage.name, round_number) as progress:
-            figures = work.run(folder, progress=progress)
+            work.run(folder, progress=progress)
         write_lineage(folder, work.stage.name, round_number, work.given, work.root)
         # A pod of another run may have finished the same work meanwhile: its files are in use.
         if done := _finished_before(work):
@@ -397,7 +398,8 @@ def _lead(work: _Work, processes: Processes) -> Finished:
         storage.publish(folder, work.uri)
         work.discard_checkpoints()
     print(f"Finished {work.stage.name}: {work.uri}", file=sys.stderr)
-    return Finished(work.uri, figures)
+    manifest = read_manifest(folder)
+    return Finished(work.uri, manifest.figures, manifest.measured)
 
 
 def _follow(work: _Work, processes: Processes) -> None:

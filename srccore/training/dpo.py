@@ -128,8 +128,8 @@ def dpo_trainer(config: DpoConfig, arguments: dict[str, Any], **parts: Any) -> A
     """
     from trl import DPOConfig, DPOTrainer
 
-    share_prompts(parts["model"])
-    return _sft_normalised(_with_memory(resumable(DPOTrainer), config), config)(
+    counted = share_prompts(parts["model"])
+    trainer = _sft_normalised(_with_memory(resumable(DPOTrainer), config), config)(
         args=DPOConfig(
             **arguments,
             beta=config.beta,
@@ -142,6 +142,8 @@ def dpo_trainer(config: DpoConfig, arguments: dict[str, Any], **parts: Any) -> A
         data_collator=Collator(parts["processing_class"], ("chosen", "rejected")),
         **parts,
     )
+    trainer.counted = counted
+    return trainer
 
 
 def _with_memory(trainer: type[Any], config: DpoConfig) -> type[Any]:

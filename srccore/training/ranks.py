@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -61,6 +61,17 @@ class Processes:
         shared = torch.tensor([int(number)])
         dist.broadcast(shared, src=0, group=self._group)
         return int(shared)
+
+    def total(self, numbers: Sequence[int]) -> list[int]:
+        """Adds up the numbers of all processes, one by one; all get the result."""
+        if self._group is None:
+            return list(numbers)
+        import torch
+        import torch.distributed as dist
+
+        shared = torch.tensor(numbers)
+        dist.all_reduce(shared, group=self._group)
+        return shared.tolist()
 
     def agree(self, parts: Iterable[str], what: str) -> None:
         """Checks that all processes have the same texts.

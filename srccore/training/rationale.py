@@ -75,9 +75,11 @@ def _sft_trainer(arguments: dict[str, Any], **parts: Any) -> Any:
     """Makes TRL's trainer, for the batches of `Collator`."""
     from trl import SFTConfig, SFTTrainer
 
-    share_prompts(parts["model"])
-    return resumable(SFTTrainer)(
+    counted = share_prompts(parts["model"])
+    trainer = resumable(SFTTrainer)(
         args=SFTConfig(**arguments, completion_only_loss=True),
         data_collator=Collator(parts["processing_class"], ("completion",)),
         **parts,
     )
+    trainer.counted = counted
+    return trainer

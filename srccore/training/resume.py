@@ -19,6 +19,7 @@ from srccore import storage
 from srccore.errors import UserError
 from srccore.files import MANIFEST, write_json
 from srccore.hashing import stable_hash
+from srccore.method.engine import Work
 from srccore.training.ranks import Processes
 
 __all__ = [
@@ -154,13 +155,15 @@ def resumable(trainer: type[Any]) -> type[Any]:
 
     Returns:
         A subclass; set `checkpoints` and `processes` before training. Tensors on the CPU in
-        `memory`, by name, are part of a checkpoint, too.
+        `memory`, by name, are part of a checkpoint, too. `counted` says what this process has
+        computed so far, where that is counted.
     """
     from safetensors.torch import load_file, save_file
 
     class Resumable(trainer):  # type: ignore[misc]  # transformers is read without types
         checkpoints: Checkpoints
         processes: Processes
+        counted: Callable[[], Work] = Work
         memory: Mapping[str, Any] = {}
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from srccore.config import ScorerConfig, TextModelConfig
 from srccore.data.records import RATING_LEVELS
 from srccore.errors import UserError
+from srccore.method.engine import Work
 from srccore.models.policy import resolve_model_path
 from srccore.training.machine import Machine
 from srccore.training.resume import resumable
@@ -146,11 +147,20 @@ def _trainer_class() -> Any:
         # A mean per forward pass: all have the same number of prompts (`sample_order`).
         loss_is_scaled_for_ga = False
 
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            self.work = Work()
+
+        def counted(self) -> Work:
+            return self.work
+
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
         ) -> Any:
             ratings = inputs.pop("ratings")
             logits = model(**inputs).logits[0].float()
+            tokens = inputs["input_ids"].numel()
+            self.work.add(Work(len(ratings), prefilled_tokens=tokens, forward_passes=1))
             is_right = self.accelerator.gather((logits.argmax(-1) == ratings).float())
             self._metrics["train"]["mean_token_accuracy"].append(is_right.mean().item())
             return cross_entropy(logits, ratings)

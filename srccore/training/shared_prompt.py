@@ -18,9 +18,10 @@ takes a mask (SDPA, the default). A mask excludes FlashAttention's own kernels, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from srccore.method.engine import Work
 from srccore.models.families import FAMILIES, prompt_positions
 
 __all__ = ["Collator", "Layout", "share_prompts"]
@@ -203,13 +205,16 @@ class Layout:
         return torch.ones(length, length, dtype=torch.bool, device=self.segments.device).tril()
 
 
-def share_prompts(model: Any) -> None:
+def share_prompts(model: Any) -> Callable[[], Work]:
     """Makes a model read the batches of `Collator`, and others as before.
 
     Its backbone returns the hidden states that predict ``input_ids``, shaped like them.
 
     Args:
         model: A model for conditional generation, not yet wrapped by PEFT.
+
+    Returns:
+        Says what this process has computed so far; a prompt is counted in each pass over it.
     """
     backbone = model.base_model
     plain, reader = backbone.forward, _Reader(model)
@@ -219,6 +224,9 @@ def share_prompts(model: Any) -> None:
         if segments is None:
             return plain(*given, **named)
         read = reader.read(segments, named)
+        reader.work.add(Work(prompts=len(segments), forward_passes=1))
+        # Not on the host yet, which would wait for the GPU.
+        reader.tokens = reader.tokens + (segments != PADDING).sum()
         output = plain(
             input_ids=named["row_ids"],
             attention_mask=read.mask,
@@ -232,6 +240,7 @@ def share_prompts(model: Any) -> None:
         return output
 
     backbone.forward = forward
+    return lambda: dataclasses.replace(reader.work, prefilled_tokens=int(reader.tokens))
 
 
 @dataclass(frozen=True)
@@ -254,6 +263,8 @@ class _Reader:
         self.inputs |= self._of_images
         family = FAMILIES[model.config.model_type]
         self._inside = f"{family.language_model.removeprefix('model.')}."
+        self.work = Work()
+        self.tokens: Tensor | int = 0
         self._last: tuple[Tensor, _Read] | None = None
 
     def read(self, segments: Tensor, inputs: Mapping[str, Any]) -> _Read:
@@ -269,6 +280,7 @@ class _Reader:
         is_frozen = self._is_frozen()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
             images = self._encode(inputs)
+        self.work.image_encodings += len(segments)
         read = _Read(
             images=images,
             positions=layout.after_prompt(of_prompts, following),

@@ -9,6 +9,7 @@ by batch, so memory does not grow with the data set.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import os
@@ -30,6 +31,7 @@ from srccore.config import (
 from srccore.data.records import Candidate
 from srccore.errors import UserError
 from srccore.hashing import stable_hash
+from srccore.method.engine import Work
 from srccore.models.device import open_device
 from srccore.models.families import language_model_targets
 from srccore.models.policy import (
@@ -95,6 +97,10 @@ class TrainingOutcome:
     last_loss: float
     seconds: float
     """Of training only, without loading; of the last attempt if it was interrupted."""
+    work: Work
+    """What all processes computed in the last attempt; forward passes, not those backward."""
+    gpus: int
+    """GPUs that trained together; 0 on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,8 @@ class Session:
             first_loss=final_mean(loss[::-1]),
             last_loss=final_mean(loss),
             seconds=seconds,
+            work=Work(*self.processes.total(dataclasses.astuple(trainer.counted()))),
+            gpus=self.processes.count if self.device.startswith("cuda") else 0,
         )
 
 

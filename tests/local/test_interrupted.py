@@ -44,9 +44,10 @@ class Cut:
 
 
 def made(outcome: Any, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The figures without the time, and the weights."""
+    """The figures without those of the last attempt, and the weights."""
     figures = dataclasses.asdict(outcome)
-    figures.get("training", figures).pop("seconds")
+    for name in ("seconds", "work"):
+        figures.get("training", figures).pop(name)
     (file,) = folder.glob("*/*.safetensors")
     return figures, load_file(file)
 

@@ -54,7 +54,13 @@ def outcome(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "outcome.json").read_text())
     training = found.pop("training", found)
     training.pop("seconds")
+    training.pop("work")
     return found | training
+
+
+def work(folder: Path) -> dict[str, int]:
+    found = json.loads((folder / "outcome.json").read_text())
+    return found.get("training", found)["work"]
 
 
 @pytest.mark.parametrize("name", small_trainings.TRAININGS)
@@ -66,6 +72,14 @@ def test_two_processes_get_the_losses_and_figures_of_one(
     assert outcome(together / f"{name}-by-1") == outcome(together / name)
     # It learned. A loss that adds up tokens also depends on how long a batch's responses are.
     assert one.get("reward_margin", one["first_loss"] - one["last_loss"]) > 0
+
+
+@pytest.mark.parametrize("name", ["dpo", "rationale"])
+def test_two_processes_together_compute_what_one_does(
+    alone: Path, together: Path, name: str
+) -> None:
+    assert work(together / name) == work(alone / name)
+    assert work(together / f"{name}-by-1") == work(alone / name)
 
 
 @pytest.mark.parametrize("name", small_trainings.TRAININGS)

@@ -91,6 +91,7 @@ def collect(run: Path) -> page.ReportData:
                 seconds=manifest.seconds,
                 peak_memory_mb=manifest.peak_memory_mb,
                 peak_gpu_memory_mb=manifest.peak_gpu_memory_mb,
+                gpu_seconds=manifest.gpu_seconds,
                 work=manifest.work,
             )
             for output, manifest in manifests.items()

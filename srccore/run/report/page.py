@@ -114,8 +114,9 @@ class StageTime(Part):
     seconds: float = Field(ge=0)
     peak_memory_mb: float | None = None
     peak_gpu_memory_mb: float | None = None
+    gpu_seconds: float = 0.0
     work: dict[str, int] | None = None
-    """What its engine computed; its tokens per second are those over the stage's whole time."""
+    """What was computed on its model. Tokens per second are over the time of the whole stage."""
 
     @property
     def tokens_per_second(self) -> float | None:

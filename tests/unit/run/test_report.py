@@ -182,6 +182,7 @@ def full(**changes: object) -> ReportData:
                 "seconds": 20,
                 "peak_memory_mb": 1024,
                 "peak_gpu_memory_mb": 3072,
+                "gpu_seconds": 40,
                 "work": {"prompts": 8, "prefilled_tokens": 4600, "decoded_tokens": 1400},
             },
             {"name": "train-dpo", "round": 1, "seconds": 61, "peak_memory_mb": 2048},
@@ -202,6 +203,8 @@ def test_the_work_of_a_stage_is_shown_with_its_tokens_per_second() -> None:
     text = render(full())
     assert "<td>8</td><td>4,600</td><td>1,400</td><td>300</td>" in text  # 6,000 tokens in 20 s.
     assert "Peak GPU memory" in text
+    # In the stage's row, and in the total.
+    assert text.count("<td>40.0 s</td>") == 2
     assert "Peak GPU memory" not in render(minimal())
 
 

@@ -107,7 +107,8 @@ def test_the_peak_of_a_gpu_is_not_recorded_where_workers_used_it(
     monkeypatch.setattr("srccore.stages.folder._peak_gpu_memory_mb", lambda: 5.0)
     for elsewhere, peak in ((False, 5.0), (True, None)):
         out = tmp_path / str(elsewhere)
-        _folder(out).finish({}, elsewhere=elsewhere)
+        _folder(out).finish({}, gpus=2, elsewhere=elsewhere)
+        assert read_manifest(out).gpu_seconds == pytest.approx(2 * read_manifest(out).seconds)
         assert read_manifest(out).peak_gpu_memory_mb == peak
 
 

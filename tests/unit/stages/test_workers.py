@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from srccore.config import EngineConfig
 from srccore.errors import UserError
 from srccore.method.engine import Work
 from srccore.stages import workers
@@ -21,9 +22,11 @@ from srccore.stages.workers import (
     _environment,
     default_workers,
     divide,
+    gpus_of,
     keep_first_gpu,
     visible_gpus,
 )
+from srccore.training.machine import Machine
 
 Batches = Sequence[Sequence[int]]
 
@@ -133,6 +136,30 @@ def test_workers_share_the_gpus(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     found = [_environment(number, count).get("CUDA_VISIBLE_DEVICES") for number in range(count)]
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "workers", "tensor_parallel_size", "expected"),
+    [
+        ("-1", (), 1, 0),
+        ("0,1", (), 1, 1),
+        ("0,1,2,3", (), 2, 2),
+        ("0,1,2,3", (0, 1), 2, 4),
+        # Beside a training, which has worker 0's.
+        ("0,1,2,3", (1, 2, 3), 1, 3),
+        ("0,1", (0, 1, 2), 1, 2),
+    ],
+)
+def test_the_gpus_of_a_stage_are_those_of_its_engine_or_its_workers(
+    visible: str,
+    workers: tuple[int, ...],
+    tensor_parallel_size: int,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    engine = EngineConfig(name="vllm", tensor_parallel_size=tensor_parallel_size)
+    assert gpus_of(Machine(workers=workers), engine) == expected
 
 
 def test_a_process_that_trains_keeps_one_gpu_and_its_workers_share_all(

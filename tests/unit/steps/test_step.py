@@ -325,8 +325,9 @@ def test_numbers_are_shown_as_metrics_and_written_to_their_file(tmp_path: Path) 
             self.logged[metric] = value
 
     metrics = Metrics()
-    Finished("uri", {"n": 3, "ok": True, "mean": None, "by": {"a": 0.5}}).log(metrics)
-    assert metrics.logged == {"n": 3.0, "by.a": 0.5}
+    figures = {"n": 3, "ok": True, "mean": None, "by": {"a": 0.5}}
+    Finished("uri", figures, {"seconds": 2.0, "work": {"prompts": 7}}).log(metrics)
+    assert metrics.logged == {"n": 3.0, "by.a": 0.5, "seconds": 2.0, "work.prompts": 7.0}
     assert json.loads(Path(metrics.path).read_text()) == metrics.logged
 
 

@@ -15,7 +15,14 @@ from srccore.data.records import Candidate
 from srccore.errors import UserError
 from srccore.method.driver import draw_all
 from srccore.method.engine import Draw, Prompt
-from srccore.models.policy import Policy, drawn_text, load_policy
+from srccore.models.policy import (
+    Policy,
+    drawn_text,
+    load_policy,
+    load_processor,
+    prompt_text,
+    prompt_tokens,
+)
 from srccore.models.transformers import TransformersSamplingEngine
 from srccore.training import shared_prompt
 from srccore.training.dpo import DpoOutcome, PreferenceExample, train_dpo
@@ -88,6 +95,18 @@ def test_the_reference_is_computed_once_however_many_epochs_there_are(
     outcome = train(drawn, tmp_path / "out", epochs=3)
     assert (passes.policy, passes.reference) == ([2] * 6, [2, 2])
     assert outcome.reward_margin == pytest.approx(0, abs=1e-5)
+    # 4 pairs in 3 epochs and once for the reference, which shares the policy's images.
+    work = outcome.training.work
+    assert (work.prompts, work.image_encodings, work.forward_passes) == (16, 12, 8)
+    # Each prompt once, and both responses, in each of the four passes over a pair.
+    processor = load_processor(POLICY.base)
+    prompt = prompt_text(processor, tiny_models.QUESTION)
+    assert work.prefilled_tokens == 4 * sum(
+        prompt_tokens(processor, prompt, pair.image().size)
+        + pair.chosen.token_count
+        + pair.rejected.token_count
+        for pair in drawn
+    )
 
 
 def test_the_search_has_computed_it_already(
