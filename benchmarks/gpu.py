@@ -10,8 +10,9 @@ Weights are random, so what a model says is noise; memory, speed and the equalit
 compute one thing are not.
 
 Needs torch, transformers, peft, accelerate, datasets, trl, safetensors and this project; not what
-only buckets and clusters need. Each part is caught: if one fails, the others still run. A table is
-printed at the end and written to ``OUT/gpu.md``; the exit code is 1 if a part failed.
+only buckets and clusters need. Where vLLM is installed, it also searches with it. Each part is
+caught: if one fails, the others still run. A table is printed at the end and written to
+``OUT/gpu.md``; the exit code is 1 if a part failed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import importlib.util
 import itertools
 import json
 import math
@@ -198,7 +200,8 @@ def smaller(shape: Shape) -> Shape:
 def _smaller_text(text: dict[str, int]) -> dict[str, int]:
     return text | {
         "vocab_size": 512,
-        "hidden_size": 32,
+        # Heads of 32, the smallest that vLLM has a kernel for on a CPU.
+        "hidden_size": 64,
         "intermediate_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
@@ -557,6 +560,8 @@ def run_model(bench: Bench, shape: Shape) -> RunConfig:
     bench.run(name, "evaluation", answer, engine, config)
     bench.run(name, "search", search_batch, engine, config)
     del engine
+    if importlib.util.find_spec("vllm"):
+        bench.run(name, "search on vLLM", search_on_vllm, config, made)
     bench.run(name, "stage 1", tune, config, made)
     policy = bench.run(name, "DPO, interrupted and resumed", align, config, made)
     bench.run(name, "load with two adapters", load_folded, config, policy)
@@ -663,7 +668,38 @@ def answer(bench: Bench, results: list[str], engine: Any, config: RunConfig) -> 
 
 
 def search_batch(bench: Bench, results: list[str], engine: Any, config: RunConfig) -> None:
-    """Searches candidates for one batch, and counts what it draws."""
+    """Searches candidates for one batch."""
+    batch = fitting(engine, config.search.batch_tokens)
+    results.append(f"batch {len(batch)}")
+    search_batches(bench, results, engine, config, [batch])
+
+
+def search_on_vllm(bench: Bench, results: list[str], config: RunConfig, folder: Path) -> None:
+    """Searches candidates with as many samples in flight as the preset allows."""
+    settings = config.search
+    engine_config = settings.engine.model_copy(update={"name": "vllm", "max_length": 4096})
+    if bench.smoke:
+        engine_config = engine_config.model_copy(update={"max_length": 1024, "sequences": 16})
+    engine = sampling_engine(
+        folder / "policy.json",
+        bench.device,
+        engine_config,
+        draws=settings.width * settings.branch,
+    )
+    with contextlib.closing(engine):
+        asked = prompts(2 * engine.in_flight)
+        results.append(f"{len(asked)} samples, {engine.in_flight} in flight")
+        search_batches(bench, results, engine, config, [[each] for each in asked])
+
+
+def search_batches(
+    bench: Bench,
+    results: list[str],
+    engine: Any,
+    config: RunConfig,
+    batches: Sequence[Sequence[Prompt]],
+) -> None:
+    """Searches candidates, and counts what is drawn."""
     drawn = []
 
     def counted(root: Node, prompt: Prompt) -> Steps[CandidateSet]:
@@ -678,11 +714,14 @@ def search_batch(bench: Bench, results: list[str], engine: Any, config: RunConfi
                 return end.value
             drawn.extend(each.token_count for each in continuations)
 
-    batch = fitting(engine, config.search.batch_tokens)
     began = bench.wait()
-    list(drive(engine, [[Search(prompt, partial(counted, prompt=prompt)) for prompt in batch]]))
+    for _ in drive(
+        engine,
+        [[Search(each, partial(counted, prompt=each)) for each in batch] for batch in batches],
+    ):
+        pass
     seconds = bench.wait() - began
-    results.append(f"batch {len(batch)}, {len(drawn)} draws")
+    results.append(f"{len(drawn)} draws")
     results.append(f"{sum(drawn) / seconds:.0f} tokens/s")
 
 
