@@ -19,10 +19,9 @@ __all__ = [
 ]
 
 ANSWER_PREFIX = "Answer: "
-_ANSWER_LINE = re.compile(r"\s*answer\s*:\s*(\S.*?)\s*", re.IGNORECASE)
-# A full stop before a digit is a decimal point.
-_OUTER = re.compile(r"^(?:[\s,;:!?\"'`()\[\]]|\.(?!\d))+|[\s.,;:!?\"'`()\[\]]+$")
-_ARTICLE = re.compile(r"^(?:a|an|the)\s+")
+_ANSWER = re.compile(r"\s*answer\s*:", re.IGNORECASE)
+_OUTER = " .,;:!?\"'`()[]"
+_ARTICLES = ("a ", "an ", "the ")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 _NUMBER_WORDS = {
     word: str(number)
@@ -78,10 +77,16 @@ def parse(text: str) -> ParsedResponse | None:
         Rationale and answer, or None unless the last line, and no other, is an answer line.
     """
     *head, last = text.strip().split("\n")
-    match = _ANSWER_LINE.fullmatch(last)
-    if match is None or any(_ANSWER_LINE.fullmatch(line) for line in head):
+    answer = _answer(last)
+    if not answer or any(_answer(line) for line in head):
         return None
-    return ParsedResponse(rationale="\n".join(head).strip(), answer=match.group(1))
+    return ParsedResponse(rationale="\n".join(head).strip(), answer=answer)
+
+
+def _answer(line: str) -> str:
+    """The answer in a line; empty if it is no answer line."""
+    match = _ANSWER.match(line)
+    return line[match.end() :].strip() if match else ""
 
 
 def normalise_answer(answer: str) -> str:
@@ -96,9 +101,7 @@ def normalise_answer(answer: str) -> str:
     Returns:
         The normal form; empty if nothing is left.
     """
-    text, before = " ".join(answer.casefold().split()), None
-    while text != before:
-        text, before = _ARTICLE.sub("", _OUTER.sub("", text)), text
+    text = _inner(" ".join(answer.casefold().split()))
     text = _NUMBER_WORDS.get(text, text)
     if _NUMBER.fullmatch(text):
         plain = text.replace(",", "").lstrip("+")
@@ -108,6 +111,22 @@ def normalise_answer(answer: str) -> str:
         digits = digits.lstrip("0") or "0"
         return ("" if digits == "0" else sign) + ("0" + digits if digits[0] == "." else digits)
     return text
+
+
+def _inner(text: str) -> str:
+    """Removes outer punctuation and leading articles, in one pass: an answer may be very long."""
+    text = text.rstrip(_OUTER)
+    start, end = 0, len(text)
+    while start < end:
+        # A full stop before a digit is a decimal point.
+        is_point = text[start] == "." and text[start + 1 : start + 2].isdigit()
+        if text[start] in _OUTER and not is_point:
+            start += 1
+        elif article := next((a for a in _ARTICLES if text.startswith(a, start)), ""):
+            start += len(article)
+        else:
+            break
+    return text[start:]
 
 
 def same_answer(first: str, second: str) -> bool:

@@ -46,24 +46,29 @@ _ABBREVIATIONS = frozenset(
     ]
 )
 _NUMBERED = frozenset(["fig", "figs", "eq", "eqs", "no", "nos", "vol"])
-# Closing characters are straight and curly quotes, and brackets.
-_END = re.compile(r"""[.?!]+["'\u201d\u2019)\]]*(?=\s)|(?<=\S)(?=\n)""")
+# Closing characters are straight and curly quotes, and brackets. Starting where a run starts, and
+# giving nothing back, keeps this linear: a text may be a megabyte of full stops.
+_END = re.compile(r"""(?<![.?!])[.?!]++["'\u201d\u2019)\]]*+(?=\s)|(?<=\S)(?=\n)""")
 _WORD_BEFORE = re.compile(r"([A-Za-z](?:[A-Za-z.]*[A-Za-z])?|\d+)\.$")
+_LONGEST_WORD = 16
+"""Characters before a full stop that are looked at: no abbreviation or list number is longer."""
+_SPACE = re.compile(r"\s*")
 
 
-def first_end(text: str) -> int | None:
+def first_end(text: str, start: int = 0) -> int | None:
     """Finds the end of the first sentence, if the text continues after it.
 
     Args:
         text: Any text; a sentence that nothing follows has not ended yet.
+        start: Where the sentence begins.
 
     Returns:
         The index right after the sentence, or None.
     """
-    start = len(text) - len(text.lstrip())
+    start = _after_space(text, start)
     for match in _END.finditer(text, start):
         end = match.end()
-        if text[end] == "\n" or not _is_abbreviation(text[start:end], text[end:].lstrip()):
+        if text[end] == "\n" or not _is_abbreviation(text, start, end):
             return end
     return None
 
@@ -77,20 +82,31 @@ def split(text: str) -> list[str]:
     Returns:
         The sentences in order; none is empty.
     """
-    sentences = []
-    while (end := first_end(text)) is not None:
-        sentences.append(text[:end].strip())
-        text = text[end:]
-    return [*sentences, text.strip()] if text.strip() else sentences
+    sentences, start = [], 0
+    while (end := first_end(text, start)) is not None:
+        sentences.append(text[start:end].strip())
+        start = end
+    rest = text[start:].strip()
+    return [*sentences, rest] if rest else sentences
 
 
-def _is_abbreviation(sentence: str, rest: str) -> bool:
+def _after_space(text: str, start: int) -> int:
+    match = _SPACE.match(text, start)
+    assert match is not None  # It matches nothing, too.
+    return match.end()
+
+
+def _is_abbreviation(text: str, start: int, end: int) -> bool:
+    """Whether the full stop before ``end`` belongs to a word instead of ending a sentence."""
+    sentence = text[max(start, end - _LONGEST_WORD) : end]
     match = _WORD_BEFORE.search(sentence)
     if match is None:
         return False
     word = match.group(1)
-    is_list_number = word.isdigit() and len(sentence) == len(word) + 1
-    is_initial = len(word) == 1 and word.isupper() and len(sentence) > 2
+    is_list_number = word.isdigit() and end - start == len(word) + 1
+    is_initial = len(word) == 1 and word.isupper() and end - start > 2
     # If nothing follows it yet, it may still turn out to be one.
-    is_numbered = word.lower() in _NUMBERED and (not rest or rest[0].isdigit())
+    next_word = _after_space(text, end)
+    following = text[next_word : next_word + 1]
+    is_numbered = word.lower() in _NUMBERED and (not following or following.isdigit())
     return is_list_number or is_initial or is_numbered or word.lower() in _ABBREVIATIONS

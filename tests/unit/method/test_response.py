@@ -62,3 +62,21 @@ def test_half_is_not_five_and_nothing_equals_nothing() -> None:
     assert not same_answer(".5", "5")
     assert same_answer(".5", "0.50")
     assert not same_answer("", ".")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("a " * 10**6 + "x", "x"),
+        ("." * 10**6 + "5", ".5"),
+        ("a" + "," * 10**6 + "x", "a" + "," * 10**6 + "x"),
+        ("x" + " " * 10**6 + "y", "x y"),
+    ],
+    ids=["articles", "stops", "commas", "space"],
+)
+def test_a_megabyte_is_normalised_and_parsed_in_one_pass(answer: str, expected: str) -> None:
+    # In quadratic time, each of these would take hours.
+    parsed = parse(f"Because.\nAnswer: {answer}")
+    assert parsed is not None
+    assert parsed.answer == answer
+    assert normalise_answer(answer) == (f"0{expected}" if expected == ".5" else expected)

@@ -79,3 +79,20 @@ def test_a_sentence_that_nothing_follows_has_not_ended() -> None:
     # "No. " may yet become "No. 5".
     assert sentences.first_end("No. ") is None
     assert sentences.first_end("No. I") == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("." * 10**6 + "x", 1),
+        ("a" * 10**6 + ". b", 2),
+        ("Mr. " * 10**5, 1),
+        ("Yes. " * 10**5, 10**5),
+        ('."' * 10**6, 1),
+        ("x" + " " * 10**6 + "y", 1),
+    ],
+    ids=["stops", "a word", "abbreviations", "sentences", "quotes", "space"],
+)
+def test_a_megabyte_is_split_in_one_pass(text: str, count: int) -> None:
+    # In quadratic time, each of these would take hours.
+    assert len(sentences.split(text)) == count
