@@ -328,7 +328,7 @@ class Observer:
         if since and (now - since).total_seconds() > self.limits.running:
             return Outcome(
                 what=f"The job ran for more than {_hours(self.limits.running)}.",
-                fix="Raise timeout_hours of train-dpo in the profile; the next attempt resumes "
+                fix="Raise timeout_hours of this stage in the profile; the next attempt resumes "
                 "from the last checkpoint.",
             )
         return None

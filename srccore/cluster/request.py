@@ -13,6 +13,7 @@ an operator, write a function for the spec of its jobs and add a `Launcher` to `
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,6 +42,7 @@ __all__ = [
     "Toleration",
     "TrainingJob",
     "TrainingJobRequest",
+    "pods_reach",
 ]
 
 ARGO = "argoproj.io/v1alpha1"
@@ -51,6 +53,7 @@ SPEC_HASH = "srccore.dev/spec-hash"
 """The annotation that identifies a job."""
 TRAINING_RUNTIME = "srccore-training"
 """The TrainingRuntime that a TrainJob refers to."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 CA_FOLDER = "/etc/srccore/ca"
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE")
 NO_SIDECAR = {"sidecar.istio.io/inject": "false"}
@@ -58,6 +61,17 @@ NO_SIDECAR = {"sidecar.istio.io/inject": "false"}
 training and block connections between the pods of a job."""
 GRACE_SECONDS = 60
 """Time between SIGTERM and SIGKILL; torchrun needs less than half of it to stop its processes."""
+
+
+def pods_reach(checkpoint: str) -> bool:
+    """Whether pods find a checkpoint: in their image, a bucket, their cache or the model hub.
+
+    Args:
+        checkpoint: As `srccore.config.TextModelConfig` names it.
+    """
+    if checkpoint.startswith(("embedded:", "s3://", f"{CACHE}/")):
+        return True
+    return bool(_HUB_ID.fullmatch(checkpoint))
 
 
 class Toleration(Section):
@@ -108,7 +122,7 @@ class PodSettings(Section):
 
 
 class TrainingJob(Section):
-    """DPO as a job; in a profile, its pods request the resources of ``train-dpo``."""
+    """A training stage as a job; in a profile, its pods request the resources of the stage."""
 
     pods: int = Field(default=1, ge=1)
     queue: str | None = None
@@ -117,8 +131,8 @@ class TrainingJob(Section):
     service_account: str | None = None
     """Of the pods, which do not use the API server; None means the namespace's default."""
     waiting_hours: float = Field(default=24, gt=0)
-    """How long the job may wait in total, in the queue and for nodes. The timeout of train-dpo
-    limits how long it may run."""
+    """How long the job may wait in total, in the queue and for nodes. The stage's timeout limits
+    how long it may run."""
     max_restarts: int = Field(default=10, ge=0)
     """How many lost pods are replaced in total; preemption is the usual cause."""
     ttl_hours: float = Field(default=24, gt=0)

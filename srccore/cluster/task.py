@@ -18,12 +18,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from srccore import storage
+from srccore.cluster.request import pods_reach
 from srccore.config import Section, explain
 from srccore.errors import UserError
 from srccore.models.policy import parse_policy
+from srccore.stages.table import STAGES
 from srccore.steps.step import Finished, Reference, locate_stage, run_stage
 
-__all__ = ["StageTask", "read_artifacts"]
+__all__ = ["StageTask", "check_checkpoints", "read_artifacts"]
 
 LARGEST = 2**16
 """How many bytes of an artifact are read; references and policies are far smaller."""
@@ -117,6 +119,26 @@ def read_artifacts(stage: str, paths: Mapping[str, Given]) -> dict[str, str | li
     }
 
 
+def check_checkpoints(stage: str, settings: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint that the pods of a job cannot access.
+
+    Args:
+        stage: The stage.
+        settings: As `StageTask.settings`.
+
+    Raises:
+        UserError: A section of the settings names one.
+    """
+    for name in STAGES[stage].sources:
+        path = (settings.get(name) or {}).get("path")
+        if isinstance(path, str) and not pods_reach(path):
+            section = STAGES[stage].sections[name]
+            raise UserError(
+                f"{section}.path of {stage} is {path}, which a job's pods cannot access.",
+                f"Copy it to a bucket, and set {section}.path to s3://BUCKET/PATH.",
+            )
+
+
 def _each(given: Given, do: Callable[[str], str]) -> str | list[str] | None:
     """Applies a function to one text, to each of several, or to none."""
     if given is None or isinstance(given, str):
@@ -130,14 +152,13 @@ def _read(stage: str, name: str, path: str) -> str:
     try:
         with Path(path).open("rb") as file:
             text = file.read(LARGEST).decode()
-        addresses = _addresses(text)
+        unseen = _unseen(text)
     except (OSError, ValueError, UserError):
         raise UserError(
             f"The input {name} of {stage} is neither a reference nor a policy, and the pods of a "
             f"job cannot access {path}.",
             fix,
         ) from None
-    unseen = [each for each in addresses if not storage.is_remote(each)]
     if unseen:
         raise UserError(
             f"The input {name} of {stage} names {unseen[0]}, which a job's pods cannot access.",
@@ -146,11 +167,12 @@ def _read(stage: str, name: str, path: str) -> str:
     return text
 
 
-def _addresses(text: str) -> list[str]:
-    """The paths and URIs that an artifact names, without hub ids and this package's models."""
+def _unseen(text: str) -> list[str]:
+    """What an artifact names and the pods of a job cannot access."""
     try:
-        return [Reference.model_validate_json(text).uri]
+        addresses, base = [Reference.model_validate_json(text).uri], ""
     except ValidationError:
         policy = parse_policy(text, "The artifact")
-    base = policy.base.path
-    return [*policy.adapters, *([base] if base.startswith(("/", ".", "~", "s3://")) else [])]
+        addresses, base = [*policy.adapters], policy.base.path
+    unseen = [each for each in addresses if not storage.is_remote(each)]
+    return [*unseen, *([base] if base and not pods_reach(base) else [])]

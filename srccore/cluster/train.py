@@ -22,8 +22,9 @@ from srccore.cluster.request import (
     Owner,
     TrainingJobRequest,
 )
-from srccore.config import OptimizerSettings, explain
+from srccore.config import RunConfig, explain
 from srccore.errors import UserError
+from srccore.stages.table import STAGES
 from srccore.steps.step import Finished, explained, finished_stage, run_stage
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def train(
     """Runs a training stage with a launcher; see also `srccore.steps.step.run_stage`.
 
     Args:
-        stage: The name of the stage.
+        stage: The name of a stage that trains.
         artifact_root: The folder or ``s3://...`` to write below. A job requires the latter.
         launcher: ``inprocess`` trains here; one of `srccore.cluster.request.LAUNCHERS` creates a
             job, watches it and shows its log. A second attempt resumes watching the first one's
@@ -88,7 +89,7 @@ def train(
             stage, artifact_root, inputs=inputs, settings=settings, device=device, threads=threads
         )
     from srccore.cluster.launch import JobFailed, Stopped
-    from srccore.cluster.task import StageTask, read_artifacts
+    from srccore.cluster.task import StageTask, check_checkpoints, read_artifacts
 
     given = {
         "node_selector": node_selector,
@@ -99,8 +100,9 @@ def train(
     overrides = {name: value for name, value in given.items() if value}
     with explained():
         chosen = _chosen(launcher, artifact_root)
-        wanted = _settings(chosen, {**(job or {}), **overrides})
-        _check_share(settings.get("config") or {}, wanted)
+        wanted = _settings(stage, chosen, {**(job or {}), **overrides})
+        _check_share(stage, settings, wanted)
+        check_checkpoints(stage, settings)
         task = StageTask(
             stage=stage,
             artifact_root=artifact_root,
@@ -130,25 +132,25 @@ def _chosen(launcher: str, artifact_root: str) -> Launcher:
     return LAUNCHERS[launcher]
 
 
-def _settings(launcher: Launcher, values: Mapping[str, Any]) -> JobSettings:
+def _settings(stage: str, launcher: Launcher, values: Mapping[str, Any]) -> JobSettings:
     try:
         settings = JobSettings.model_validate(values)
     except ValidationError as error:
-        raise explain("job of train-dpo", error, "Fix {name} in the parameter job.") from None
-    launcher.check("The parameter job of train-dpo", dict(settings))
+        raise explain(f"job of {stage}", error, "Fix {name} in the parameter job.") from None
+    launcher.check(f"The parameter job of {stage}", dict(settings))
     return settings
 
 
-def _check_share(config: Mapping[str, Any], settings: JobSettings) -> None:
+def _check_share(stage: str, settings: Mapping[str, Any], job: JobSettings) -> None:
     """Refuses a batch now that the processes would refuse once they are scheduled and started."""
     from srccore.training.ranks import local_share
 
-    known = {name: config[name] for name in OptimizerSettings.model_fields if name in config}
+    section: Any = RunConfig.model_fields[STAGES[stage].sections["config"]].annotation
     try:
-        optimizer = OptimizerSettings.model_validate(known)
+        optimizer = section.model_validate(settings.get("config"))
     except ValidationError:
         return  # The stage explains invalid settings better.
-    local_share(optimizer, settings.pods * settings.processes)
+    local_share(optimizer, job.pods * job.processes)
 
 
 def _train_as_job(

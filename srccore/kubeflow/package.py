@@ -20,6 +20,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 import srccore
+from srccore.cluster.request import pods_reach
 from srccore.config import RunConfig, apply_overrides, validate_config
 from srccore.containers.names import CACHE
 from srccore.errors import UserError
@@ -235,10 +236,9 @@ def shared_root(artifact_root: str) -> str:
 
 
 def _is_reachable(section: str, given: str) -> bool:
-    if given.startswith(("embedded", "s3://", f"{CACHE}/")):
-        return True
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", given)
-    return section != "data" and bool(is_hub_id)
+    if section != "data":
+        return pods_reach(given)
+    return given == "embedded" or given.startswith(("s3://", f"{CACHE}/"))
 
 
 def read_package(path: Path) -> Package:

@@ -476,7 +476,7 @@ def test_running_is_counted_from_when_all_run() -> None:
     assert looks(by, 149, [runs(0), runs(1)]).outcome is None
     text = given_up(looks(by, 151, [runs(0), runs(1)]))
     assert "ran for more than 100 s." in text
-    assert "timeout_hours" in text
+    assert "Raise timeout_hours of this stage" in text
 
 
 def test_running_counts_what_ran_before_we_came() -> None:

@@ -176,7 +176,7 @@ def test_the_two_kinds_have_different_hashes() -> None:
 # Names
 
 
-@pytest.mark.parametrize("stage", [name for name in STAGES if name.startswith("train-")])
+@pytest.mark.parametrize("stage", [name for name, stage in STAGES.items() if stage.trains])
 @BOTH
 def test_names_of_jobs_and_pods_are_labels(launcher: Launcher, stage: str) -> None:
     of = request(stage=stage, run="a" * 12, round_number=9999)

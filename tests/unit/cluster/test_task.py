@@ -13,8 +13,10 @@ import pytest
 import s3_server
 from s3_server import S3Server
 
-from srccore.cluster.task import StageTask, read_artifacts
+from srccore.cluster.task import StageTask, check_checkpoints, read_artifacts
+from srccore.containers.names import CACHE
 from srccore.errors import UserError
+from srccore.stages.table import STAGES
 from srccore.steps.step import Reference, finished_stage, locate_stage, run_stage
 
 moto, no_aws = s3_server.moto, s3_server.no_aws
@@ -22,6 +24,7 @@ moto, no_aws = s3_server.moto, s3_server.no_aws
 ROOT = "s3://bucket/artifacts"
 DATA = {"train": 8.0, "calibration": 8.0, "heldout": 8.0, "seed": 0.0}
 TEACHER = {"config": {"teacher": "facts"}}
+RATE, LORA = {"learning_rate": 1}, {"lora": {"rank": 2, "alpha": 4}}
 
 
 @pytest.fixture
@@ -111,7 +114,8 @@ def test_the_place_is_that_of_the_step(root: str, tmp_path: Path) -> None:
 
 
 def test_hub_ids_and_the_models_of_the_package_are_seen_everywhere(tmp_path: Path) -> None:
-    for base in ("embedded:lvlm", "llava-hf/llava-1.5-7b-hf", "s3://models/llava"):
+    found = ("embedded:lvlm", "llava-hf/llava-1.5-7b-hf", "s3://models/llava", f"{CACHE}/llava")
+    for base in found:
         made = task(policy=policy(tmp_path / "policy.json", f"{ROOT}/adapter", base=base))
         assert base in str(made.inputs["policy"])
 
@@ -140,25 +144,63 @@ def test_a_text_that_is_no_task_is_told() -> None:
         StageTask.from_json('{"stage": "train-dpo"}')
 
 
-def test_a_task_is_made_and_located_without_torch_and_pyarrow(root: str, tmp_path: Path) -> None:
-    split = prepared(root, tmp_path / "train")
-    start = policy(tmp_path / "policy.json")
+TRAINED: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "tune-rationale": (
+        {"data": "split", "rationales": "split"},
+        {"config": {"samples": 8, **RATE, **LORA}, "model": {"path": "org/lvlm"}},
+    ),
+    "train-scorer": (
+        {"data": "split", "labelled_pairs": "split"},
+        {"config": RATE, "annotation": {"samples": 4}, "model": {"path": "embedded:rating"}},
+    ),
+    "train-dpo": (
+        {"data": "split", "preferences": "split", "policy": "policy.json"},
+        {"config": {**RATE, **LORA}},
+    ),
+}
+"""Inputs, by their files, and settings of every stage that trains."""
+
+
+@pytest.mark.parametrize("stage", [name for name, stage in STAGES.items() if stage.trains])
+def test_a_task_is_made_and_located_without_torch_and_pyarrow(
+    stage: str, root: str, tmp_path: Path
+) -> None:
+    prepared(root, tmp_path / "split")
+    policy(tmp_path / "policy.json")
+    inputs, settings = TRAINED[stage]
     code = f"""
 import sys
-for name in ("torch", "pyarrow", "transformers", "datasets", "PIL"):
+for name in ("torch", "pyarrow", "transformers", "datasets", "PIL", "huggingface_hub"):
     sys.modules[name] = None
-from srccore.cluster.task import StageTask, read_artifacts
+from srccore.cluster.task import StageTask, check_checkpoints, read_artifacts
 from srccore.steps.step import finished_stage
-paths = {{"data": "{split}", "preferences": "{split}", "policy": "{start}"}}
+settings = {settings | {"seed": 0}}
+check_checkpoints("{stage}", settings)
 task = StageTask(
-    stage="train-dpo",
+    stage="{stage}",
     artifact_root="{root}",
-    inputs=read_artifacts("train-dpo", paths),
-    settings={{"config": {{"learning_rate": 1, "lora": {{"rank": 2, "alpha": 4}}}}, "seed": 0}},
+    inputs=read_artifacts("{stage}", {inputs}),
+    settings=settings,
 )
 assert finished_stage(task.stage, task.uri()) is None
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", ["org/name", "s3://models/llava", f"{CACHE}/llava"])
+def test_a_checkpoint_that_the_pods_reach_may_be_in_a_setting(path: str) -> None:
+    check_checkpoints("tune-rationale", {"model": {"path": path}})
+
+
+@pytest.mark.parametrize("path", ["/models/llava", "./llava", "~/llava", "a/b/c"])
+def test_a_checkpoint_on_the_disk_of_the_step_is_refused_with_its_setting(path: str) -> None:
+    with pytest.raises(UserError, match=f"rating_model.path of train-scorer is {path}, which"):
+        check_checkpoints("train-scorer", {"model": {"path": path}})

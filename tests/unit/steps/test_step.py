@@ -17,7 +17,6 @@ import s3_server
 from s3_server import S3Server
 
 from srccore import storage
-from srccore.cluster.train import train
 from srccore.config import ModelConfig
 from srccore.data.records import Rationale, read_records
 from srccore.errors import UserError
@@ -356,30 +355,6 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
         "an import of nothing",
         lambda folder: import_output(str(folder / "none"), str(folder / "out")),
         "There is nothing at",
-    ),
-    (
-        "a job without a bucket",
-        lambda folder: train(
-            "train-dpo", str(folder), launcher="pytorchjob", inputs={}, settings={}
-        ),
-        "Pass an artifact root in a bucket",
-    ),
-    (
-        "a batch that a job's pods cannot share",
-        lambda folder: train(
-            "train-dpo",
-            "s3://any/root",
-            launcher="pytorchjob",
-            inputs={},
-            settings={"config": {"learning_rate": 1e-5, "batch_size": 8}},
-            job={"image": "train-dpo", "pods": 3},
-        ),
-        "cannot be split evenly among 3 processes",
-    ),
-    (
-        "a launcher that there is not",
-        lambda folder: train("train-dpo", "s3://any/root", launcher="mpi", inputs={}, settings={}),
-        "Unknown launcher 'mpi'. Choose one of inprocess, pytorchjob, trainjob.",
     ),
     (
         "an artifact that is no reference",
