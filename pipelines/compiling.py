@@ -6,6 +6,7 @@ import ast
 import itertools
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from srccore.containers.names import Images
 from srccore.errors import UserError
 from srccore.pipelines.profile import Profile
 from srccore.stages.table import STAGES
+from srccore.training.ranks import local_share
 
 __all__ = [
     "COMPILED",
@@ -22,6 +24,7 @@ __all__ = [
     "compile_pipeline",
     "description_of",
     "device_warning",
+    "share_warnings",
     "size_warning",
     "stages_on_vllm",
 ]
@@ -147,6 +150,21 @@ def _without_docstring(source: str) -> str:
     docstring, first, *_ = function.body
     lines = source.splitlines(keepends=True)
     return "".join([*lines[: docstring.lineno - 1], *lines[first.lineno - 1 :]])
+
+
+def share_warnings(config: RunConfig, profile: Profile) -> Iterator[str]:
+    """The warnings about training jobs that would be refused, since they cannot share their batch.
+
+    Args:
+        config: The configuration of the run, whose batches are parameters of the pipeline.
+        profile: The profile that the pipeline was compiled with.
+    """
+    for stage in filter(profile.is_job, STAGES):
+        processes = profile.training_job.pods * max(1, profile.resources(stage).gpus)
+        try:
+            local_share(getattr(config, STAGES[stage].sections["config"]), processes)
+        except UserError as error:
+            yield f"Warning: {stage} would be refused: {error}"
 
 
 def compile_pipeline(config: RunConfig, profile: Profile, images: Images) -> str:

@@ -2,8 +2,9 @@
 
 Node selector and tolerations are run-time parameters, and so are the GPUs and the memory of
 train-dpo, which is outside the loops. Inside a loop kfp would leave a parameter for resources
-dangling, so there the profile decides. If DPO is a job, the task passes all this to the job's pods
-in its parameters, and its own pod, which only watches, requests few resources and no GPU.
+dangling, so there the profile decides. If a stage trains as a job, its task passes all this to the
+job's pods in its parameters, and its own pod, which only watches, requests few resources and no
+GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from kfp import kubernetes
 from srccore.cluster.request import (
     CA_FOLDER,
     CA_VARIABLES,
-    LAUNCHERS,
+    INPROCESS,
     JobSettings,
     PodSettings,
     SecretKeys,
@@ -28,13 +29,12 @@ from srccore.stages.table import STAGES
 __all__ = ["Placement", "Pods"]
 
 _TRAINING = "train-dpo"
+"""The stage whose memory and GPUs are parameters of the pipeline."""
 _IN_CLUSTER = "localhost,127.0.0.1,.svc,.cluster.local,.kubeflow"
 """Hosts to reach without a proxy, also for Kubeflow's own launcher in the same container."""
 RETRY_PAUSE = 60
 """Seconds before a failed task is retried."""
 _PROXIES = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
-_AT_RUN_TIME = {"node_selector", "tolerations", "memory", "gpus"}
-"""Settings of a job that come from parameters of the pipeline."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,15 @@ class Pods:
         """
         profile, resources = self.profile, self.profile.resources(stage)
         image = VLLM if stage in self.vllm else stage
-        if launches := stage == _TRAINING and profile.launcher in LAUNCHERS:
-            image, resources = LAUNCH_TRAINING, profile.launching()
-        trains = stage == _TRAINING and not launches
+        if launches := profile.is_job(stage):
+            image, resources = LAUNCH_TRAINING, profile.launching(stage)
+        at_run_time = stage == _TRAINING and not launches
         task.set_container_image(self.images.of(image))
         task.set_cpu_request(resources.cpu)
-        memory = placement.training_memory if trains else resources.memory
+        memory = placement.training_memory if at_run_time else resources.memory
         task.set_memory_request(memory).set_memory_limit(memory)
         if resources.gpus:
-            gpus = placement.training_gpus if trains else resources.gpus
+            gpus = placement.training_gpus if at_run_time else resources.gpus
             task.set_accelerator_type(profile.accelerator).set_accelerator_limit(gpus)
             kubernetes.add_node_selector_json(task, placement.node_selector)
             kubernetes.add_toleration_json(task, placement.tolerations)
@@ -116,39 +116,44 @@ class Pods:
         stages = self.profile.gpu_stages()
         return {"device": device if stage in stages or not stages else "cpu", "threads": threads}
 
-    def training(self, placement: Placement) -> dict[str, Any]:
-        """The arguments of train-dpo that describe its job.
+    def training(self, stage: str, placement: Placement) -> dict[str, Any]:
+        """The arguments of a stage's component that say where it trains.
 
         Args:
+            stage: A training stage.
             placement: The pipeline's parameters.
 
         Returns:
-            Arguments of the component; none if it trains in its own pod.
+            Arguments of the component: the launcher, and for a job what its pods need.
         """
-        profile, resources = self.profile, self.profile.resources(_TRAINING)
-        if profile.launcher not in LAUNCHERS:
-            return {}
+        profile, resources = self.profile, self.profile.resources(stage)
+        if not profile.is_job(stage):
+            return {"launcher": INPROCESS}
         same = profile.model_dump(include=set(PodSettings.model_fields))
         settings = JobSettings(
-            image=self.images.of(_TRAINING),
+            image=self.images.of(stage),
             cpu=resources.cpu,
+            memory=resources.memory,
+            gpus=resources.gpus,
             shared_memory=resources.shared_memory,
-            secrets=self._secrets(_TRAINING),
+            secrets=self._secrets(stage),
             # A job's pods do not depend on what the backend accepts.
             run_as_user=profile.run_as_user or USER_ID,
             running_hours=resources.timeout_hours,
-            **profile.training_job.model_dump(),
+            **profile.training_job.model_dump(exclude={"stages"}),
             **{**same, "environment": self._environment()},
         )
-        given = {
-            "job": settings.model_dump(mode="json", exclude_none=True, exclude=_AT_RUN_TIME),
-            "training_memory": placement.training_memory,
-            "training_gpus": placement.training_gpus,
-        }
+        # What a parameter sets is left out: an empty parameter would not override it.
+        left_out, given = {"node_selector", "tolerations"}, {}
         if resources.gpus:
             given["node_selector"] = placement.node_selector
             given["tolerations"] = placement.tolerations
-        return given
+        if stage == _TRAINING:
+            left_out |= {"memory", "gpus"}
+            given["training_memory"] = placement.training_memory
+            given["training_gpus"] = placement.training_gpus
+        job = settings.model_dump(mode="json", exclude_none=True, exclude=left_out)
+        return {"launcher": profile.launcher, "job": job, **given}
 
     def _secrets(self, stage: str) -> tuple[SecretKeys, ...]:
         return tuple(

@@ -24,7 +24,7 @@ from srccore.containers.names import USER_ID
 from srccore.errors import UserError
 from srccore.stages.table import STAGES
 
-__all__ = ["Profile", "Resources", "StageSecretKeys", "load_profile"]
+__all__ = ["Profile", "Resources", "StageSecretKeys", "TrainingJobs", "load_profile"]
 
 Stages = TypeVar("Stages", tuple[str, ...], dict[str, Any])
 
@@ -32,6 +32,13 @@ Stages = TypeVar("Stages", tuple[str, ...], dict[str, Any])
 def _known(stages: Stages) -> Stages:
     if unknown := sorted(set(stages) - set(STAGES)):
         raise ValueError(f"unknown stage {unknown[0]}; choose from {', '.join(STAGES)}")
+    return stages
+
+
+def _trains(stages: tuple[str, ...]) -> tuple[str, ...]:
+    training = [name for name, stage in STAGES.items() if stage.trains]
+    if others := [name for name in stages if name not in training]:
+        raise ValueError(f"{others[0]} is not one of {', '.join(training)}")
     return stages
 
 
@@ -57,6 +64,13 @@ class StageSecretKeys(SecretKeys):
     """The stages whose pods get them; empty means all."""
 
 
+class TrainingJobs(TrainingJob):
+    """The training stages that run as jobs, and what their jobs have in common."""
+
+    stages: Annotated[tuple[str, ...], AfterValidator(_trains)] = ("train-dpo",)
+    """The others train in the pods of their steps."""
+
+
 class Profile(PodSettings):
     """A cluster, and the shape of a pipeline on it.
 
@@ -75,9 +89,9 @@ class Profile(PodSettings):
     """Where R-Scorer comes from: trained on sampled responses that a teacher rates, trained on
     labelled pairs at ``labelled_pairs_uri``, or already trained at ``scorer_uri``."""
     launcher: str = PYTORCHJOB.name
-    """Where DPO trains: ``inprocess`` in the pod of its step, or as a job that the step watches:
-    one of `srccore.cluster.request.LAUNCHERS`."""
-    training_job: TrainingJob = TrainingJob()
+    """What runs the training jobs: one of `srccore.cluster.request.LAUNCHERS`, or ``inprocess``,
+    with which there are none, and every stage trains in the pod of its step."""
+    training_job: TrainingJobs = TrainingJobs()
     launcher_resources: Resources | None = None
     """Of the step that watches a job; None means few, for as long as the job may take."""
 
@@ -117,9 +131,13 @@ class Profile(PodSettings):
         models = (name for name, stage in STAGES.items() if stage.base == "models")
         return [name for name in models if self.resources(name).gpus]
 
-    def launching(self) -> Resources:
-        """The resources of the pod of a step that watches a training job."""
-        training = self.resources("train-dpo")
+    def is_job(self, stage: str) -> bool:
+        """Whether a stage trains as a job, which its step watches."""
+        return self.launcher in LAUNCHERS and stage in self.training_job.stages
+
+    def launching(self, stage: str) -> Resources:
+        """The resources of the pod of a step that watches the training job of a stage."""
+        training = self.resources(stage)
         both_clocks = self.training_job.waiting_hours + training.timeout_hours
         return self.launcher_resources or Resources(
             cpu="200m", memory="512Mi", timeout_hours=both_clocks + 1, retries=training.retries
@@ -132,7 +150,7 @@ def load_profile(path: Path | None, config: RunConfig, **changes: Any) -> Profil
     Args:
         path: A YAML file with fields of `Profile`; None means the defaults.
         config: The run: sets rounds and shards. If its device is the CPU, pods request no GPU,
-            and DPO needs no operator.
+            and training needs no operator.
         **changes: Fields that override the file; None does not.
 
     Returns:

@@ -13,7 +13,7 @@ from typing import Any
 
 from srccore import components
 from srccore.config import load_config, preset_names
-from srccore.containers.names import Images
+from srccore.containers.names import LAUNCH_TRAINING, Images
 from srccore.pipelines.compiling import compile_pipeline
 from srccore.pipelines.profile import Profile, Resources, load_profile
 from srccore.stages.table import STAGES, Input
@@ -42,15 +42,10 @@ account that may create such jobs. The job's pods read the inputs from the bucke
 included, is in `job`. Its fields are those of `srccore.cluster.request.JobSettings`.
 
 ```python
-task = train_dpo(
-    data=prepare_data_task.outputs["calibration"],
-    preferences=curate_preference_task.outputs["preferences"],
-    policy=tune_rationale_task.outputs["policy"],
-    artifact_root="s3://bucket/src",
-    config=preset["dpo"],
+CALL
     launcher="pytorchjob",
     job={
-        "image": "registry.example.com/team/srccore/train-dpo:VERSION",
+        "image": "IMAGE",
         "pods": 2,
         "cpu": "8",
         "memory": "64Gi",
@@ -60,10 +55,9 @@ task = train_dpo(
                                                         "secret-key": "AWS_SECRET_ACCESS_KEY"}}],
     },
 )
-task.set_container_image("registry.example.com/team/srccore/launch-training:VERSION")
+task.set_container_image("LAUNCHING")
 ```"""
-_MORE = {"train-dpo": ("## As a job", _JOB.replace("VERSION", Images().tag))}
-"""Further sections of a component's page."""
+"""How a training stage runs as a job, on its component's page."""
 
 
 def generated() -> Iterator[tuple[Path, str]]:
@@ -115,7 +109,7 @@ def _page(stage: str, component: Any) -> str:
         _resources(stage),
         "## In another pipeline",
         f"```python\n{_example(stage, inputs)}\n```",
-        *_MORE.get(stage, ()),
+        *(["## As a job", _as_job(stage, inputs)] if STAGES[stage].trains else ()),
         "How to load it by file, and how to bring what you have already: "
         "[reuse of components](../../docs/components.md).",
     ]
@@ -148,9 +142,22 @@ def _resources(stage: str) -> str:
 
 
 def _example(stage: str, inputs: Mapping[str, Any]) -> str:
+    name = STAGES[stage].python_name
+    return f"from srccore.components import {name}\n\n{_call(stage, inputs, _VALUES)}\n)"
+
+
+def _as_job(stage: str, inputs: Mapping[str, Any]) -> str:
+    images = Images("registry.example.com/team")
+    call = _call(stage, inputs, {**_VALUES, "artifact_root": '"s3://bucket/src"'})
+    text = _JOB.replace("CALL", call).replace("IMAGE", images.of(stage))
+    return text.replace("LAUNCHING", images.of(LAUNCH_TRAINING))
+
+
+def _call(stage: str, inputs: Mapping[str, Any], values: Mapping[str, str]) -> str:
+    """The call of a component with all that it requires, up to its closing bracket."""
     entry = STAGES[stage]
     read = {each.name: each for each in entry.inputs}
-    lines = []
+    lines = [f"task = {entry.python_name}("]
     for key, spec in inputs.items():
         if getattr(spec, "optional", False):
             continue
@@ -159,11 +166,9 @@ def _example(stage: str, inputs: Mapping[str, Any]) -> str:
         elif spec.type == "Dict":
             value = f'preset["{entry.sections.get(key, key)}"]'
         else:
-            value = _VALUES[key]
+            value = values[key]
         lines.append(f"    {key}={value},")
-    name = entry.python_name
-    call = "\n".join([f"task = {name}(", *lines, ")"])
-    return f"from srccore.components import {name}\n\n{call}"
+    return "\n".join(lines)
 
 
 def _output(read: Input) -> str:

@@ -119,6 +119,7 @@ def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callab
                 seed=seed,
                 rationales=train_rationales,
                 **root,
+                **pods.training("train-scorer", placement),
                 **pods.compute("train-scorer", device, threads),
             )
             return add(task, "train-scorer").outputs["scorer"]
@@ -147,6 +148,7 @@ def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callab
             model=model,
             seed=seed,
             **root,
+            **pods.training("tune-rationale", placement),
             **pods.compute("tune-rationale", device, threads),
         )
         policy = add(tuned, "tune-rationale").outputs["policy"]

@@ -88,8 +88,7 @@ def make_round(pods: Pods) -> Callable[..., Any]:
             config=dpo,
             seed=seed,
             round_number=round_number,
-            launcher=profile.launcher,
-            **pods.training(placement),
+            **pods.training("train-dpo", placement),
             **pods.compute("train-dpo", device, threads),
         )
         pods.configure(trained, "train-dpo", placement)

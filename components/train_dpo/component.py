@@ -38,7 +38,7 @@ def train_dpo(
         artifact_root: The folder or ``s3://...`` under which outputs are written.
         config: The ``dpo`` section of a preset.
         seed: The run's seed.
-        round_number: The round, from 1; part of the job's name.
+        round_number: The round, part of the job's name; 0 before the first one.
         launcher: ``inprocess`` trains in this pod, ``pytorchjob`` in a job of the Training
             Operator, ``trainjob`` in a job of Trainer v2.
         job: The pods of the job, and how long it may take.

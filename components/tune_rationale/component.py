@@ -17,10 +17,19 @@ def tune_rationale(
     metrics: Output[Metrics],
     seed: int = 0,
     rationales: Input[Dataset] = None,
+    round_number: int = 0,
+    launcher: str = "inprocess",
+    job: dict = {},
+    node_selector: dict = {},
+    tolerations: list = [],
+    training_memory: str = "",
+    training_gpus: str = "",
     device: str = "auto",
     threads: int = 0,
 ):
     """Stage 1: teaches the model to write a rationale before its answer.
+
+    It trains in this pod, or in a job that this pod creates and watches.
 
     Args:
         data: The train split.
@@ -30,20 +39,35 @@ def tune_rationale(
         seed: The run's seed.
         rationales: The output of augment-rationales on the same data. Without it, samples that
             have no rationale of their own are left out.
+        round_number: The round, part of the job's name; 0 before the first one.
+        launcher: ``inprocess`` trains in this pod, ``pytorchjob`` in a job of the Training
+            Operator, ``trainjob`` in a job of Trainer v2.
+        job: The pods of the job, and how long it may take.
+        node_selector: The node selector of the job's pods; if set, replaces the one in ``job``.
+        tolerations: The tolerations of the job's pods; if set, replace those in ``job``.
+        training_memory: The memory of each of the job's pods; if set, replaces that in ``job``.
+        training_gpus: The GPUs of each of the job's pods; if set, replace those in ``job``.
         device: ``cpu``, ``cuda`` or ``auto``.
         threads: CPU threads of torch; 0 for torch's default.
         policy: Output. The policy, a ``policy.json``: the base model and the trained adapter.
         metrics: Output. The steps and losses.
     """
-    from srccore.steps.step import run_stage
+    from srccore.cluster.train import train
 
-    done = run_stage(
+    done = train(
         "tune-rationale",
         artifact_root,
+        launcher=launcher,
         inputs={"data": data.path, "rationales": rationales.path if rationales else None},
         settings={"config": config, "model": model, "seed": seed},
         device=device,
         threads=threads,
+        round_number=round_number,
+        job=job,
+        node_selector=node_selector,
+        tolerations=tolerations,
+        memory=training_memory,
+        gpus=training_gpus,
     )
     done.write_policy(policy.path)
     done.log(metrics)

@@ -49,7 +49,12 @@ def compile_command(
     from srccore.containers.names import Images, read_digests
     from srccore.files import atomically, writable
     from srccore.kubeflow.package import read_package
-    from srccore.pipelines.compiling import compile_pipeline, device_warning, size_warning
+    from srccore.pipelines.compiling import (
+        compile_pipeline,
+        device_warning,
+        share_warnings,
+        size_warning,
+    )
     from srccore.pipelines.profile import load_profile
 
     config = load_config(preset, overrides)
@@ -65,7 +70,8 @@ def compile_command(
         with atomically(out) as temporary:
             temporary.write_text(text, encoding="utf-8")
     typer.echo(out)
-    for warning in (size_warning(fixed), device_warning(config, fixed)):
+    shares = share_warnings(config, fixed)
+    for warning in (size_warning(fixed), device_warning(config, fixed), *shares):
         if warning is not None:
             typer.echo(warning, err=True)
     try:

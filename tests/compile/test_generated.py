@@ -19,6 +19,7 @@ from srccore.containers.names import Images
 from srccore.pipelines.regenerate import ROOT, generated
 from srccore.stages.table import STAGES
 
+TRAINING = [name for name, stage in STAGES.items() if stage.trains]
 FOLDERS = [stage.replace("-", "_") for stage in STAGES]
 
 
@@ -91,10 +92,11 @@ def test_a_body_is_ten_statements_at_most_and_calls_the_library(path: Path) -> N
     assert len(function.body) <= 10
 
 
-def test_the_job_on_the_page_of_train_dpo_is_one() -> None:
-    page = (ROOT / "components/train_dpo/README.md").read_text()
+@pytest.mark.parametrize("stage", TRAINING)
+def test_the_job_on_the_page_of_a_training_stage_is_one(stage: str) -> None:
+    page = (ROOT / "components" / stage.replace("-", "_") / "README.md").read_text()
     example = ast.parse(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[-1])
     (job,) = (node.value for node in ast.walk(example) if getattr(node, "arg", "") == "job")
     assert JobSettings.model_validate(ast.literal_eval(job)).image == Images(
         "registry.example.com/team"
-    ).of("train-dpo")
+    ).of(stage)

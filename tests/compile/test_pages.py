@@ -11,10 +11,11 @@ import yaml
 from backend_commands import call
 from kfp_server import KfpServer, Step
 
-from srccore.cluster.request import TrainingJob
+from srccore.config import load_config
 from srccore.data.records import CandidateSet, read_records
 from srccore.models.policy import parse_policy
-from srccore.pipelines.profile import Profile, Resources, StageSecretKeys
+from srccore.pipelines.compiling import share_warnings
+from srccore.pipelines.profile import Profile, Resources, StageSecretKeys, TrainingJobs
 from srccore.pipelines.regenerate import ROOT
 
 HOST = "https://kubeflow.example.com/pipeline"
@@ -47,14 +48,18 @@ def test_the_commands_of_the_pipelines_page_run(
 
 
 def test_the_profile_on_the_page_is_one_and_names_every_field() -> None:
-    (text,) = blocks("pipelines.md", "yaml")
+    text, every_stage = blocks("pipelines.md", "yaml")
     values = yaml.safe_load(text)
     Profile.model_validate(values)
     on_the_command_line = {"rounds", "shards"}
     assert set(values) | on_the_command_line == set(Profile.model_fields)
     assert set(values["models"]) == set(Resources.model_fields)
-    assert set(values["training_job"]) == set(TrainingJob.model_fields)
+    assert set(values["training_job"]) == set(TrainingJobs.model_fields)
     assert set(StageSecretKeys.model_fields) == set().union(*values["secrets"])
+    profile = Profile.model_validate(yaml.safe_load(every_stage))
+    for stage in profile.training_job.stages:
+        assert profile.training_job.pods * profile.resources(stage).gpus == 8
+    assert list(share_warnings(load_config("llava-1.5-7b"), profile)) == []
 
 
 def test_the_forms_on_the_components_page_are_read(tmp_path: Path) -> None:

@@ -41,6 +41,11 @@ cache_claim: models
 run_as_user: null
 stages: {train-dpo: {cpu: "16", memory: 200Gi, gpus: 4, timeout_hours: 72, retries: 5}}
 """
+EVERY_STAGE = {
+    "launcher": "pytorchjob",
+    "training_job": {"stages": ["tune-rationale", "train-scorer", "train-dpo"]},
+}
+"""A profile with which every stage that trains is a job."""
 TEXTS: dict[tuple[str, str, str], str] = {}
 """Pipelines compiled so far, by preset, profile and images."""
 
@@ -79,14 +84,14 @@ def executors(ir: Ir) -> Iterator[tuple[str, Ir, Ir]]:
         yield re.sub(r"^exec-|-\d+$", "", label), executor["container"], settings
 
 
-def training(ir: Ir) -> tuple[Ir, Ir, Ir]:
-    """Arguments, container and Kubernetes settings of train-dpo, the same in every round."""
+def training(ir: Ir, stage: str = "train-dpo") -> tuple[Ir, Ir, Ir]:
+    """Arguments, container and Kubernetes settings of a training stage, the same in every round."""
     arguments = [
-        component["dag"]["tasks"]["train-dpo"]["inputs"]["parameters"]
-        for name, component in dags(ir)
-        if name.startswith("comp-src-round")
+        component["dag"]["tasks"][stage]["inputs"]["parameters"]
+        for _, component in dags(ir)
+        if stage in component["dag"]["tasks"]
     ]
-    pods = [found[1:] for found in executors(ir) if found[0] == "train-dpo"]
+    pods = [found[1:] for found in executors(ir) if found[0] == stage]
     assert len(arguments) == len(pods) > 0
     assert all(each == arguments[0] for each in arguments)
     assert all(each == pods[0] for each in pods)
@@ -106,6 +111,7 @@ def training(ir: Ir) -> tuple[Ir, Ir, Ir]:
         {"launcher": "inprocess"},
         {"launcher": "pytorchjob"},
         {"launcher": "trainjob"},
+        EVERY_STAGE,
     ],
     ids=str,
 )
@@ -178,6 +184,18 @@ def test_gpus_that_nothing_would_use_are_warned_of() -> None:
     assert warning is not None
     assert "requests GPUs for tune-rationale, " in warning
     assert "Pass --set device=cuda" in warning
+
+
+def test_training_jobs_that_could_not_share_their_batch_are_warned_of(tmp_path: Path) -> None:
+    """In `tiny`, 8 samples in stage 1 and DPO, 32 in R-Scorer's training."""
+    profile, out = tmp_path / "profile.yaml", tmp_path / "src.yaml"
+    profile.write_text("launcher: pytorchjob\ntraining_job: {stages: [train-scorer], pods: 16}")
+    outcome = call("compile", "--profile", profile, "-o", out)
+    assert (outcome.code, outcome.out) == (0, f"{out}\n")
+    profile.write_text("launcher: pytorchjob\ntraining_job: {pods: 16}")
+    outcome = call("compile", "--profile", profile, "-o", out)
+    assert outcome.code == 0
+    assert "Warning: train-dpo would be refused: A batch of 8 (batch_size) times 1" in outcome.out
 
 
 def test_every_task_is_bounded_and_runs_as_a_plain_user(llava: Ir) -> None:
@@ -290,6 +308,42 @@ def test_a_preset_s_settings_are_defaults_of_run_time_parameters(llava: Ir) -> N
     assert parameters["training_memory"]["defaultValue"] == "64Gi"
     assert parameters["tolerations"]["defaultValue"][0]["key"] == "nvidia.com/gpu"
     assert "defaultValue" not in parameters["artifact_root"]
+
+
+@pytest.mark.parametrize("stage", ["tune-rationale", "train-scorer"])
+def test_stage_1_and_r_scorer_train_in_their_own_pods_unless_the_profile_says_otherwise(
+    stage: str, tmp_path: Path
+) -> None:
+    arguments, container, _ = training(compiled(launcher="pytorchjob"), stage)
+    assert arguments["launcher"]["runtimeValue"]["constant"] == "inprocess"
+    assert container["image"] == Images().of(stage)
+    assert "accelerator" in container["resources"]
+
+    path = tmp_path / "profile.yaml"
+    path.write_text(f"""
+training_job: {{stages: [{stage}], pods: 2}}
+secrets: [{{name: hub, keys: {{token: HF_TOKEN}}, stages: [{stage}]}}]
+stages: {{{stage}: {{cpu: "4", memory: 90Gi, gpus: 3, timeout_hours: 7, retries: 5}}}}
+""")
+    ir = compiled(profile=path, launcher="pytorchjob")
+    arguments, container, settings = training(ir, stage)
+    assert arguments["launcher"]["runtimeValue"]["constant"] == "pytorchjob"
+    job = JobSettings.model_validate(arguments["job"]["runtimeValue"]["constant"])
+    assert (job.image, job.pods, job.running_hours) == (Images().of(stage), 2, 7)
+    assert [secret.name for secret in job.secrets] == ["hub"]
+    # Only those of train-dpo are parameters of the run.
+    assert (job.memory, job.gpus) == ("90Gi", 3)
+    assert not {"training_memory", "training_gpus"} & arguments.keys()
+    for name in ("node_selector", "tolerations"):
+        assert arguments[name] == {"componentInputParameter": name}
+    assert container["image"] == Images().of(LAUNCH_TRAINING)
+    assert "accelerator" not in container["resources"]
+    # 24 hours of waiting, 7 of training, and one to spare.
+    assert int(settings["activeDeadlineSeconds"]) == 32 * 3600
+    # DPO is no longer a job.
+    arguments, container, _ = training(ir)
+    assert arguments["launcher"]["runtimeValue"]["constant"] == "inprocess"
+    assert container["image"] == Images().of("train-dpo")
 
 
 @pytest.mark.parametrize("launcher", ["inprocess", "pytorchjob", "trainjob"])
@@ -469,6 +523,10 @@ def test_an_image_without_a_digest_is_refused(tmp_path: Path) -> None:
         ({"stages": {"train": {}}}, "Fix stages.train"),
         ({"launcher": "mpijob"}, "launcher must be 'inprocess'"),
         ({"training_job": {"pods": 0}}, "training_job.pods"),
+        (
+            {"training_job": {"stages": ["evaluate"]}},
+            "evaluate is not one of tune-rationale, train-scorer, train-dpo",
+        ),
     ],
     ids=str,
 )

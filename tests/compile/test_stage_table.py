@@ -8,6 +8,7 @@ from typing import get_type_hints
 import pytest
 
 import srccore.components
+from srccore.cluster.request import INPROCESS, LAUNCHERS
 from srccore.config import RunConfig
 from srccore.stages.table import STAGES, Stage
 from srccore.training.machine import Machine
@@ -18,7 +19,7 @@ JOB = {
     *("round_number", "launcher", "job"),
     *("node_selector", "tolerations", "training_memory", "training_gpus"),
 }
-"""What train-dpo needs to know of the job that trains."""
+"""What a stage that trains needs to know of the job that does."""
 
 
 def ids(stage: Stage) -> str:
@@ -51,7 +52,7 @@ def test_a_component_takes_and_gives_what_the_table_says(stage: Stage) -> None:
         wanted |= COMPUTE
     if "shard" in stage.settings:
         wanted |= {"shards"}
-    if stage.name == "train-dpo":
+    if stage.trains:
         wanted |= JOB
     if stage.name == "prepare-data":
         wanted |= {"version"}
@@ -60,6 +61,16 @@ def test_a_component_takes_and_gives_what_the_table_says(stage: Stage) -> None:
         assert spec.inputs[each.name].is_artifact_list == each.many, each.name
         assert spec.inputs[each.name].optional == each.optional, each.name
     assert spec.outputs.keys() - {"metrics"} == set(stage.outputs)
+
+
+def test_stages_that_train_describe_their_jobs_in_the_same_words() -> None:
+    training = [stage for stage in STAGES.values() if stage.trains]
+    first, *others = (
+        {name: component.component_spec.inputs[name].description for name in JOB}
+        for component in (getattr(srccore.components, stage.python_name) for stage in training)
+    )
+    assert others == [first] * 2
+    assert all(f"``{name}``" in first["launcher"] for name in (INPROCESS, *LAUNCHERS))
 
 
 def test_an_input_comes_from_an_output_that_exists() -> None:
