@@ -1,7 +1,7 @@
 """The training job under real operators: losses are recovered, errors are explained.
 
 The step of train-dpo of the finished pipeline is run again, each time with another seed, so that
-there is something to train.
+there is something to train. Steps that trained by themselves are run again as jobs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ import pytest
 from cluster.installation import ACCOUNT, NAMESPACE, Site
 from cluster.pipeline_pods import Pods, Task
 from kustomize import copied
+from safetensors.torch import load
+from torch.testing import assert_close
+
+from srccore.files import MANIFEST
 
 LONG = {"epochs": 12, "checkpoint_minutes": 1e-9}
 """Long enough to remove something in the middle."""
@@ -162,22 +166,56 @@ def test_a_trainjob_trains_as_a_pytorchjob_does(site: Site, pods: Pods, step: Ta
     log = pods.log(name)
     assert ended.status.phase == "Succeeded", log
     assert "TrainJob srccore/" in log
-    first, again = (_figures(site, root) for root in ("src", "again"))
+    assert_same_result(site, "train-dpo", "src", "again")
+
+
+@pytest.mark.parametrize("stage", ["tune-rationale", "train-scorer"])
+def test_two_pods_train_stage_1_and_r_scorer_as_their_steps_do(
+    site: Site, pods: Pods, step: Task, stage: str
+) -> None:
+    (alone,) = (task for task in pods.tasks if f"/{stage}@" in task.image)
+    given = step.input["inputs"]["parameterValues"]
+    of_a_job = {name: given[name] for name in ("launcher", "training_memory", "training_gpus")}
+    task = Task(step.image, alone.command).with_parameters(
+        **of_a_job,
+        job={**given["job"], "image": alone.image},
+        artifact_root=f"{site.store.uri}/jobs",
+    )
+    name = pods.start(task)
+    ended = pods.wait(name)
+    log = pods.log(name)
+    assert ended.status.phase == "Succeeded", log
+    assert f"Created PyTorchJob srccore/src-{stage.removeprefix('train-')}-" in log
+    assert "2 pods are running" in log
+    assert_same_result(site, stage, "src", "jobs")
+
+
+def assert_same_result(site: Site, stage: str, *roots: str) -> None:
+    """Compares what a stage made of the pipeline's seed below two roots."""
+    (first, weights), (again, others) = (_trained(site, stage, root) for root in roots)
     assert again == pytest.approx(first, rel=1e-4, abs=1e-6)
+    assert_close(others, weights, rtol=1e-3, atol=1e-5)
 
 
-def _figures(site: Site, root: str) -> dict[str, float]:
-    """The training metrics of the DPO with the pipeline's seed, below a root."""
-    found, keys = [], site.store.keys()
-    for key in keys:
-        if key.startswith(f"{root}/train-dpo/") and key.endswith("/manifest.json"):
-            manifest = json.loads(site.store.get(key))
-            if manifest["config"]["seed"] < FIRST:
-                figures = manifest["figures"]
-                parts = figures.pop("training"), figures.pop("folding")
-                found.append({**parts[0], **parts[1], **figures})
-    (figures,) = found
-    return {name: value for name, value in figures.items() if name != "seconds"}
+def _trained(site: Site, stage: str, root: str) -> tuple[dict[str, float], dict[str, Any]]:
+    listed = site.store.keys()
+    keys = [key for key in listed if key.startswith(f"{root}/{stage}/")]
+    manifests = {key: json.loads(site.store.get(key)) for key in keys if key.endswith(MANIFEST)}
+    ((key, manifest),) = (
+        found for found in manifests.items() if found[1]["config"]["seed"] < FIRST
+    )
+    folder = key.removesuffix(MANIFEST)
+    (file,) = (key for key in keys if key.startswith(folder) and key.endswith(".safetensors"))
+    return dict(_numbers(manifest["figures"])), load(site.store.get(file))
+
+
+def _numbers(figures: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """All figures that are numbers, except how long it took."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", number) for inner, number in _numbers(value))
+        elif isinstance(value, int | float) and name != "seconds":
+            yield name, value
 
 
 def test_the_role_grants_what_the_client_uses_and_no_more(site: Site, pods: Pods) -> None:
