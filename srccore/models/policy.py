@@ -25,6 +25,7 @@ from srccore.errors import UserError
 from srccore.files import write_json
 from srccore.models.families import family_of, image_tokens, load_processor_of
 from srccore.models.folding import Folding, fold_adapters
+from srccore.models.plain_text import without_control_tokens
 
 __all__ = [
     "LoadedPolicy",
@@ -333,7 +334,7 @@ def prompt_text(processor: Any, question: str) -> str:
     Returns:
         The prompt with one placeholder for the image, up to where the response starts.
     """
-    asked = _without_special_tokens(processor, question).strip()
+    asked = _plain(processor, question).strip()
     content = [{"type": "image"}, {"type": "text", "text": asked}]
     text: str = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -373,7 +374,7 @@ def response_text(processor: Any, response: str) -> str:
     """
     question = "What is shown?"
     prompt = prompt_text(processor, question)
-    said = _without_special_tokens(processor, response).strip()
+    said = _plain(processor, response).strip()
     whole: str = processor.apply_chat_template(
         [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
@@ -418,7 +419,7 @@ def drawn_text(processor: Any, drawn: str) -> str:
     Raises:
         UserError: As in `response_text`.
     """
-    return _without_special_tokens(processor, drawn) + _end_of_turn(processor)
+    return _plain(processor, drawn) + _end_of_turn(processor)
 
 
 @functools.lru_cache(maxsize=2)
@@ -427,15 +428,14 @@ def _end_of_turn(processor: Any) -> str:
     return response_text(processor, said).partition(said)[2]
 
 
-def _without_special_tokens(processor: Any, text: str) -> str:
-    """Removes what the tokenizer would not read as text, and LLaVA's placeholder for an image.
+def _plain(processor: Any, text: str) -> str:
+    """Removes control tokens, and LLaVA's placeholder for an image.
 
     Many data sets repeat ``<image>`` in the question, whatever the model's own placeholder is.
     """
-    known = processor.tokenizer.added_tokens_decoder.values()
-    for mark in ("<image>", *(str(token) for token in known if token.special)):
-        text = text.replace(mark, "")
-    return text
+    named = (value for name, value in vars(processor).items() if name.endswith("_token"))
+    own = [value for value in named if isinstance(value, str) and value]
+    return without_control_tokens(processor.tokenizer, text, ["<image>", *own])
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -18,6 +18,7 @@ import torch
 from srccore.errors import UserError
 from srccore.method.engine import TokenDistribution, Work
 from srccore.models.packing import batches, next_logits, pack, use_packing
+from srccore.models.plain_text import control_tokens, without_control_tokens
 
 __all__ = ["TransformersRatingEngine", "encode_rating_prompts", "single_token"]
 
@@ -123,6 +124,18 @@ def encode_rating_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[i
     """Returns the token ids of rating prompts, each up to where the rating token follows."""
     if not prompts:
         return []
+    controls = control_tokens(tokenizer)
+    # Cleaning every prompt would encode it twice, and few have anything to clean.
+    *encoded, empty = _encode(tokenizer, [*prompts, ""])
+    own = [token for token in empty if token in controls]
+    for number, ids in enumerate(encoded):
+        if [token for token in ids if token in controls] != own:
+            plain = without_control_tokens(tokenizer, prompts[number])
+            (encoded[number],) = _encode(tokenizer, [plain])
+    return encoded
+
+
+def _encode(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     texts = tokenizer.apply_chat_template(
         [[{"role": "user", "content": prompt}] for prompt in prompts],
         add_generation_prompt=True,
