@@ -99,9 +99,11 @@ def load_processor_of(family: str, path: str, revision: str | None) -> Any:
     """
     from transformers import AutoImageProcessor
 
-    processor = image_only(_processor_class(family)).from_pretrained(path, revision=revision)
+    processor = image_only(_processor_class(family)).from_pretrained(
+        path, revision=revision, trust_remote_code=False
+    )
     processor.image_processor = AutoImageProcessor.from_pretrained(
-        path, revision=revision, backend="pil"
+        path, revision=revision, backend="pil", trust_remote_code=False
     )
     return processor
 

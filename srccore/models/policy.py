@@ -34,6 +34,7 @@ __all__ = [
     "drawn_text",
     "load_policy",
     "load_processor",
+    "loading",
     "parse_policy",
     "pinned",
     "policy_document",
@@ -218,7 +219,7 @@ def pinned(base: Checkpoint) -> Checkpoint:
     path = resolve_model_path(base.path)
     if Path(path).is_dir():
         return base
-    with _explained(base):
+    with loading(base.path):
         try:
             commit = HfApi().resolve_revision(path, revision=base.revision).resolved
         except RevisionResolutionError as error:
@@ -233,7 +234,7 @@ def checkpoint_family(base: ModelConfig) -> str:
         UserError: The checkpoint does not exist, or its family is not supported.
     """
     path = resolve_model_path(base.path)
-    with _explained(base):
+    with loading(base.path):
         return family_of(path, base.revision)
 
 
@@ -250,7 +251,7 @@ def load_processor(base: ModelConfig) -> Any:
         UserError: The checkpoint or the template does not exist, or its family is not supported.
     """
     family, path = checkpoint_family(base), resolve_model_path(base.path)
-    with _explained(base):
+    with loading(base.path):
         processor = load_processor_of(family, path, base.revision)
     if base.pad_to_square:
         processor.image_processor = _padding(processor.image_processor, family, base.path)
@@ -277,12 +278,29 @@ def _padding(images: Any, family: str, path: str) -> Any:
 
 
 @contextlib.contextmanager
-def _explained(base: TextModelConfig) -> Iterator[None]:
+def loading(path: str | Path) -> Iterator[None]:
+    """Explains what goes wrong when a library reads a checkpoint.
+
+    Args:
+        path: A folder or a hub id.
+
+    Raises:
+        UserError: It cannot be read, or only by code that comes with it.
+    """
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise UserError(
+                f"The checkpoint {path} can only be loaded by code that comes with it, which is "
+                "never run.",
+                "Use a checkpoint of a class that transformers has.",
+            ) from None
         raise UserError(
-            f"The checkpoint {base.path} cannot be loaded: {' '.join(str(error).split())[:300]}",
+            f"The checkpoint {path} cannot be loaded: {reason[:300]}",
             "Check the path: a name that is not a folder is looked up on the model hub.",
         ) from None
 
@@ -308,7 +326,7 @@ def load_policy(policy: Policy, device: str = "cpu") -> LoadedPolicy:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     checkpoint_family(policy.base)
-    with _explained(policy.base):
+    with loading(policy.base.path):
         model = AutoModelForImageTextToText.from_pretrained(
             resolve_model_path(policy.base.path),
             revision=policy.base.revision,

@@ -15,7 +15,7 @@ from srccore.config import ScorerConfig, TextModelConfig
 from srccore.data.records import RATING_LEVELS
 from srccore.errors import UserError
 from srccore.method.engine import Work
-from srccore.models.policy import resolve_model_path
+from srccore.models.policy import loading, resolve_model_path
 from srccore.training.machine import Machine
 from srccore.training.resume import resumable
 from srccore.training.trainer import (
@@ -90,19 +90,23 @@ def train_scorer(
     from srccore.models.rating import single_token
 
     path = resolve_model_path(base.path)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=base.revision, trust_remote_code=False)
+    with loading(path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=base.revision, trust_remote_code=False
+        )
     ratings = {level: single_token(tokenizer, str(level)) for level in RATING_LEVELS}
     with training(config, out, dtype=base.dtype, seed=seed, machine=machine) as session:
         on_gpu = session.device.startswith("cuda")
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            revision=base.revision,
-            dtype=getattr(torch, base.dtype) if on_gpu and config.lora else torch.float32,
-            # Straight to the device: every rank would hold a copy in the node's memory.
-            device_map={"": session.device},
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        with loading(path):
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                revision=base.revision,
+                dtype=getattr(torch, base.dtype) if on_gpu and config.lora else torch.float32,
+                # Straight to the device: every rank would hold a copy in the node's memory.
+                device_map={"": session.device},
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
         rows = _rows(examples, tokenizer, ratings, model.config.max_position_embeddings)
         samples = len(rows["input_ids"])
         session.processes.agree(map(str, zip(*rows.values(), strict=True)), "prompts or ratings")
