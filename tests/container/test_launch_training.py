@@ -15,9 +15,13 @@ from srccore.steps.step import Reference
 IMPORTS = """
 import importlib, importlib.util, os, pkgutil
 import kubernetes.client, kubernetes.config, kubernetes.watch
-import srccore.cluster, srccore.stages
+import srccore.cluster
+from srccore.stages.table import STAGES
 for each in pkgutil.iter_modules(srccore.cluster.__path__):
     importlib.import_module(f"srccore.cluster.{each.name}")
+for stage in STAGES.values():
+    if stage.trains:
+        stage.function()
 left_out = ("torch", "transformers", "pyarrow", "PIL", "openai")
 print(os.getuid(), [name for name in left_out if importlib.util.find_spec(name)])
 """
