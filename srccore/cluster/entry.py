@@ -127,7 +127,7 @@ class World:
         """
         waiting = f"is_host={int(self.is_host)},join_timeout={self.patience},read_timeout={ANSWERS}"
         return [
-            *(sys.executable, "-m", "torch.distributed.run"),
+            *(sys.executable, "-m", "srccore.cluster.rendezvous"),
             *("--nnodes", str(self.pods), "--nproc-per-node", str(self.processes)),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", self.endpoint),
             *("--rdzv-id", "training", "--rdzv-conf", waiting),
