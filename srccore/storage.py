@@ -1,9 +1,9 @@
 """Where stages keep their folders: local paths, and ``s3://bucket/key`` behind the same functions.
 
-`fetch` copies a folder of a bucket into a local cache; `publish` uploads a stage's folder, its
-manifest last, so that a folder with a manifest is complete. Any store with an S3 API works;
-credentials, region and endpoint come from where boto3 looks for them (``AWS_*`` variables,
-profiles, the role of a pod).
+`fetch` copies a file or folder of a bucket into a local cache, `fetch_part` a part of a file;
+`publish` uploads a stage's folder, its manifest last, so that a folder with a manifest is complete.
+Any store with an S3 API works; credentials, region and endpoint come from where boto3 looks for
+them (``AWS_*`` variables, profiles, the role of a pod).
 
 Assumes that a folder is not written while it is fetched, and that the cache belongs to this
 package alone: a cached folder is made equal to the bucket's, and other files in it are deleted.
@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import re
@@ -39,8 +40,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "StoredFile",
+    "address_of",
     "exists",
     "fetch",
+    "fetch_part",
     "fingerprint",
     "is_remote",
     "join",
@@ -54,6 +57,8 @@ __all__ = [
 
 THREADS = 16
 """Concurrent requests; large files are sent in parts, so a single file can use them all."""
+_ATTEMPTS = 5
+"""How often a part of a file is asked for, as for the parts of a transfer."""
 ABANDONED = 24 * 3600.0
 """Seconds after which an unfinished download is considered abandoned."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -190,6 +195,19 @@ def local_path(uri: str) -> Path:
         return _local(uri)
     address = _parse(uri)
     return _bucket_folder(address) / address.key
+
+
+def address_of(path: Path) -> str:
+    """Returns the address of a file in the cache, whether or not it was fetched.
+
+    Args:
+        path: A `local_path`, or a link to one.
+
+    Raises:
+        ValueError: The path is not in the cache.
+    """
+    place = path.resolve().relative_to((_cache() / "s3").resolve())
+    return f"s3://{place.as_posix()}"
 
 
 def _local(uri: str) -> Path:
@@ -388,6 +406,62 @@ def fetch(uri: str) -> Path:
     elif not exists(uri):
         raise _nothing(uri)
     return path
+
+
+def fetch_part(uri: str, start: int, length: int, sha256: str) -> bytes:
+    """Reads part of a file in a bucket, and keeps it in the cache under its hash.
+
+    Args:
+        uri: The file.
+        start: The place of the first byte.
+        length: The number of bytes, at least 1.
+        sha256: Of the part.
+
+    Returns:
+        The part. It may be another one if the file in the bucket has changed; that is not kept.
+
+    Raises:
+        UserError: There is no such file, the store denies access, or the cache cannot be written.
+    """
+    kept = _cache() / "parts" / sha256[:2] / sha256
+    with _disk_explained(_cache(), _OTHER_CACHE):
+        with contextlib.suppress(FileNotFoundError):
+            found = kept.read_bytes()
+            if hashlib.sha256(found).hexdigest() == sha256:
+                return found
+        address = _parse(uri)
+        with _store_explained(address):
+            found = _read_part(address, start, length)
+        if hashlib.sha256(found).hexdigest() == sha256:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with atomically(kept) as temporary:
+                temporary.write_bytes(found)
+    return found
+
+
+def _read_part(address: _Address, start: int, length: int) -> bytes:
+    """Reads part of an object, of which a smaller one has less.
+
+    A connection that breaks in the middle is tried again.
+    """
+    from botocore.exceptions import ClientError
+    from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
+
+    part = f"bytes={start}-{start + length - 1}"
+    left = _ATTEMPTS
+    while True:
+        left -= 1
+        try:
+            # botocore itself only tries again until the answer begins.
+            found = _client().get_object(Bucket=address.bucket, Key=address.key, Range=part)
+            return found["Body"].read()
+        except ClientError as error:
+            if error.response["Error"]["Code"] == "InvalidRange":
+                return b""
+            raise
+        except S3_RETRYABLE_DOWNLOAD_ERRORS:
+            if not left:
+                raise
 
 
 def _mirror(address: _Address, path: Path) -> None:
@@ -598,13 +672,16 @@ def _copy(source: Path, path: Path) -> None:
 
 
 def _client() -> S3Client:
-    """Returns the client of this process, or a new one if the environment has changed."""
+    """Returns the client of this process, or a new one if the environment has changed.
+
+    A forked process gets its own: two processes cannot use one connection.
+    """
     settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    return _connect(tuple(sorted(settings.items())))
+    return _connect(os.getpid(), tuple(sorted(settings.items())))
 
 
 @functools.cache
-def _connect(_settings: tuple[tuple[str, str], ...]) -> S3Client:
+def _connect(_process: int, _settings: tuple[tuple[str, str], ...]) -> S3Client:
     import boto3
     from botocore.config import Config
 

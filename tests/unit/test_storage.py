@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import multiprocessing
 import os
 import posixpath
 import resource
@@ -448,6 +450,92 @@ def test_downloads_that_were_killed_long_ago_are_cleared_away(s3: S3Server, tmp_
     s3.put("model/weights")
     storage.fetch(f"{s3.uri}/model")
     assert [left.name for left in (tmp_path / "cache/tmp").iterdir()] == ["young"]
+
+
+PART = (10, 20, hashlib.sha256(bytes(range(10, 30))).hexdigest())
+"""Start, length and hash of a part of the bytes from 0 to 255."""
+
+
+def test_a_part_is_asked_for_by_its_range_and_once(s3: S3Server, on: Hook) -> None:
+    s3.put("data/train.parquet", bytes(range(256)))
+    ranges: list[str] = []
+    on("provide-client-params.s3.GetObject", lambda params, **_: ranges.append(params["Range"]))
+    for _ in range(2):
+        assert storage.fetch_part(f"{s3.uri}/data/train.parquet", *PART) == bytes(range(10, 30))
+    assert ranges == ["bytes=10-29"]
+    assert not storage.local_path(f"{s3.uri}/data/train.parquet").exists()
+
+
+def test_a_part_that_was_damaged_in_the_cache_is_read_again(s3: S3Server, tmp_path: Path) -> None:
+    s3.put("train.parquet", bytes(range(256)))
+    storage.fetch_part(f"{s3.uri}/train.parquet", *PART)
+    (kept,) = (path for path in (tmp_path / "cache").rglob("*") if path.name == PART[2])
+    kept.write_bytes(bytes(5))
+    assert storage.fetch_part(f"{s3.uri}/train.parquet", *PART) == bytes(range(10, 30))
+    assert kept.read_bytes() == bytes(range(10, 30))
+
+
+def test_a_part_of_a_changed_file_is_told_by_its_hash_and_not_kept(
+    s3: S3Server, tmp_path: Path
+) -> None:
+    for data, found in ((bytes(256), bytes(20)), (bytes(15), bytes(5)), (bytes(10), b"")):
+        s3.put("train.parquet", data)
+        assert storage.fetch_part(f"{s3.uri}/train.parquet", *PART) == found
+    assert not (tmp_path / "cache" / "parts").exists()
+    s3.delete("train.parquet")
+    with pytest.raises(UserError, match="Nothing is stored at"):
+        storage.fetch_part(f"{s3.uri}/train.parquet", *PART)
+
+
+def test_a_part_is_read_again_when_the_connection_breaks_in_the_middle(
+    keys: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    served: list[str] = []
+
+    class Breaking(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            served.append(self.headers["Range"])
+            self.send_response(206)
+            self.send_header("Content-Length", "20")
+            self.end_headers()
+            # The third connection stays.
+            self.wfile.write(bytes(range(10, 30 if len(served) == 3 else 20)))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("SRCCORE_CACHE", str(tmp_path))
+        assert storage.fetch_part("s3://bucket/train.parquet", *PART) == bytes(range(10, 30))
+        server.shutdown()
+    assert served == ["bytes=10-29"] * 3
+
+
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+def test_forked_processes_read_parts_at_once(s3: S3Server) -> None:
+    data = os.urandom(2**18)
+    s3.put("train.parquet", data)
+    storage.fetch_part(f"{s3.uri}/train.parquet", 0, 4, hashlib.sha256(data[:4]).hexdigest())
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        found = pool.starmap(_part, [(s3.uri, data, start) for start in range(0, 2**18, 2**13)])
+    assert all(found)
+
+
+def _part(uri: str, data: bytes, start: int) -> bool:
+    part = data[start : start + 2**13]
+    sha256 = hashlib.sha256(part).hexdigest()
+    return storage.fetch_part(f"{uri}/train.parquet", start, len(part), sha256) == part
+
+
+def test_a_path_in_the_cache_leads_to_its_address(tmp_path: Path, no_aws: None) -> None:
+    path = storage.local_path("s3://bucket/data/train.parquet")
+    (tmp_path / "link").symlink_to(path)
+    for each in (path, tmp_path / "link"):
+        assert storage.address_of(each) == "s3://bucket/data/train.parquet"
+    with pytest.raises(ValueError, match="is not in the subpath"):
+        storage.address_of(tmp_path / "train.parquet")
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
