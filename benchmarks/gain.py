@@ -40,7 +40,7 @@ from srccore.data.records import (
 from srccore.hashing import stable_hash
 from srccore.method import evaluation
 from srccore.method.driver import Search, drive
-from srccore.method.engine import Draw, Node, Prompt, Steps
+from srccore.method.engine import Draw, Node, Steps
 from srccore.method.response import gives_answer
 from srccore.method.search import candidate_id
 from srccore.models.engines import sampling_engine
@@ -54,6 +54,7 @@ from srccore.stages.evaluation import evaluate, read_outcomes
 from srccore.stages.folder import StageFolder
 from srccore.stages.manifest import read_manifest
 from srccore.stages.preferences import curate_preference, train_dpo
+from srccore.stages.splits import prompt
 from srccore.stages.table import Input, Stage
 from srccore.training.machine import Machine
 
@@ -201,9 +202,7 @@ def random_preferences(config: RunConfig, data: Path, policy: Path, out: Path, n
     if step.figures is not None:
         return
     opened = dataset.open_data(data)
-    samples = sampling.draw(
-        opened.samples, config.search.samples, seed=config.seed, start=number - 1
-    )
+    samples = sampling.draw(opened, config.search.samples, seed=config.seed, start=number - 1)
     raw = raw_samples(config, policy, opened, samples, f"{config.seed}/{number}")
     found = []
     for sample in samples:
@@ -221,7 +220,7 @@ def answer_preferences(
     step = StageFolder(ANSWER, out, inputs={"candidates": candidates})
     if step.figures is not None:
         return
-    samples = {sample.id: sample for sample in dataset.open_data(data).samples}
+    samples = {sample.id: sample for sample in dataset.open_data(data)}
     found = []
     for record in read_records(candidates / "candidates.jsonl", CandidateSet):
         sample = samples[record.sample_id]
@@ -280,7 +279,7 @@ def raw_samples(
     searches = (
         [
             Search(
-                Prompt(partial(opened.image, sample.id), sample.question, sample.id),
+                prompt(opened, sample),
                 partial(responses, sample=sample),
             )
             for sample in batch
@@ -303,7 +302,7 @@ def headroom(config: RunConfig, folder: Path) -> dict:
         return step.figures
     opened = dataset.open_data(source.split("heldout"))
     policy = source.trained_policy(0)
-    samples = list(opened.samples)
+    samples = list(opened)
     raw = raw_samples(config, policy, opened, samples, f"headroom/{config.seed}")
     reached: dict[str, list[bool]] = {}
     for sample in samples:
@@ -385,7 +384,7 @@ def comparison(out: Path, seeds: list[int], arms: list[str], last: int) -> str:
 def aligned(out: Path, seed: int, arm: str, number: int) -> np.ndarray:
     """For each held-out sample, 1.0 if an arm's answer and rationale are right after a round."""
     folder = out / f"seed-{seed}"
-    samples = dataset.open_data(RunFolder(folder / "src").split("heldout")).samples
+    samples = list(dataset.open_data(RunFolder(folder / "src").split("heldout")))
     outcomes = read_outcomes(samples, RunFolder(folder / arm).output("evaluate", number))
     return np.array([float(o.answer_right and bool(o.rationale_right)) for o in outcomes])
 

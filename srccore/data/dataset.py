@@ -9,11 +9,11 @@ Two formats with the same columns (``id, category, image, question, answer``, an
   to the file's folder and must not leave it.
 
 Rows are numbered from 1: the lines of a JSON Lines file, or the rows of all Parquet files
-together. Images stay encoded on disk until they are used: a data set may be larger than memory.
+together. Texts and images stay on disk until they are used: a data set may be larger than memory.
 
-What `write_data` wrote also has each image's size and SHA-256. Such a data set is opened without
-reading an image; an image is compared with its hash whenever it is read, so a file that was changed
-afterwards is noticed.
+What `write_data` wrote also has an index (`srccore.data.index`). Such a data set is opened without
+reading its Parquet file, which need not be on this machine; an image is compared with its hash
+whenever it is read, so a file that was changed afterwards is noticed.
 """
 
 from __future__ import annotations
@@ -26,16 +26,24 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pydantic import ValidationError
 
 from srccore.data.images import ImageError, decode, opened, upright_size
+from srccore.data.index import (
+    Entry,
+    ImagePlace,
+    entry_at,
+    entry_line,
+    index_of,
+    is_indexed,
+    read_index,
+)
 from srccore.data.parquet import ParquetTable, parquet_writer
 from srccore.data.records import Category, Sample
-from srccore.data.rows import Recorded, Row, json_rows
+from srccore.data.rows import Row, json_rows
 from srccore.errors import UserError
 from srccore.hashing import hash_file
 
@@ -44,10 +52,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataSet",
+    "Read",
     "RowProblem",
     "ValidationReport",
     "content_hash",
     "open_data",
+    "read_place",
     "read_samples",
     "stream_data",
     "validate",
@@ -81,29 +91,41 @@ class ValidationReport:
     """Every problem in the order of the rows; a row may have several."""
 
 
-class _Entry(NamedTuple):
-    """The image of a sample: how to open it, and what is known of it."""
-
-    open: Callable[[], BinaryIO]
-    size: tuple[int, int]
-    sha256: str | None
+Read = Callable[[Path, ImagePlace], bytes]
+"""Reads part of a Parquet file that has an index. A function of a module: it is pickled."""
 
 
 class DataSet:
     """Samples and their images; made by `open_data`.
 
-    Images are read and decoded on each access and not kept, apart from a few recently used row
-    groups of encoded images. Several threads may read at once.
+    Of each sample, its id and a number are in memory. Samples and images are read on each access
+    and not kept. Several threads may read at once, and forked processes too. It is pickled as its
+    path, and opened again by who receives it.
     """
 
-    def __init__(self, path: Path, samples: Sequence[Sample], images: Mapping[str, _Entry]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        lines: BinaryIO,
+        starts: Mapping[str, int],
+        image: Callable[[ImagePlace], BinaryIO],
+        read: Read,
+    ) -> None:
         self.path = path
-        self.samples = tuple(samples)
-        self._by_id = {sample.id: sample for sample in self.samples}
-        self._images = images
+        self._lines = lines
+        self._starts = starts
+        self._image = image
+        self._read = read
+
+    def __reduce__(self) -> tuple[Callable[..., DataSet], tuple[Path, Read]]:
+        return open_data, (self.path, self._read)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Yields the samples in the order of the rows."""
+        return map(self.sample, self._starts)
 
     def sample(self, sample_id: str) -> Sample:
         """Returns the sample with that id.
@@ -111,7 +133,7 @@ class DataSet:
         Raises:
             UserError: The data set has no such sample.
         """
-        return _found(self.path, self._by_id, sample_id)
+        return self._entry(sample_id).sample
 
     def image(self, sample_id: str) -> Image:
         """Returns the sample's image: RGB, rotated upright according to its EXIF data.
@@ -127,13 +149,24 @@ class DataSet:
             raise self._bad(sample_id, error) from None
         return image
 
+    def image_key(self, sample_id: str) -> str:
+        """Identifies the sample's image, to recognise one that several samples share.
+
+        Returns:
+            Its SHA-256 if that is known, else the sample's id.
+
+        Raises:
+            UserError: There is no such sample.
+        """
+        return self._entry(sample_id).image.sha256 or sample_id
+
     def size(self, sample_id: str) -> tuple[int, int]:
         """Returns width and height of the sample's image, upright, without reading it.
 
         Raises:
             UserError: There is no such sample.
         """
-        return self._images[self.sample(sample_id).id].size
+        return self._entry(sample_id).image.size
 
     def encoded(self, sample_id: str) -> bytes:
         """Returns the sample's image as it is stored, for `write_data`.
@@ -142,25 +175,38 @@ class DataSet:
             UserError: There is no such sample, or its image is not the one that the data set
                 describes.
         """
-        entry = self._images[self.sample(sample_id).id]
+        place = self._entry(sample_id).image
         try:
-            return _read(entry.open, entry.sha256)
+            return _read(functools.partial(self._image, place), place.sha256)
         except ImageError as error:
             raise self._bad(sample_id, error) from None
+
+    def _entry(self, sample_id: str) -> Entry:
+        if sample_id not in self._starts:
+            raise _unknown(self.path, sample_id)
+        return entry_at(self._lines, self._starts[sample_id])
 
     def _bad(self, sample_id: str, error: ImageError) -> UserError:
         return UserError(f"Sample {sample_id!r} of {self.path}: {error}.", _advice(self.path))
 
 
-def open_data(path: Path) -> DataSet:
+def read_place(path: Path, place: ImagePlace) -> bytes:
+    """Reads an image of a file on this machine."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(place.start)
+        return file.read(place.length)
+
+
+def open_data(path: Path, read: Read = read_place) -> DataSet:
     """Opens a data set and checks every row.
 
-    Of the images it checks the headers, unless the data set describes them: then it reads none.
-    The images of Parquet files from elsewhere are copied to a temporary file, since their row
-    groups may be too large to read one for one image.
+    Of the images it checks the headers, unless an index describes them: then it reads none. The
+    images of other Parquet files are copied to a temporary file, since their row groups may be too
+    large to read one for one image.
 
     Args:
         path: A Parquet file, a folder of them, a JSON Lines file or a folder with one.
+        read: Reads the images that an index describes.
 
     Returns:
         The data set, with its samples in the order of the rows.
@@ -168,23 +214,23 @@ def open_data(path: Path) -> DataSet:
     Raises:
         UserError: The path is not a data set, or a row is bad; the first bad row is reported.
     """
-    copies = _Copies(path)
-    samples: list[Sample] = []
-    images: dict[str, _Entry] = {}
-    for row, sample, size, reasons in _checked(_rows(path, _as_needed), trusting=True):
+    if is_indexed(path):
+        starts = {entry.sample.id: start for start, entry in read_index(path)}
+        lines = Path(index_of(str(path))).open("rb")  # noqa: SIM115 - as long as the data set
+        return DataSet(path, lines, starts, functools.partial(_open_place, read, path), read)
+    copy = _Copy(path, read)
+    for row, sample, size, reasons in _checked(_rows(path, ParquetTable.streamed), trusting=True):
         if sample is None or row.image is None or size is None:
             raise _bad_row(path, row, reasons)
-        samples.append(sample)
         try:
-            image = copies.add(row.image) if row.is_held else row.image
+            copy.add(sample, row, row.image, size)
         except ImageError as error:
             raise _bad_row(path, row, [str(error)]) from None
-        images[sample.id] = _Entry(image, size, row.recorded and row.recorded.sha256)
-    return DataSet(path, samples, images)
+    return DataSet(path, copy.lines, copy.starts, copy.image, read)
 
 
 def read_samples(path: Path, ids: Iterable[str] | None = None) -> list[Sample]:
-    """Reads the samples of a data set without reading an image.
+    """Reads samples of a data set without reading an image.
 
     Args:
         path: As for `open_data`.
@@ -197,15 +243,20 @@ def read_samples(path: Path, ids: Iterable[str] | None = None) -> list[Sample]:
         UserError: The path is not a data set, has no sample of one of the ids, or a row is bad;
             the first bad row is reported.
     """
-    samples = []
+    names = None if ids is None else list(ids)
+    wanted = None if names is None else set(names)
+    found: dict[str, Sample] = {}
     for row, sample, _, reasons in _checked(_rows(path, ParquetTable.texts), trusting=True):
         if sample is None:
             raise _bad_row(path, row, reasons)
-        samples.append(sample)
-    if ids is None:
-        return samples
-    by_id = {sample.id: sample for sample in samples}
-    return [_found(path, by_id, sample_id) for sample_id in ids]
+        if wanted is None or sample.id in wanted:
+            found[sample.id] = sample
+    if names is None:
+        return list(found.values())
+    for name in names:
+        if name not in found:
+            raise _unknown(path, name)
+    return [found[name] for name in names]
 
 
 def stream_data(path: Path) -> Iterator[tuple[Sample, Callable[[], bytes]]]:
@@ -230,7 +281,8 @@ def stream_data(path: Path) -> Iterator[tuple[Sample, Callable[[], bytes]]]:
 def content_hash(path: Path) -> str:
     """Identifies a data set by its content, images included, wherever it is stored.
 
-    Reads every byte once; the hashes of unchanged files are remembered. Rows are not checked.
+    Reads every byte once, or an index, which has the hashes of the images; the hashes of unchanged
+    files are remembered. Rows are not checked.
 
     Args:
         path: As for `open_data`.
@@ -246,7 +298,8 @@ def content_hash(path: Path) -> str:
         files += dict.fromkeys(row.path for row in json_rows(files[0]) if row.path)
     total = hashlib.sha256()
     for file in files:
-        total.update(bytes.fromhex(hash_file(file)))
+        identity = Path(index_of(str(file))) if is_indexed(file) else file
+        total.update(bytes.fromhex(hash_file(identity)))
     return total.hexdigest()
 
 
@@ -298,39 +351,69 @@ def write_data(path: Path, rows: Iterable[tuple[Sample, bytes]]) -> int:
     return writer.count
 
 
-class _Copies:
-    """The images of a data set whose own files are too slow to read one from.
+class _Copy:
+    """The index of a data set that has none, and the images that are slow to read from its files.
 
-    They are in one temporary file, which is made when the first arrives and has no name, so it is
-    gone when the process ends.
+    Both are temporary files without a name, so they are gone when the process ends.
+
+    Args:
+        path: The data set.
+        read: Reads the images that an index describes.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, read: Read) -> None:
+        self.lines: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the data set
+        self.starts: dict[str, int] = {}
         self._path = path
+        self._read = read
 
-    @cached_property
-    def _file(self) -> BinaryIO:
+    @functools.cached_property
+    def _images(self) -> BinaryIO:
         return tempfile.TemporaryFile()
 
-    def add(self, image: Callable[[], BinaryIO]) -> Callable[[], BinaryIO]:
-        """Copies an image and returns what opens the copy."""
-        encoded = image().read()
+    def add(
+        self, sample: Sample, row: Row, image: Callable[[], BinaryIO], size: tuple[int, int]
+    ) -> None:
+        """Adds a sample, and a copy of its image where that is not in a file of its own."""
+        width, height = size
+        if row.place:
+            place = row.place
+        elif row.path:
+            length = row.path.stat().st_size
+            place = ImagePlace(
+                file=str(row.path), start=0, length=length, width=width, height=height
+            )
+        else:
+            encoded = image().read()
+            start = self._write(self._images, encoded)
+            place = ImagePlace(start=start, length=len(encoded), width=width, height=height)
+        entry = Entry(sample=sample, image=place)
+        self.starts[sample.id] = self._write(self.lines, entry_line(entry))
+
+    def _write(self, file: BinaryIO, data: bytes) -> int:
         try:
-            start = self._file.tell()
-            self._file.write(encoded)
-            self._file.flush()
+            start = file.tell()
+            file.write(data)
+            file.flush()
         except OSError as error:
             raise UserError(
-                f"The images of {self._path} cannot be copied to {tempfile.gettempdir()}: "
+                f"The data set {self._path} cannot be copied to {tempfile.gettempdir()}: "
                 f"{error.strerror}.",
                 "Free some space there, set TMPDIR to another folder, or pass the output of "
                 "prepare-data, which needs no copy.",
             ) from None
-        return functools.partial(self._open, start, len(encoded))
+        return start
 
-    def _open(self, start: int, length: int) -> BinaryIO:
+    def image(self, place: ImagePlace) -> BinaryIO:
+        """Opens an image."""
+        if place.file is not None:
+            return _open_place(self._read, Path(place.file), place)
         # Not with seek and read: threads and forked processes share the file's position.
-        return io.BytesIO(os.pread(self._file.fileno(), length, start))
+        return io.BytesIO(os.pread(self._images.fileno(), place.length, place.start))
+
+
+def _open_place(read: Read, path: Path, place: ImagePlace) -> BinaryIO:
+    return io.BytesIO(read(path, place))
 
 
 def _encoded(path: Path, row: Row) -> bytes:
@@ -355,7 +438,7 @@ def _read(image: Callable[[], BinaryIO], sha256: str | None = None) -> bytes:
     except OSError as error:
         raise ImageError(f"image cannot be read ({error.strerror})") from None
     if sha256 is not None and hashlib.sha256(encoded).hexdigest() != sha256:
-        raise ImageError("image differs from its image_sha256: the file was changed or is damaged")
+        raise ImageError("image differs from its SHA-256: the file was changed or is damaged")
     return encoded
 
 
@@ -381,25 +464,25 @@ def _checked(
             first = first_rows.setdefault(sample_id, row.number)
             if first != row.number:
                 reasons.append(f"id {sample_id!r} is already used by row {first}")
-        if trusting and row.recorded:
-            size = row.recorded.size
+        if trusting and row.place:
+            size = row.place.size
         elif row.image is not None:
             try:
-                size = _measure(row.image, row.recorded, decoding)
+                size = _measure(row.image, row.place, decoding)
             except ImageError as error:
                 reasons.append(str(error))
         yield row, None if reasons else sample, size, reasons
 
 
 def _measure(
-    image: Callable[[], BinaryIO], recorded: Recorded | None, decoding: bool
+    image: Callable[[], BinaryIO], place: ImagePlace | None, decoding: bool
 ) -> tuple[int, int]:
-    if recorded:
-        _read(image, recorded.sha256)
+    if place:
+        _read(image, place.sha256)
     with image() as file, opened(file) as found:
         size = upright_size(found)
-        if recorded:
-            _check_size(size, recorded.size)
+        if place:
+            _check_size(size, place.size)
         if decoding:
             found.load()
     return size
@@ -427,16 +510,12 @@ def _sample(values: Mapping[str, Any]) -> tuple[Sample | None, list[str]]:
     return sample, list(reasons.values())
 
 
-def _as_needed(table: ParquetTable, first: int) -> Iterator[Row]:
-    return table.indexed(first) if table.is_indexed else table.streamed(first)
-
-
 def _rows(path: Path, read: Callable[[ParquetTable, int], Iterator[Row]]) -> Iterator[Row]:
     """Yields the rows of a data set.
 
     Args:
         path: As for `open_data`.
-        read: How a Parquet file is read; it gets the number of its first row.
+        read: How a Parquet file without an index is read; it gets the number of its first row.
     """
     files = _files(path)
     if files[0].suffix == ".jsonl":
@@ -444,9 +523,20 @@ def _rows(path: Path, read: Callable[[ParquetTable, int], Iterator[Row]]) -> Ite
         return
     number = 0
     for file in files:
-        for row in read(ParquetTable(file), number + 1):
+        found = (
+            _indexed(file, number + 1) if is_indexed(file) else read(ParquetTable(file), number + 1)
+        )
+        for row in found:
             number = row.number
             yield row
+
+
+def _indexed(path: Path, first: int) -> Iterator[Row]:
+    """Yields the rows of a file that has an index; an image is read when it is opened."""
+    for number, (_, entry) in enumerate(read_index(path), start=first):
+        place = entry.image.model_copy(update={"file": str(path)})
+        image = functools.partial(_open_place, read_place, path, place)
+        yield Row(number, entry.sample.model_dump(mode="json", exclude_none=True), image, place)
 
 
 def _files(path: Path) -> list[Path]:
@@ -459,7 +549,8 @@ def _files(path: Path) -> list[Path]:
                 f"{path} contains both samples.jsonl and .parquet files.", "Pass the one you mean."
             )
     else:
-        found = [path] * (path.is_file() and path.suffix in (".jsonl", ".parquet"))
+        is_file = path.is_file() and path.suffix in (".jsonl", ".parquet")
+        found = [path] * (is_file or is_indexed(path))
     if not found:
         raise UserError(
             f"{path} is not a data set.",
@@ -468,14 +559,11 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _found(path: Path, by_id: Mapping[str, Sample], sample_id: str) -> Sample:
-    try:
-        return by_id[sample_id]
-    except KeyError:
-        raise UserError(
-            f"The data set {path} has no sample {sample_id!r}.",
-            "Pass the data set that the records were made from.",
-        ) from None
+def _unknown(path: Path, sample_id: str) -> UserError:
+    return UserError(
+        f"The data set {path} has no sample {sample_id!r}.",
+        "Pass the data set that the records were made from.",
+    )
 
 
 def _bad_row(path: Path, row: Row, reasons: Sequence[str]) -> UserError:

@@ -1,9 +1,8 @@
-"""Parquet files in Hugging Face layout: written for random access, read group by group.
+"""Parquet files in Hugging Face layout: written with an index, streamed where they have none.
 
-A file that `parquet_writer` wrote has small row groups of uncompressed images, and three columns
-that describe each image: ``width``, ``height`` and ``image_sha256``. Such a file is opened without
-reading an image, and one image costs one small group. Files from elsewhere are streamed: memory is
-bounded by their largest page, not by their row groups.
+`parquet_writer` stores images uncompressed and writes an index (`srccore.data.index`) beside the
+file, which says where each image is. Files without an index are streamed: memory is bounded by
+their largest page, not by their row groups.
 
 Files are read, not mapped into memory: what a process has resident is what it uses, and a file that
 is cut off while it is open is an error instead of a signal.
@@ -16,38 +15,32 @@ import hashlib
 import io
 import itertools
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from srccore.data.images import ImageError, measure
+from srccore.data.index import Entry, ImagePlace, entry_line, index_of, last_line
 from srccore.data.records import Sample
-from srccore.data.rows import Recorded, Row
+from srccore.data.rows import Row
 from srccore.errors import UserError
 from srccore.files import atomically
 
-__all__ = ["RECORDED", "ParquetTable", "ParquetWriter", "parquet_writer"]
+__all__ = ["ParquetTable", "ParquetWriter", "parquet_writer"]
 
-RECORDED = ("width", "height", "image_sha256")
-"""The columns that describe an image."""
-# The smaller a group, the less is read for one image; but every group takes 16 KB of memory, for
-# what the footer says about its columns.
-_GROUP_BYTES = 4 * 2**20
-_GROUP_ROWS = 256
-_LARGEST_GROUP = 8 * 2**20
-"""Larger groups are not read for one image."""
-_KEPT_GROUPS = 16
-"""Groups whose images a process keeps: at most 128 MiB, and 64 MiB of what `parquet_writer` wrote,
-unless single images are larger than a group."""
+# The larger a group, the smaller the footer, of which readers keep 16 KB a group in memory; but a
+# writer keeps three times a group.
+_GROUP_BYTES = 8 * 2**20
+_GROUP_ROWS = 1024
+_AT_ONCE = 4 * 2**20
+"""Bytes of rows that are in memory together when a file is streamed."""
 _BUFFER = 2**20
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @contextmanager
 def parquet_writer(path: Path) -> Iterator[ParquetWriter]:
-    """Writes a file, whole or not at all.
+    """Writes a file and its index, whole or not at all.
 
     ``datasets.load_dataset("parquet", data_files=...)`` reads its images as an Image feature.
 
@@ -57,22 +50,30 @@ def parquet_writer(path: Path) -> Iterator[ParquetWriter]:
     Yields:
         What takes the rows.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with (
+        # Replaced after the file: until then, the old index says that the new file is another.
+        atomically(Path(index_of(str(path)))) as index,
         atomically(path) as temporary,
-        # Encoded images don't compress, and statistics would repeat small ones in the footer.
-        pq.ParquetWriter(
-            temporary,
-            _schema(),
-            use_dictionary=["category"],
-            compression="none",
-            write_statistics=False,
-        ) as file,
+        index.open("wb") as lines,
     ):
-        writer = ParquetWriter(file)
-        yield writer
-        writer.flush()
+        with (
+            pa.OSFile(str(temporary), "wb") as sink,
+            # Encoded images don't compress, and statistics would repeat small ones in the footer.
+            pq.ParquetWriter(
+                sink,
+                _schema(),
+                use_dictionary=["category"],
+                compression="none",
+                write_statistics=False,
+            ) as file,
+        ):
+            writer = ParquetWriter(file, sink, temporary, lines)
+            yield writer
+            writer.flush()
+        lines.write(last_line(temporary.stat().st_size))
 
 
 class ParquetWriter:
@@ -80,12 +81,18 @@ class ParquetWriter:
 
     Args:
         file: A `pyarrow.parquet.ParquetWriter`.
+        sink: The `pyarrow.OSFile` that it writes to.
+        path: The file's path.
+        index: Receives the index.
     """
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, sink: Any, path: Path, index: BinaryIO) -> None:
         self.count = 0
         self._file = file
-        self._rows: list[dict[str, Any]] = []
+        self._sink = sink
+        self._path = path
+        self._index = index
+        self._rows: list[tuple[Sample, bytes, tuple[int, int]]] = []
         self._bytes = 0
 
     def add(self, sample: Sample, encoded: bytes) -> None:
@@ -99,28 +106,45 @@ class ParquetWriter:
             UserError: It is not an image, or is too large.
         """
         try:
-            width, height = measure(encoded)
+            size = measure(encoded)
         except ImageError as error:
             raise UserError(
                 f"Sample {sample.id!r} cannot be written: {error}.", "Fix or drop the sample."
             ) from None
         if self._bytes + len(encoded) > _GROUP_BYTES or len(self._rows) == _GROUP_ROWS:
             self.flush()
-        described = (width, height, hashlib.sha256(encoded).hexdigest())
-        self._rows.append(
-            sample.model_dump(mode="json")
-            | {"image": {"bytes": encoded, "path": None}}
-            | dict(zip(RECORDED, described, strict=True))
-        )
+        self._rows.append((sample, encoded, size))
         self._bytes += len(encoded)
         self.count += 1
 
     def flush(self) -> None:
-        """Writes the rows that are held as a group."""
+        """Writes the rows that are held as a group, and to the index where their images are."""
         import pyarrow as pa
 
-        if self._rows:
-            self._file.write_table(pa.Table.from_pylist(self._rows, schema=_schema()))
+        if not self._rows:
+            return
+        values = [
+            sample.model_dump(mode="json") | {"image": {"bytes": encoded, "path": None}}
+            for sample, encoded, _ in self._rows
+        ]
+        first = self._sink.tell()
+        self._file.write_table(pa.Table.from_pylist(values, schema=_schema()))
+        with self._path.open("rb") as file:
+            file.seek(first)
+            written = file.read(self._sink.tell() - first)
+        place = 0
+        for sample, encoded, (width, height) in self._rows:
+            # Parquet has the bytes of a value in one piece, and those of a column in their order.
+            place = written.index(encoded, place)
+            image = ImagePlace(
+                start=first + place,
+                length=len(encoded),
+                width=width,
+                height=height,
+                sha256=hashlib.sha256(encoded).hexdigest(),
+            )
+            self._index.write(entry_line(Entry(sample=sample, image=image)))
+            place += len(encoded)
         self._rows, self._bytes = [], 0
 
 
@@ -141,15 +165,6 @@ class ParquetTable:
         with _explained(path):
             self._metadata = pq.read_metadata(path)
             self._names = self._metadata.schema.to_arrow_schema().names
-        self._is_recorded = set(RECORDED) <= set(self._names)
-
-    @functools.cached_property
-    def is_indexed(self) -> bool:
-        """Whether single images can be read, and their sizes and hashes are known."""
-        groups = (self._metadata.row_group(n) for n in range(self._metadata.num_row_groups))
-        return self._is_recorded and all(
-            group.total_byte_size <= _LARGEST_GROUP or group.num_rows == 1 for group in groups
-        )
 
     def texts(self, first: int) -> Iterator[Row]:
         """Yields the rows without their images.
@@ -157,23 +172,8 @@ class ParquetTable:
         Args:
             first: The number of the first row.
         """
-        for number, _, _, values in self._values(first, [n for n in self._names if n != "image"]):
-            recorded, reasons = self._recorded(values)
-            yield Row(number, values, recorded=recorded, reasons=reasons)
-
-    def indexed(self, first: int) -> Iterator[Row]:
-        """Yields the rows of a file that `is_indexed`; an image is read when it is opened.
-
-        Args:
-            first: The number of the first row.
-        """
-        columns = [name for name in self._names if name != "image"]
-        for number, group, index, values in self._values(first, columns):
-            recorded, reasons = self._recorded(values)
-            image = functools.partial(self._image, group, index)
-            yield Row(
-                number, values, None if reasons else image, recorded=recorded, reasons=reasons
-            )
+        for number, values in self._values(first, [n for n in self._names if n != "image"]):
+            yield Row(number, values)
 
     def streamed(self, first: int) -> Iterator[Row]:
         """Yields the rows with their images, from a few at a time.
@@ -181,13 +181,12 @@ class ParquetTable:
         Args:
             first: The number of the first row.
         """
-        for number, _, _, values in self._values(first, self._names, self._few):
+        for number, values in self._values(first, self._names, self._few):
             image = functools.partial(_open_value, values.pop("image", None))
-            recorded, reasons = self._recorded(values)
             if "image" in self._names:
-                yield Row(number, values, image, True, recorded, reasons=reasons)
+                yield Row(number, values, image)
             else:
-                yield Row(number, values, reasons=("image is missing", *reasons))
+                yield Row(number, values, reasons=("image is missing",))
 
     @property
     def _few(self) -> int:
@@ -195,55 +194,29 @@ class ParquetTable:
         groups = (self._metadata.row_group(n) for n in range(self._metadata.num_row_groups))
         largest = max((g.total_byte_size // max(1, g.num_rows) for g in groups), default=0)
         # Few even if they seem to be tiny: a dictionary stores repeated images once.
-        return max(1, min(64, _GROUP_BYTES // max(1, largest)))
+        return max(1, min(64, _AT_ONCE // max(1, largest)))
 
     def _values(
         self, first: int, columns: list[str], batch: int = 1024
-    ) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
-        """Yields number, group, place in the group and values of each row."""
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields number and values of each row."""
+        import pyarrow.parquet as pq
+
         number = itertools.count(first)
-        with _explained(self.path), self._opened() as file:
+        with (
+            _explained(self.path),
+            # Buffered and not ahead: else a group's columns are read whole before the first page.
+            pq.ParquetFile(
+                self.path, metadata=self._metadata, buffer_size=_BUFFER, pre_buffer=False
+            ) as file,
+        ):
             # Group by group: over several groups, Arrow keeps what it has read of each.
             for group in range(self._metadata.num_row_groups):
-                index = itertools.count()
                 for found in file.iter_batches(
                     batch_size=batch, row_groups=[group], columns=columns, use_threads=False
                 ):
                     for values in found.to_pylist():
-                        yield next(number), group, next(index), _without_nulls(values)
-
-    def _recorded(self, values: dict[str, Any]) -> tuple[Recorded | None, tuple[str, ...]]:
-        """Takes what describes the image out of a row's values."""
-        if not self._is_recorded:
-            return None, ()
-        width, height, sha256 = (values.pop(name, None) for name in RECORDED)
-        if not all(isinstance(side, int) and side > 0 for side in (width, height)):
-            return None, ("width or height is not a positive integer",)
-        if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
-            return None, ("image_sha256 is not a SHA-256 in hexadecimal",)
-        return Recorded((width, height), sha256), ()
-
-    def _image(self, group: int, index: int) -> BinaryIO:
-        return _open_value(_images(self, group)[index].as_py())
-
-    def images(self, group: int) -> Any:
-        """Reads the images of a group, as an Arrow column."""
-        with _explained(self.path), self._opened() as file:
-            return file.read_row_group(group, columns=["image"], use_threads=False).column("image")
-
-    def _opened(self) -> Any:
-        """Opens the file for one reader: several threads may read at once."""
-        import pyarrow.parquet as pq
-
-        # Buffered and not ahead: else a group's columns are read whole before the first page.
-        return pq.ParquetFile(
-            self.path, metadata=self._metadata, buffer_size=_BUFFER, pre_buffer=False
-        )
-
-
-@functools.lru_cache(maxsize=_KEPT_GROUPS)
-def _images(table: ParquetTable, group: int) -> Any:
-    return table.images(group)
+                        yield next(number), _without_nulls(values)
 
 
 def _open_value(value: Any) -> BinaryIO:
@@ -282,13 +255,11 @@ def _schema() -> Any:
     import pyarrow as pa
 
     text = {"dtype": "string", "_type": "Value"}
-    number = {"dtype": "int32", "_type": "Value"}
     truth = {"dtype": "bool", "_type": "Value"}
     fact = dict.fromkeys(("subject", "relation", "value"), text)
     features = {
         **dict.fromkeys(("id", "category"), text),
         "image": {"_type": "Image"},
-        **dict(zip(RECORDED, (number, number, text), strict=True)),
         **dict.fromkeys(("question", "answer", "rationale"), text),
         # A list in brackets is the form that all versions of `datasets` read.
         "facts": [{**fact, "aliases": [text], "visual": truth, "needed": truth}],
@@ -299,8 +270,6 @@ def _schema() -> Any:
     )
     types = {
         "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
-        "width": pa.int32(),
-        "height": pa.int32(),
         "facts": pa.list_(fact_type),
     }
     return pa.schema(

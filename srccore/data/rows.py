@@ -10,20 +10,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from srccore.data.images import ImageError
+from srccore.data.index import ImagePlace
 
-__all__ = ["Recorded", "Row", "json_rows"]
-
-
-class Recorded(NamedTuple):
-    """What a data set says about an image, so that it need not be read."""
-
-    size: tuple[int, int]
-    """Width and height, upright."""
-    sha256: str
-    """Of the encoded image."""
+__all__ = ["Row", "json_rows"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +28,9 @@ class Row:
     """The columns of a sample; null values are left out."""
     image: Callable[[], BinaryIO] | None = None
     """Opens the encoded image, or raises `ImageError`. None if it was not asked for, or if the row
-    names no image that may be opened."""
-    is_held: bool = False
-    """Whether the image is in memory, so that the row must not be kept."""
-    recorded: Recorded | None = None
+    names no image that may be opened. Without a place or a path, it holds the image in memory."""
+    place: ImagePlace | None = None
+    """Where the image is, of a split with an index."""
     path: Path | None = None
     """The image's file, of a row of JSON Lines."""
     reasons: tuple[str, ...] = ()

@@ -50,6 +50,7 @@ class _Prepared:
     """A prompt as it goes to vLLM: the image, and the tokens with one placeholder for it."""
 
     image: Image
+    question: str
     key: str
     tokens: tuple[int, ...]
 
@@ -107,6 +108,7 @@ class VllmSamplingEngine:
         return [
             _Prepared(
                 image=prompt.image(),
+                question=prompt.question,
                 key=prompt.key,
                 tokens=tuple(
                     self._processor.tokenizer.encode(
@@ -160,8 +162,8 @@ class VllmSamplingEngine:
         prompt = limit - room - len(draw.node.tokens)
         if prompt + draw.max_tokens > limit:
             raise UserError(
-                f"The prompt of {draw.node.prompt.key} takes {prompt} tokens with its image, and "
-                f"up to {draw.max_tokens} may follow: more than the {limit} of vLLM's longest "
+                f"The prompt {draw.node.prompt.question!r} takes {prompt} tokens with its image, "
+                f"and up to {draw.max_tokens} may follow: more than the {limit} of vLLM's longest "
                 "sequence.",
                 "Raise engine.max_length if the model allows it, lower the limit of a response "
                 "(search.max_sentence_tokens, evaluation.max_tokens), or leave the sample out.",

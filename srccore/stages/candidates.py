@@ -9,16 +9,19 @@ from functools import partial
 from pathlib import Path
 
 from srccore.config import AnnotationConfig, ScoringConfig, SearchConfig
-from srccore.data import dataset, sampling
+from srccore.data import sampling
+from srccore.data.dataset import DataSet
 from srccore.data.records import CandidateSet, Rating, Sample, Unrated, read_records, write_records
+from srccore.data.sampling import Heading
 from srccore.method import scoring, search
 from srccore.method.driver import Search, drive
-from srccore.method.engine import Prompt, Work
+from srccore.method.engine import Work
 from srccore.models.engines import rating_engine, sampling_engine
 from srccore.stages.batches import prompt_batches, unfinished
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
 from srccore.stages.rationales import judged_samples, trained_on
+from srccore.stages.splits import open_split, prompt
 from srccore.stages.workers import divide, gpus_of
 from srccore.training.machine import Figures, Machine
 
@@ -83,9 +86,10 @@ def _search(
         return folder.figures
     start = max(0, round_number - 1)
     seen = trained_on(policy) if unseen_first else set()
-    opened = dataset.open_data(data)
-    drawn = _draw(opened.samples, seen, config.samples, seed, start)
-    samples = sampling.shard(drawn, *shard)
+    opened = open_split(data)
+    headings = [Heading(sample.id, sample.category) for sample in opened]
+    drawn = _draw(headings, seen, config.samples, seed, start)
+    samples = [opened.sample(heading.id) for heading in sampling.shard(drawn, *shard)]
     journal = Journal(out, CandidateSet)
     sets = {record.sample_id: record for record in journal.records()}
     batches = prompt_batches(samples, opened, policy, config.engine, config.batch_tokens)
@@ -93,7 +97,7 @@ def _search(
     work = None
     if todo:
         work = Work()
-        job = partial(_found, data, policy, machine.device, config, seed, round_number)
+        job = partial(_found, opened, policy, machine.device, config, seed, round_number)
         for found in divide(job, todo, machine.workers, work):
             journal.append(*found)
             sets |= {record.sample_id: record for record in found}
@@ -117,7 +121,7 @@ def _search(
 
 
 def _found(
-    data: Path,
+    data: DataSet,
     policy: Path,
     device: str,
     config: SearchConfig,
@@ -127,13 +131,12 @@ def _found(
     work: Work,
 ) -> Iterator[list[CandidateSet]]:
     """Searches candidates for samples, as a job of one process."""
-    opened = dataset.open_data(data)
     at_once = config.width * config.branch if config.strategy == "beam" else config.candidates
     engine = sampling_engine(policy, device, config.engine, draws=at_once)
     searches = (
         [
             Search(
-                Prompt(partial(opened.image, sample.id), sample.question, sample.id),
+                prompt(data, sample),
                 partial(
                     search.search,
                     sample_id=sample.id,
@@ -152,8 +155,8 @@ def _found(
 
 
 def _draw(
-    samples: Sequence[Sample], seen: Set[str], count: int, seed: int, start: int
-) -> list[Sample]:
+    samples: Sequence[Heading], seen: Set[str], count: int, seed: int, start: int
+) -> list[Heading]:
     """Draws samples that the policy was not trained on, and others only if these are too few."""
     unseen = [sample for sample in samples if sample.id not in seen]
     drawn = sampling.draw(unseen, count, seed=seed, start=start) if unseen or not seen else []

@@ -8,16 +8,17 @@ from functools import partial
 from pathlib import Path
 
 from srccore.config import EvaluationConfig
-from srccore.data import dataset
+from srccore.data.dataset import DataSet
 from srccore.data.records import Judgement, Response, Sample, read_records, write_records
 from srccore.files import write_json
 from srccore.method import evaluation
 from srccore.method.driver import Search, drive
-from srccore.method.engine import Prompt, SamplingEngine, Work
+from srccore.method.engine import SamplingEngine, Work
 from srccore.models.engines import sampling_engine
 from srccore.stages.batches import prompt_batches, unfinished
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
+from srccore.stages.splits import open_split, prompt
 from srccore.stages.workers import divide, gpus_of
 from srccore.training.machine import Figures, Machine, Progress
 
@@ -59,8 +60,8 @@ def evaluate(
     )
     if folder.figures is not None:
         return folder.figures
-    opened = dataset.open_data(data)
-    samples = opened.samples
+    opened = open_split(data)
+    samples = list(opened)
     journal: Journal[Response | Judgement] = Journal(out, Response, Judgement)
     records = journal.records()
     responses = {each.sample_id: each for each in records if isinstance(each, Response)}
@@ -69,7 +70,7 @@ def evaluate(
     work = None
     if todo:
         work = Work()
-        job = partial(_answered, data, policy, machine.device, config)
+        job = partial(_answered, opened, policy, machine.device, config)
         for found in divide(job, todo, machine.workers, work):
             journal.append(*found)
             responses |= {response.sample_id: response for response in found}
@@ -99,7 +100,7 @@ def evaluate(
 
 
 def _answered(
-    data: Path,
+    data: DataSet,
     policy: Path,
     device: str,
     config: EvaluationConfig,
@@ -107,16 +108,15 @@ def _answered(
     work: Work,
 ) -> Iterator[list[Response]]:
     """Answers samples, as a job of one process."""
-    opened = dataset.open_data(data)
     engine = sampling_engine(policy, device, config.engine)
     with closing(engine):
-        yield from answer_all(engine, opened, batches, config.max_tokens)
+        yield from answer_all(engine, data, batches, config.max_tokens)
         work.add(engine.work)
 
 
 def answer_all(
     engine: SamplingEngine,
-    opened: dataset.DataSet,
+    data: DataSet,
     batches: Iterable[Sequence[Sample]],
     max_tokens: int,
 ) -> Iterator[list[Response]]:
@@ -124,7 +124,7 @@ def answer_all(
 
     Args:
         engine: Writes the policy's responses.
-        opened: The data set that has the images.
+        data: The data set that has the images.
         batches: What to answer, in batches that the engine computes together.
         max_tokens: The maximum number of tokens in one response.
 
@@ -136,7 +136,7 @@ def answer_all(
         (
             [
                 Search(
-                    Prompt(partial(opened.image, sample.id), sample.question, sample.id),
+                    prompt(data, sample),
                     partial(evaluation.answer, sample_id=sample.id, max_tokens=max_tokens),
                 )
                 for sample in batch
@@ -148,7 +148,7 @@ def answer_all(
 
 def _judge(
     config: EvaluationConfig,
-    opened: dataset.DataSet,
+    data: DataSet,
     samples: Sequence[Sample],
     responses: Mapping[str, Response],
     progress: Progress,
@@ -162,7 +162,7 @@ def _judge(
     for sample in samples:
         parsed = evaluation.parse_finished(responses[sample.id])
         if parsed is not None and parsed.rationale:
-            image = partial(opened.image, sample.id)
+            image = partial(data.image, sample.id)
             asked.append(JudgeRequest(sample, parsed, image))
         else:
             # Where there is no rationale there is nothing to ask: it is wrong.

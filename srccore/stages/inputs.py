@@ -15,6 +15,7 @@ from pathlib import Path
 from srccore import storage
 from srccore.config import DataConfig, TextModelConfig
 from srccore.data import dataset
+from srccore.data.index import index_of, is_indexed
 from srccore.data.records import Sample
 from srccore.errors import UserError
 from srccore.files import MANIFEST, STARTED
@@ -50,6 +51,9 @@ def content(name: str, address: Path | str) -> str:
     if isinstance(address, str) and storage.is_remote(address):
         return storage.fingerprint(address)
     path = storage.local_path(address) if isinstance(address, str) else address
+    if is_indexed(path):
+        # It has the texts and the hashes of the images, and may be all that is on this machine.
+        path = Path(index_of(str(path)))
     if path.is_file():
         return _file(path)
     if (path / STARTED).is_file():

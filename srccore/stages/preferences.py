@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from srccore.config import CurationConfig, DpoConfig
-from srccore.data import dataset
 from srccore.data.records import (
     CandidateSet,
     Preference,
@@ -21,6 +20,7 @@ from srccore.errors import UserError
 from srccore.method import curation
 from srccore.stages.folder import StageFolder
 from srccore.stages.rationales import judged_samples
+from srccore.stages.splits import open_split
 from srccore.training.machine import Figures, Machine
 from srccore.training.ranks import is_first
 
@@ -118,7 +118,7 @@ def train_dpo(
     )
     if folder.figures is not None:
         return folder.figures
-    opened = dataset.open_data(data)
+    opened = open_split(data)
     examples = [
         PreferenceExample(
             question=opened.sample(record.sample_id).question,

@@ -20,6 +20,7 @@ from srccore.stages.batches import by_length
 from srccore.stages.checks import check_facts
 from srccore.stages.folder import StageFolder
 from srccore.stages.journal import Journal
+from srccore.stages.splits import open_split
 from srccore.training.machine import Figures, Machine
 from srccore.training.ranks import is_first
 
@@ -55,14 +56,15 @@ def augment_rationales(
     folder = StageFolder("augment-rationales", out, config=config, inputs={"data": data})
     if folder.figures is not None:
         return folder.figures
-    opened = dataset.open_data(data)
-    check_facts("augment-rationales", config, opened.samples, data)
+    opened = open_split(data)
+    samples = list(opened)
+    check_facts("augment-rationales", config, samples, data)
     given = [
         Rationale(sample_id=sample.id, rationale=sample.rationale)
-        for sample in opened.samples
+        for sample in samples
         if sample.rationale
     ]
-    wanting = [sample for sample in opened.samples if not sample.rationale]
+    wanting = [sample for sample in samples if not sample.rationale]
     journal = Journal(out, Rationale)
     known = {record.sample_id for record in journal.records()}
     asked = [
@@ -80,7 +82,7 @@ def augment_rationales(
         machine.progress(done, len(asked))
     made = sorted(journal.records(), key=lambda record: record.sample_id)
     write_records(out / RATIONALES, Rationale, [*given, *made])
-    machine.progress(len(opened.samples), len(opened.samples))
+    machine.progress(len(samples), len(samples))
     return folder.finish({"given": len(given), "made": len(made), "problems": problems})
 
 
@@ -132,9 +134,10 @@ def tune_rationale(
     )
     if folder.figures is not None:
         return folder.figures
-    opened = dataset.open_data(data)
-    texts = rationale_texts(opened.samples, rationales)
-    usable = [sample for sample in opened.samples if sample.id in texts]
+    opened = open_split(data)
+    samples = list(opened)
+    texts = rationale_texts(samples, rationales)
+    usable = [sample for sample in samples if sample.id in texts]
     if not usable:
         raise UserError(
             f"No sample of {data} has a rationale.",
@@ -163,7 +166,7 @@ def tune_rationale(
     check_kept(kept, adapter=adapter, dtype=model.dtype, section="rationale")
     engine = TransformersSamplingEngine(loaded.model, loaded.processor)
     ids = {sample.id for sample in drawn}
-    unseen = [sample for sample in opened.samples if sample.id not in ids] or drawn
+    unseen = [sample for sample in samples if sample.id not in ids] or drawn
     asked = sampling.draw(unseen, min(format_check.FORMAT_SAMPLES, len(unseen)), seed=seed)
     batches = by_length(asked, opened, loaded.processor, format_check.BATCH_TOKENS)
     answered = answer_all(engine, opened, batches, format_check.MAX_TOKENS)

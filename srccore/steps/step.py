@@ -36,6 +36,7 @@ from srccore.files import MANIFEST, write_json
 from srccore.hashing import hash_text
 from srccore.models.policy import POLICY_FILE, Policy, parse_policy, policy_document, write_policy
 from srccore.stages import inputs as identify
+from srccore.stages import splits
 from srccore.stages.checks import check_device, check_settings
 from srccore.stages.manifest import parse_manifest, read_manifest
 from srccore.stages.table import STAGES, Stage
@@ -462,9 +463,9 @@ class StepInput:
     policy: Policy | None = None
 
     def fetch(self, scratch: Path) -> Path:
-        """Fetches it to this machine; a policy's adapters are fetched when they are folded."""
+        """Fetches it to this machine; adapters and images follow when they are used."""
         if self.policy is None:
-            return storage.fetch(self.uri)
+            return splits.fetch(self.uri)
         file = scratch / POLICY_FILE
         write_policy(file, self.policy)
         return file

@@ -30,7 +30,7 @@ def count_samples(
     folder = StageFolder("count-samples", out, config=config, inputs={"data": data})
     if folder.figures is not None:
         return folder.figures
-    count = min(config.at_most, len(dataset.open_data(data).samples))
+    count = min(config.at_most, len(dataset.open_data(data)))
     write_json(out / "counts.json", count)
     machine.progress(count, count)
     return folder.finish({"samples": count})

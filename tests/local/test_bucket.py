@@ -1,4 +1,4 @@
-"""Steps whose policy is in a bucket: adapters are passed on by URI, from cache to cache."""
+"""Steps whose policy and data are in a bucket: adapters and images are fetched when needed."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ def test_a_policy_trained_in_one_pod_is_evaluated_in_another(
     # A team may keep its policies in a separate bucket.
     root, mine = f"{bucket.uri}/artifacts", f"{moto.with_new_bucket().uri}/tune-rationale"
     storage.publish(finished / "tune-rationale", mine)
+    storage.publish(finished / "data", f"{root}/data")
     before, after, page = (str(tmp_path / name) for name in ("before", "after", "evaluation"))
     import_output(f"{mine}/policy.json", before)
+    for split in ("calibration", "heldout"):
+        import_output(f"{root}/data/{split}.parquet", str(tmp_path / split))
     config = shrunken()
     compute = {"device": "cpu", "threads": 1}
 
@@ -41,7 +44,7 @@ def test_a_policy_trained_in_one_pod_is_evaluated_in_another(
         "train-dpo",
         root,
         inputs={
-            "data": str(finished / "data" / "calibration.parquet"),
+            "data": str(tmp_path / "calibration"),
             "preferences": str(finished / "round-1" / "curate-preference"),
             "policy": before,
         },
@@ -57,7 +60,7 @@ def test_a_policy_trained_in_one_pod_is_evaluated_in_another(
         "evaluate",
         root,
         inputs={
-            "data": str(finished / "data" / "heldout.parquet"),
+            "data": str(tmp_path / "heldout"),
             "policy": after,
             "previous": str(finished / "round-0" / "evaluate"),
         },
@@ -72,6 +75,10 @@ def test_a_policy_trained_in_one_pod_is_evaluated_in_another(
     expected = json.loads((finished / "round-1" / "evaluate" / "figures.json").read_text())
     assert done.figures == expected
     assert json.loads(Path(page).read_text())["uri"] == done.uri
+    # Images were fetched one by one.
+    assert not list(tmp_path.rglob("*.parquet"))
+    kept = [path for path in (tmp_path / "evaluating pod" / "parts").rglob("*") if path.is_file()]
+    assert len(kept) == config.data.heldout
 
 
 PLACES = {

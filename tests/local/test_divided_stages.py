@@ -50,7 +50,7 @@ def test_a_damaged_image_is_an_error_of_the_user_in_any_process(
     opened = open_data(finished / "data" / "calibration.parquet")
     (tmp_path / "data").mkdir()
     with (tmp_path / "data" / "samples.jsonl").open("w") as rows:
-        for sample in opened.samples[:6]:
+        for sample in list(opened)[:6]:
             (tmp_path / "data" / f"{sample.id}.png").write_text("no image")
             row = sample.model_dump(mode="json", exclude_none=True) | {"image": f"{sample.id}.png"}
             rows.write(json.dumps(row) + "\n")

@@ -81,7 +81,7 @@ def test_an_interrupted_run_goes_on_to_the_same_preferences(finished: Path, tmp_
 
 def test_no_stage_but_evaluate_reads_the_heldout_split(finished: Path) -> None:
     digest = json.loads((finished / "data" / "manifest.json").read_text())["outputs"]
-    heldout = digest["heldout.parquet"]
+    heldout = digest["heldout.index.jsonl"]
     readers = {
         json.loads(path.read_text())["stage"]
         for path in finished.rglob("manifest.json")
@@ -94,7 +94,7 @@ def test_the_data_of_a_run_are_disjoint_by_image(finished: Path) -> None:
     owner: dict[bytes, str] = {}
     for split in SPLITS:
         data = dataset.open_data(finished / "data" / f"{split}.parquet")
-        for sample in data.samples:
+        for sample in data:
             assert owner.setdefault(data.encoded(sample.id), split) == split
 
 
@@ -139,7 +139,7 @@ def test_the_engine_decodes_greedily_as_generate_does(finished: Path) -> None:
     data = dataset.open_data(finished / "data" / "calibration.parquet")
     prompts = [
         Prompt(partial(data.image, sample.id), sample.question, sample.id)
-        for sample in data.samples[:16]
+        for sample in list(data)[:16]
     ]
     inputs = encode_prompts(loaded.processor, prompts)
     generated = loaded.model.generate(**inputs, max_new_tokens=60, do_sample=False)

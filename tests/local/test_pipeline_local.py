@@ -85,7 +85,7 @@ def data_with_rationales(finished: Path, path: Path) -> None:
         data = dataset.open_data(finished / "data" / f"{split}.parquet")
         file = finished / "augment-rationales" / split / "rationales.jsonl"
         texts = {each.sample_id: each.rationale for each in read_records(file, Rationale)}
-        for sample in data.samples:
+        for sample in data:
             with_rationale = sample.model_copy(update={"rationale": texts[sample.id]})
             rows.append((with_rationale, data.encoded(sample.id)))
     dataset.write_data(path, rows)

@@ -118,7 +118,7 @@ def test_responses_are_sampled_for_samples_that_stage_1_has_not_used(
 ) -> None:
     seen = trained_on(tuned / "policy.json")
     assert len(seen) == 4
-    unseen = {sample.id for sample in open_data(data).samples} - seen
+    unseen = {sample.id for sample in open_data(data)} - seen
     assert sampled(data, tuned / "policy.json", tmp_path / "all", 8) == (unseen, 0)
     assert capsys.readouterr().err == ""
     found, again = sampled(data, tuned / "policy.json", tmp_path / "more", 10)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from srccore.config import RunConfig
 from srccore.data import dataset
-from srccore.data.records import REFERENCE, Preference, Rating, Sample, read_records
+from srccore.data.records import REFERENCE, Preference, Rating, read_records
 from srccore.files import atomically, writable
 from srccore.method import evaluation
 from srccore.run.folder import RunFolder
@@ -20,6 +20,7 @@ from srccore.run.loop import load_run
 from srccore.run.report import page
 from srccore.stages.evaluation import read_outcomes
 from srccore.stages.manifest import Manifest, read_manifest
+from srccore.stages.splits import open_split
 from srccore.stages.table import STAGES
 
 __all__ = ["collect", "overall_change", "write_report"]
@@ -192,8 +193,7 @@ def _cards(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.Sam
     ]
     if not rounds:
         return
-    data = dataset.open_data(run.split("calibration"))
-    samples = {sample.id: sample for sample in data.samples}
+    data = open_split(run.split("calibration"))
     for number in rounds:
         file = run.output("curate-preference", number) / "preferences.jsonl"
         preferences = list(read_records(file, Preference))
@@ -202,7 +202,7 @@ def _cards(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.Sam
             for shard in run.all_ratings(number)
             for rating in read_records(shard / "ratings.jsonl", Rating)
         }
-        for preference in _some(preferences, samples):
+        for preference in _some(preferences, data):
             ids = {
                 "chosen": preference.chosen.id,
                 "rejected": preference.rejected.id,
@@ -215,7 +215,7 @@ def _cards(run: RunFolder, manifests: dict[Path, Manifest]) -> Iterator[page.Sam
             )
             yield page.SampleCard(
                 round=number,
-                sample=samples[preference.sample_id],
+                sample=data.sample(preference.sample_id),
                 image_png=_thumbnail(data.image(preference.sample_id)),
                 preference=preference,
                 ratings=tuple(
@@ -234,10 +234,10 @@ def _thumbnail(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _some(preferences: list[Preference], samples: dict[str, Sample]) -> list[Preference]:
+def _some(preferences: list[Preference], data: dataset.DataSet) -> list[Preference]:
     by_category: dict[str, list[Preference]] = {}
     for preference in sorted(preferences, key=lambda p: (-p.margin * p.confidence, p.sample_id)):
-        by_category.setdefault(samples[preference.sample_id].category, []).append(preference)
+        by_category.setdefault(data.sample(preference.sample_id).category, []).append(preference)
     share = max(1, CARDS // max(1, len(by_category)))
     return [preference for _, found in sorted(by_category.items()) for preference in found[:share]]
 

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,10 @@ def small_images_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 10_000)
 
 
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 def reasons(path: Path) -> list[tuple[int, str]]:
     return [(problem.row, problem.reason) for problem in validate(path).problems]
 
@@ -101,22 +107,22 @@ def test_a_data_set_with_facts_comes_back_from_parquet_as_it_was_written(tmp_pat
     path = tmp_path / "data.parquet"
     assert write_data(path, [(samples[0], png("red")), (samples[1], png("blue"))]) == 2
     data = open_data(path)
-    assert data.samples == tuple(samples)
+    assert list(data) == samples
     assert len(data) == 2
     assert data.sample("s2") == samples[1]
     assert data.encoded("s2") == png("blue")
     image = data.image("s2")
     assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (4, 3), (0, 0, 255))
-    assert list(tmp_path.iterdir()) == [path]
+    assert files(tmp_path) == {"data.parquet", "data.index.jsonl"}
 
 
 def test_a_data_set_with_facts_is_read_from_json_lines(tmp_path: Path) -> None:
     fact = {"subject": "the bar", "relation": "is", "value": "3"}
     folder = write_lines(tmp_path, [line(1, facts=[fact], rationale=None), "", line(2)])
-    expected = (sample(1, facts=(Fact(**fact),)), sample(2))
+    expected = [sample(1, facts=(Fact(**fact),)), sample(2)]
     for path in (folder, folder / "samples.jsonl"):
         data = open_data(path)
-        assert data.samples == expected
+        assert list(data) == expected
         assert data.image("s1").getpixel((0, 0)) == (255, 0, 0)
         assert data.encoded("s2") == png()
     assert validate(folder).problems == ()
@@ -142,7 +148,7 @@ def test_hugging_face_datasets_sees_images_and_facts(
     # And the other way round: this module reads what `datasets` writes.
     data.to_parquet(str(tmp_path / "theirs.parquet"))
     theirs = open_data(tmp_path / "theirs.parquet")
-    assert theirs.samples == (sample(1, facts=(fact,)), sample(2))
+    assert list(theirs) == [sample(1, facts=(fact,)), sample(2)]
     assert theirs.image("s2").getpixel((0, 0)) == (255, 0, 0)
 
 
@@ -152,11 +158,14 @@ def test_a_folder_of_parquet_files_is_one_data_set_in_the_order_of_their_names(
     write_data(tmp_path / "b.parquet", [(sample(3), png("blue"))])
     write_data(tmp_path / "a.parquet", [(sample(n), png()) for n in (1, 2)])
     data = open_data(tmp_path)
-    assert [s.id for s in data.samples] == ["s1", "s2", "s3"]
+    assert [s.id for s in data] == ["s1", "s2", "s3"]
     assert data.image("s3").getpixel((0, 0)) == (0, 0, 255)
 
 
-def test_images_are_found_across_row_groups(tmp_path: Path) -> None:
+def test_images_are_found_across_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "_GROUP_ROWS", 256)
     path = tmp_path / "data.parquet"
     rows = ((sample(n), png(size=(1 + n % 7, 1 + n // 7))) for n in range(600))
     assert write_data(path, rows) == 600
@@ -172,7 +181,7 @@ def groups_of_2_mib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("groups_of_2_mib")
-def test_groups_are_small_enough_to_read_one_for_one_image(tmp_path: Path) -> None:
+def test_a_group_has_few_bytes_since_the_writer_keeps_it_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     large = [noise(100_000), noise(3 * 2**20), noise(900_000), noise(1_000_000), noise(200_000)]
     write_data(path, [(sample(n), encoded) for n, encoded in enumerate(large)])
@@ -187,7 +196,7 @@ def test_a_plain_binary_image_column_and_absent_optional_columns_are_read(tmp_pa
     path = tmp_path / "data.parquet"
     pq.write_table(pa.Table.from_pylist([line(1, image=png())]), path)
     data = open_data(path)
-    assert data.samples == (sample(1),)
+    assert list(data) == [sample(1)]
     assert data.image("s1").size == (4, 3)
 
 
@@ -217,8 +226,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 
     with pytest.raises(RuntimeError, match="the source broke"):
         write_data(path, failing())
-    assert open_data(path).samples == (sample(1),)
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(open_data(path)) == [sample(1)]
+    assert files(tmp_path) == {"data.parquet", "data.index.jsonl"}
 
 
 def test_an_unknown_sample_is_told(tmp_path: Path) -> None:
@@ -249,8 +258,7 @@ def bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
-@pytest.mark.usefixtures("groups_of_2_mib")
-def test_opening_what_was_written_reads_no_image_and_one_image_reads_one_group(
+def test_opening_what_was_written_reads_no_image_and_an_image_costs_its_own_bytes(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "data.parquet"
@@ -258,17 +266,14 @@ def test_opening_what_was_written_reads_no_image_and_one_image_reads_one_group(
     open_data(path).image("s0")  # imports what is imported at the first use
     before = bytes_read()
     data = open_data(path)
-    assert bytes_read() - before < 400_000  # of 16 MB
+    assert len(read_samples(path)) == 40
     assert data.size("s7") == (1, 1)
-    before = bytes_read()
-    data.image("s7")
-    assert bytes_read() - before < 2.2 * 2**20
-    # A shard of every eighth: five groups of five.
+    assert bytes_read() - before < 50_000  # of 16 MB: 40 lines, read twice
     before = bytes_read()
     for number in range(0, 40, 8):
         data.image(f"s{number}")
-    assert bytes_read() - before < 5 * 2.2 * 2**20
-    assert len(read_samples(path)) == 40
+    # Two reads of at most 4 KiB for the line of each sample.
+    assert bytes_read() - before < 5 * (400_000 + 2 * 4096) + 10_000
 
 
 def test_a_data_set_is_streamed_with_each_byte_read_once(tmp_path: Path) -> None:
@@ -299,18 +304,14 @@ def peak(work: Callable[[], object]) -> int:
 
 
 @pytest.mark.usefixtures("groups_of_2_mib")
-def test_memory_does_not_grow_with_the_number_of_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Of up to 40 groups of 2 MiB, three are kept.
-    monkeypatch.setattr(parquet, "_images", lru_cache(3)(parquet._images.__wrapped__))
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     for count in (20, 200):
         path = tmp_path / f"{count}.parquet"
         rows = ((sample(n), noise(400_000)) for n in range(count))
         written = peak(lambda rows=rows, path=path: write_data(path, rows))
         data = open_data(path)
         streamed = peak(lambda path=path: [len(encoded()) for _, encoded in stream_data(path)])
-        read = peak(lambda data=data: [data.image(each.id).size for each in data.samples])
+        read = peak(lambda data=data: [data.image(each.id).size for each in data])
         # Of 80 MB; the first few are for what is imported and what allocators keep.
         assert max(written, streamed, read) < 30 * 2**20
 
@@ -375,7 +376,7 @@ def test_any_samples_come_back_from_groups_of_any_size(
         path = Path(folder) / "data.parquet"
         assert write_data(path, rows) == len(rows)
         data = open_data(path)
-        assert data.samples == tuple(samples) == tuple(read_samples(path))
+        assert list(data) == samples == read_samples(path)
         for (each, encoded), size in zip(rows, sizes, strict=False):
             assert data.encoded(each.id) == encoded
             assert data.image(each.id).size == data.size(each.id) == size
@@ -397,15 +398,25 @@ def rewritten(path: Path, **columns: list[Any]) -> None:
     pq.write_table(table, path)
 
 
+def changed_index(path: Path, number: int, **image: Any) -> None:
+    """Changes what the index says about the image of a row, numbered from 0."""
+    index = path.with_suffix(".index.jsonl")
+    lines = index.read_text().splitlines()
+    entry = json.loads(lines[number])
+    entry["image"] |= image
+    lines[number] = json.dumps(entry)
+    index.write_text("\n".join([*lines, ""]))
+
+
 def test_an_image_that_was_changed_after_writing_is_refused_when_it_is_read(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "data.parquet"
     write_data(path, [(sample(1), png()), (sample(2), png("blue"))])
-    rewritten(path, image=[{"bytes": png(), "path": None}] * 2)
+    path.write_bytes(path.read_bytes().replace(png("blue"), png("blue")[:-1] + b"?"))
     data = open_data(path)
     assert data.image("s1").size == (4, 3)
-    changed = "image differs from its image_sha256: the file was changed or is damaged"
+    changed = "image differs from its SHA-256: the file was changed or is damaged"
     for read in (data.image, data.encoded):
         with pytest.raises(UserError, match=rf"Sample 's2' of .*: {changed}\."):
             read("s2")
@@ -414,32 +425,41 @@ def test_an_image_that_was_changed_after_writing_is_refused_when_it_is_read(
         list(stream_data(path))
 
 
-def test_a_wrong_description_of_an_image_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_was_written_again_no_longer_fits_its_index(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
-    write_data(path, [(sample(n), png()) for n in (1, 2, 3)])
-    rewritten(path, width=[4, 5, 4])
-    data = open_data(path)
-    with pytest.raises(UserError, match="image has 4 x 3 pixels, but should have 5 x 3"):
-        data.image("s2")
-    rewritten(path, width=[4, 5, 0], image_sha256=["x", *pq.read_table(path)["image_sha256"][1:]])
-    found = [
-        (1, "image_sha256 is not a SHA-256 in hexadecimal"),
-        (2, "image has 4 x 3 pixels, but should have 5 x 3"),
-        (3, "width or height is not a positive integer"),
-    ]
-    assert reasons(path) == found
-    with pytest.raises(UserError, match=r"Row 1 of .*: image_sha256 is not a SHA-256"):
+    write_data(path, [(sample(n), png()) for n in (1, 2)])
+    rewritten(path, answer=["3", "4"])
+    index = path.with_suffix(".index.jsonl")
+    for read in (open_data, read_samples, validate, content_hash):
+        with pytest.raises(UserError, match=f"{index} does not describe {path}.*Delete {index}"):
+            read(path)
+    index.unlink()
+    assert [each.answer for each in open_data(path)] == ["3", "4"]
+    assert open_data(path).image("s2").size == (4, 3)
+
+
+@pytest.mark.parametrize("left", [0, 1, 100, -1])
+def test_an_index_that_was_cut_off_is_refused(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "data.parquet"
+    write_data(path, [(sample(n), png()) for n in (1, 2)])
+    index = path.with_suffix(".index.jsonl")
+    index.write_bytes(index.read_bytes()[:left])
+    with pytest.raises(UserError, match="does not describe"):
         open_data(path)
 
 
-def test_what_was_written_and_then_stored_in_one_group_is_still_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_description_of_an_image_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
-    write_data(path, [(sample(n), png(size=(n, 1))) for n in (1, 2, 3)])
-    monkeypatch.setattr(parquet, "_LARGEST_GROUP", 100)
-    data = open_data(path)
-    assert [data.image(f"s{n}").size for n in (3, 1, 2)] == [(3, 1), (1, 1), (2, 1)]
+    write_data(path, [(sample(n), png()) for n in (1, 2, 3)])
+    changed_index(path, 1, width=5)
+    with pytest.raises(UserError, match="image has 4 x 3 pixels, but should have 5 x 3"):
+        open_data(path).image("s2")
+    assert reasons(path) == [(2, "image has 4 x 3 pixels, but should have 5 x 3")]
+    changed_index(path, 0, sha256="x")
+    with pytest.raises(
+        UserError, match=r"Line 1 of .*data\.index\.jsonl is damaged: String should"
+    ):
+        open_data(path)
 
 
 def test_a_file_that_is_cut_off_while_it_is_open_is_an_error(tmp_path: Path) -> None:
@@ -447,8 +467,63 @@ def test_a_file_that_is_cut_off_while_it_is_open_is_an_error(tmp_path: Path) -> 
     write_data(path, [(sample(n), noise(1_500_000)) for n in (1, 2)])
     data = open_data(path)
     os.truncate(path, 1_000_000)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="differs from its SHA-256"):
         data.image("s2")
+    path.unlink()
+    with pytest.raises(UserError, match=r"image cannot be read \(No such file or directory\)"):
+        data.image("s2")
+
+
+# With the index alone
+
+
+def test_texts_and_sizes_need_only_the_index(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    write_data(path, [(sample(n), png(size=(n, 2))) for n in (1, 2)])
+    identity = content_hash(path)
+    path.unlink()
+    data = open_data(path)
+    assert list(data) == read_samples(path) == [sample(1), sample(2)]
+    assert data.size("s2") == (2, 2)
+    assert content_hash(path) == identity
+
+
+def test_an_image_of_several_samples_has_one_key(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    write_data(path, [(sample(1), png()), (sample(2), png("blue")), (sample(3), png())])
+    data = open_data(path)
+    keys = [data.image_key(f"s{n}") for n in (1, 2, 3)]
+    assert keys == [hashlib.sha256(png(each)).hexdigest() for each in ("red", "blue", "red")]
+    # Without an index the images would have to be read first.
+    lines = open_data(write_lines(tmp_path / "lines", [line(1), line(2)]))
+    assert [lines.image_key(f"s{n}") for n in (1, 2)] == ["s1", "s2"]
+
+
+def test_a_data_set_of_any_format_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    write_data(tmp_path / "data.parquet", [(sample(1), png())])
+    pq.write_table(pa.Table.from_pylist([line(1, image=png())]), tmp_path / "theirs.parquet")
+    lines = write_lines(tmp_path / "lines", [line(1)])
+    for path in (tmp_path / "data.parquet", tmp_path / "theirs.parquet", lines):
+        opened = open_data(path)
+        sent = pickle.loads(pickle.dumps(opened))
+        assert sent.encoded("s1") == opened.encoded("s1") == png()
+        assert list(sent) == [sample(1)]
+
+
+def test_an_opened_data_set_takes_a_few_hundred_bytes_per_sample(tmp_path: Path) -> None:
+    path, count = tmp_path / "data.parquet", 2000
+    image = png()
+    texts = {"question": "What is it? " * 40, "rationale": "It is so. " * 200}
+    rows = ((sample(n).model_copy(update=texts), image) for n in range(count))
+    write_data(path, rows)
+    open_data(path)  # imports
+    tracemalloc.start()
+    data = open_data(path)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(data) == count
+    # An id, a number and their place in a dictionary; the texts have 2.5 KB.
+    assert held < 250 * count
 
 
 # Bad rows

@@ -85,15 +85,15 @@ def test_batches_are_those_of_the_lengths_that_the_engine_sees(
         rows, length = encode_prompts(processor, prompts)["input_ids"].shape
         return rows, length
 
-    lengths = {sample.id: seen([sample])[1] for sample in data.samples}
+    lengths = {sample.id: seen([sample])[1] for sample in data}
     assert lengths == {
         sample.id: prompt_tokens(
             processor, prompt_text(processor, sample.question), data.size(sample.id)
         )
-        for sample in data.samples
+        for sample in data
     }
     most = 3 * max(lengths.values())
-    batches = prompt_batches(data.samples, data, tmp_path, EngineConfig(), most)
+    batches = prompt_batches(list(data), data, tmp_path, EngineConfig(), most)
     assert sorted(s.id for batch in batches for s in batch) == sorted(lengths)
     for batch in batches:
         rows, length = seen(batch)
@@ -102,7 +102,8 @@ def test_batches_are_those_of_the_lengths_that_the_engine_sees(
 
 def test_for_vllm_each_sample_is_durable_by_itself(data: dataset.DataSet, tmp_path: Path) -> None:
     engine = EngineConfig(name="vllm")
-    assert prompt_batches(data.samples[:2], data, tmp_path, engine, 1) == [
-        [data.samples[0]],
-        [data.samples[1]],
+    first, second = list(data)[:2]
+    assert prompt_batches([first, second], data, tmp_path, engine, 1) == [
+        [first],
+        [second],
     ]

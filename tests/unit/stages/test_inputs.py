@@ -15,6 +15,7 @@ from srccore.errors import UserError
 from srccore.hashing import hash_file
 from srccore.models.policy import Policy, write_policy
 from srccore.stages import inputs as identify
+from srccore.stages.data import prepare_data
 from srccore.stages.folder import StageFolder
 from srccore.stages.manifest import read_manifest
 from srccore.stages.table import Stage
@@ -145,6 +146,14 @@ def test_a_split_is_identified_by_its_manifest_until_it_is_touched(
     assert identify.content("data", split) == hash_file(split) != known
     split.write_bytes(b"a")
     assert identify.content("data", split) == known
+
+
+def test_a_split_with_an_index_is_identified_by_that(tmp_path: Path) -> None:
+    prepare_data(DataConfig(train=4, calibration=4, heldout=4), tmp_path)
+    known = read_manifest(tmp_path).outputs["train.index.jsonl"]
+    assert identify.content("data", tmp_path / "train.parquet") == known
+    (tmp_path / "train.parquet").unlink()
+    assert identify.content("data", tmp_path / "train.parquet") == known
 
 
 def test_a_data_set_without_rows_is_refused(tmp_path: Path) -> None:

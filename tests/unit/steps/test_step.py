@@ -80,6 +80,18 @@ def test_a_step_reads_what_another_wrote(root: str, tmp_path: Path) -> None:
     assert len(list(read_records(folder / "rationales.jsonl", Rationale))) == 8
 
 
+def test_a_step_that_reads_texts_does_not_fetch_the_split(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = refer(prepare(s3.uri), "train.parquet", tmp_path / "train")
+    monkeypatch.setenv("SRCCORE_CACHE", str(tmp_path / "another pod"))
+    figures = augment(s3.uri, split).figures
+    assert figures["given"] + figures["made"] == 8
+    fetched = {path.name for path in (tmp_path / "another pod").rglob("*.*") if path.is_file()}
+    assert "train.index.jsonl" in fetched
+    assert "train.parquet" not in fetched
+
+
 def test_work_that_was_done_is_not_done_again(
     root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

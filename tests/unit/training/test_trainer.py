@@ -40,7 +40,7 @@ def test_images_may_be_read_by_other_processes(
             functools.partial(opened.image, sample.id),
             opened.size(sample.id),
         )
-        for sample in opened.samples
+        for sample in opened
     ]
     found = []
     for workers in (0, 2):

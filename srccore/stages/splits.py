@@ -1,0 +1,59 @@
+"""Data sets as stages read them: texts first, images as they are used.
+
+The texts of a split that prepare-data wrote are in its index, a file of megabytes. A pod fetches
+that, and of the split itself, which has gigabytes, the images that its samples need, one by one.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from srccore import storage
+from srccore.data.dataset import DataSet, open_data, read_place
+from srccore.data.index import ImagePlace, index_of
+from srccore.data.records import Sample
+from srccore.method.engine import Prompt
+
+__all__ = ["fetch", "open_split", "prompt"]
+
+
+def fetch(uri: str) -> Path:
+    """Brings an input to this machine; of a split that has an index, only that.
+
+    Returns:
+        Where the input is, or where it would be if it was fetched: `open_split` opens both.
+
+    Raises:
+        UserError: There is nothing, or the store denies access.
+    """
+    index = index_of(uri)
+    if storage.is_remote(uri) and uri.endswith(".parquet") and storage.exists(index):
+        storage.fetch(index)
+        return storage.local_path(uri)
+    return storage.fetch(uri)
+
+
+def open_split(path: Path) -> DataSet:
+    """Opens a data set; images that are still in a bucket are fetched as they are used.
+
+    Args:
+        path: The data set, as `fetch` returns it.
+
+    Raises:
+        UserError: It is not a data set, or a row is bad.
+    """
+    return open_data(path, _read)
+
+
+def _read(path: Path, place: ImagePlace) -> bytes:
+    if path.exists() or place.sha256 is None:
+        return read_place(path, place)
+    uri = storage.address_of(path)
+    return storage.fetch_part(uri, place.start, place.length, place.sha256)
+
+
+def prompt(data: DataSet, sample: Sample) -> Prompt:
+    """Asks a policy a sample's question."""
+    image = functools.partial(data.image, sample.id)
+    return Prompt(image, sample.question, data.image_key(sample.id))
