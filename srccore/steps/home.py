@@ -20,12 +20,13 @@ from srccore.errors import UserError
 from srccore.files import writable, write_json
 from srccore.models.policy import POLICY_FILE, parse_policy, write_policy
 from srccore.run.folder import CONFIG, RunFolder
+from srccore.stages import splits
 from srccore.stages.manifest import read_manifest
 from srccore.steps.step import STEP, Lineage
 
 __all__ = ["collect_report", "collect_run"]
 
-_LARGE = re.compile(r"\.safetensors$|^train\.parquet$")
+_UNREAD = re.compile(r"\.safetensors$|^train\.(parquet|index\.jsonl)$")
 """Files that reports do not read: weights, and the split for stage 1."""
 
 
@@ -175,12 +176,20 @@ class _Step:
 
 def _bring(uri: str, folder: Path, whole: bool) -> None:
     for file in storage.listing(uri):
-        if _LARGE.search(file.path) and not whole:
+        if _UNREAD.search(file.path) and not whole:
             continue
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            _link(storage.fetch(storage.join(uri, file.path)), target)
+        if target.exists() or target.is_symlink():
+            continue
+        source = storage.join(uri, file.path)
+        if whole:
+            _link(storage.fetch(source), target)
+        elif (found := splits.fetch(source)).exists():
+            _link(found, target)
+        else:
+            # A report shows a few images of a split; they are fetched from where the link points.
+            target.symlink_to(found)
 
 
 def _link(source: Path, target: Path) -> None:

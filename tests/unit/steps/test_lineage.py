@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import s3_server
+from PIL import Image
+from s3_server import S3Server
 
+from srccore import storage
 from srccore.config import load_config
+from srccore.data.dataset import write_data
+from srccore.data.records import Category, Sample
 from srccore.errors import UserError
 from srccore.models.policy import read_policy
 from srccore.run.loop import load_run
 from srccore.stages.manifest import Manifest
+from srccore.stages.splits import open_split
 from srccore.steps.home import collect_report, collect_run
+
+moto, no_aws = s3_server.moto, s3_server.no_aws
 
 CONFIG = load_config("tiny")
 
@@ -54,6 +64,7 @@ def run_of_one_round(root: Path, *, augment: bool = True, scorer: str | None = N
     )
     for split in ("train", "calibration", "heldout"):
         (root / data / f"{split}.parquet").write_bytes(b"samples")
+        (root / data / f"{split}.index.jsonl").write_bytes(b"texts")
     made, round_made = train, calibration
     if augment:
         made = [step(root, "augment-rationales", "t", data=train)]
@@ -137,8 +148,40 @@ def test_a_report_needs_neither_weights_nor_the_train_split(tmp_path: Path) -> N
     last = run_of_one_round(root)
     collect_run(str(root), f"{root}/{last}", CONFIG, out)
     assert not list(out.rglob("*.safetensors"))
-    assert not (out / "data" / "train.parquet").exists()
-    assert (out / "data" / "calibration.parquet").exists()
+    kept = {path.name for path in (out / "data").iterdir()} - {"manifest.json", "step.json"}
+    assert kept == {
+        f"{split}.{ending}"
+        for split in ("calibration", "heldout")
+        for ending in ("parquet", "index.jsonl")
+    }
+
+
+def test_a_report_of_a_run_in_a_bucket_fetches_the_images_that_it_shows(
+    no_aws: None, moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = moto.with_new_bucket()
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    root, out = tmp_path / "artifacts", tmp_path / "run"
+    last = run_of_one_round(root)
+    samples = [
+        Sample(id=name, category=Category.CHART, question="?", answer="3") for name in ("a", "b")
+    ]
+    images = [io.BytesIO(), io.BytesIO()]
+    for number, image in enumerate(images):
+        Image.new("RGB", (number + 1, 1)).save(image, "PNG")
+    split = root / "prepare-data" / "d" / "calibration.parquet"
+    encoded = [image.getvalue() for image in images]
+    write_data(split, zip(samples, encoded, strict=True))
+    storage.publish(root, bucket.uri)
+    collect_run(bucket.uri, f"{bucket.uri}/{last}", CONFIG, out)
+    opened = open_split(out / "data" / "calibration.parquet")
+    assert list(opened) == samples
+    assert opened.encoded("b") == encoded[1]
+    in_cache = [path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert encoded[1] in in_cache
+    assert encoded[0] not in in_cache
+    assert split.read_bytes() not in in_cache
 
 
 def test_a_moved_root_is_collected_from_its_report(tmp_path: Path) -> None:
