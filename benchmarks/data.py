@@ -27,8 +27,8 @@ from PIL import Image
 from timing import alternate, arguments, report
 
 from srccore.config import DataConfig
-from srccore.data import parquet
 from srccore.data.dataset import open_data, stream_data, write_data
+from srccore.data.index import index_of
 from srccore.data.records import Category, Sample
 from srccore.stages.data import prepare_data
 
@@ -151,7 +151,6 @@ def main() -> None:
 
         def reading(read: Callable[[int], bytes]) -> Callable[[], None]:
             def way() -> None:
-                parquet._images.cache_clear()
                 for number in chance.sample(range(given.images), READ):
                     assert len(read(number)) == SIZE
 
@@ -169,13 +168,17 @@ def main() -> None:
         }
         notes["MB read for one image of a split"] = round(counted(timed["srccore"]) / READ, 2)
         notes["MB read to open a split"] = round(counted(opening["srccore"]), 2)
+        index = Path(index_of(str(ours))).stat().st_size / 1e6
+        notes["MB that a pod fetches for the texts"] = (
+            f"{index:.2f} of {ours.stat().st_size / 1e6:.0f}"
+        )
         each = given.images // 4
         config = DataConfig(source=str(theirs), train=each, calibration=each, heldout=each)
         total = counted(lambda: prepare_data(config, folder / "out"))
         size = theirs.stat().st_size / 1e6
         notes["prepare-data"] = (
             f"{total:.0f} MB read of a source of {size:.0f} MB: to identify it, to copy it, and "
-            "the splits again for the manifest"
+            "the splits again for the index and for the manifest"
         )
         for count in (given.small, given.large):
             notes[f"memory with {count} images"] = memory(count, folder)
