@@ -37,8 +37,8 @@ READ = 20
 """Images that one repetition reads."""
 
 
-def rows(count: int) -> Iterator[tuple[Sample, bytes]]:
-    """Samples with images of `SIZE` bytes: a small PNG, and bytes that readers skip."""
+def rows(count: int, size: int = SIZE) -> Iterator[tuple[Sample, bytes]]:
+    """Samples with images of so many bytes: a small PNG, and bytes that readers skip."""
     file = io.BytesIO()
     Image.new("RGB", (336, 336)).save(file, "PNG")
     image = file.getvalue()
@@ -50,7 +50,7 @@ def rows(count: int) -> Iterator[tuple[Sample, bytes]]:
             answer="A number.",
             rationale="It shows a number. " * 20,
         )
-        yield sample, image + os.urandom(SIZE - len(image))
+        yield sample, image + os.urandom(size - len(image))
 
 
 def write_in_groups(path: Path, data: list[tuple[Sample, bytes]]) -> None:
@@ -104,7 +104,7 @@ def counted(work: Callable[[], object]) -> float:
     return (bytes_read() - before) / 1e6
 
 
-def own_memory(count: int, folder: Path) -> None:
+def own_memory(count: int, size: int, folder: Path) -> None:
     """Prints the peak of this process before and after it wrote, streamed and read a split."""
 
     def peak() -> str:
@@ -115,7 +115,7 @@ def own_memory(count: int, folder: Path) -> None:
     open_data(folder / "warm.parquet").image("s0")
     before = peak()
     path = folder / f"{count}.parquet"
-    write_data(path, rows(count))
+    write_data(path, rows(count, size))
     for _, encoded in stream_data(path):
         encoded()
     data = open_data(path)
@@ -125,9 +125,9 @@ def own_memory(count: int, folder: Path) -> None:
     print(before, peak())
 
 
-def memory(count: int, folder: Path) -> str:
+def memory(count: int, size: int, folder: Path) -> str:
     """Runs `own_memory` in a process of its own."""
-    command = [sys.executable, __file__, "--own-memory", str(count), str(folder)]
+    command = [sys.executable, __file__, "--own-memory", str(count), str(size), str(folder)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     before, after = (int(text) / 1024 for text in done.stdout.split())
     return f"{after - before:.0f} MiB more than before the first image, peak {after:.0f} MiB"
@@ -136,12 +136,13 @@ def memory(count: int, folder: Path) -> str:
 def main() -> None:
     """Runs the benchmark."""
     if sys.argv[1:2] == ["--own-memory"]:
-        own_memory(int(sys.argv[2]), Path(sys.argv[3]))
+        own_memory(int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
         return
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=400, help="images that are read")
     parser.add_argument("--small", type=int, default=1000, help="images of the first memory test")
     parser.add_argument("--large", type=int, default=4000, help="images of the second memory test")
+    parser.add_argument("--size", type=int, default=SIZE, help="bytes of an image in these tests")
     given = arguments(__doc__, parser)
     chance = random.Random(0)
     notes: dict[str, object] = {}
@@ -181,7 +182,7 @@ def main() -> None:
             "the splits again for the index and for the manifest"
         )
         for count in (given.small, given.large):
-            notes[f"memory with {count} images"] = memory(count, folder)
+            notes[f"memory with {count} images"] = memory(count, given.size, folder)
     report(results, given.json, notes)
 
 

@@ -18,6 +18,7 @@ whenever it is read, so a file that was changed afterwards is noticed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -216,7 +217,7 @@ def open_data(path: Path, read: Read = read_place) -> DataSet:
     """
     if is_indexed(path):
         starts = {entry.sample.id: start for start, entry in read_index(path)}
-        lines = Path(index_of(str(path))).open("rb")  # noqa: SIM115 - as long as the data set
+        lines = Path(index_of(str(path))).open("rb")  # noqa: SIM115 - kept open
         return DataSet(path, lines, starts, functools.partial(_open_place, read, path), read)
     copy = _Copy(path, read)
     for row, sample, size, reasons in _checked(_rows(path, ParquetTable.streamed), trusting=True):
@@ -362,14 +363,12 @@ class _Copy:
     """
 
     def __init__(self, path: Path, read: Read) -> None:
-        self.lines: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the data set
-        self.starts: dict[str, int] = {}
         self._path = path
         self._read = read
-
-    @functools.cached_property
-    def _images(self) -> BinaryIO:
-        return tempfile.TemporaryFile()
+        self.starts: dict[str, int] = {}
+        with self._explained():
+            self.lines: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - kept open
+            self._images: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
 
     def add(
         self, sample: Sample, row: Row, image: Callable[[], BinaryIO], size: tuple[int, int]
@@ -391,18 +390,23 @@ class _Copy:
         self.starts[sample.id] = self._write(self.lines, entry_line(entry))
 
     def _write(self, file: BinaryIO, data: bytes) -> int:
-        try:
+        with self._explained():
             start = file.tell()
             file.write(data)
             file.flush()
+        return start
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
-                f"The data set {self._path} cannot be copied to {tempfile.gettempdir()}: "
+                f"The data set {self._path} cannot be copied to a temporary file: "
                 f"{error.strerror}.",
-                "Free some space there, set TMPDIR to another folder, or pass the output of "
+                "Free some space, set TMPDIR to another folder, or pass the output of "
                 "prepare-data, which needs no copy.",
             ) from None
-        return start
 
     def image(self, place: ImagePlace) -> BinaryIO:
         """Opens an image."""
@@ -477,9 +481,10 @@ def _checked(
 def _measure(
     image: Callable[[], BinaryIO], place: ImagePlace | None, decoding: bool
 ) -> tuple[int, int]:
-    if place:
-        _read(image, place.sha256)
-    with image() as file, opened(file) as found:
+    with (
+        io.BytesIO(_read(image, place.sha256)) if place else image() as file,
+        opened(file) as found,
+    ):
         size = upright_size(found)
         if place:
             _check_size(size, place.size)

@@ -11,6 +11,7 @@ from s3_server import S3Server
 from shrunken import shrunken
 
 from srccore import storage
+from srccore.data.dataset import open_data
 from srccore.stages.manifest import read_manifest
 from srccore.stages.table import STAGES, Stage
 from srccore.steps.step import import_output, locate_stage, run_stage
@@ -77,8 +78,9 @@ def test_a_policy_trained_in_one_pod_is_evaluated_in_another(
     assert json.loads(Path(page).read_text())["uri"] == done.uri
     # Images were fetched one by one.
     assert not list(tmp_path.rglob("*.parquet"))
-    kept = [path for path in (tmp_path / "evaluating pod" / "parts").rglob("*") if path.is_file()]
-    assert len(kept) == config.data.heldout
+    heldout = open_data(finished / "data" / "heldout.parquet")
+    kept = {path.name for path in (tmp_path / "evaluating pod" / "parts").glob("*/*")}
+    assert kept == {heldout.image_key(sample.id) for sample in heldout}
 
 
 PLACES = {
