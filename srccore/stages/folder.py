@@ -107,9 +107,9 @@ class StageFolder:
         if (self.path / MANIFEST).exists():
             self._remove_what_was_for_resuming()
             return read_manifest(self.path)
-        # Of an attempt that was killed while it wrote a file.
-        for path in self.path.rglob("*.tmp"):
-            path.unlink(missing_ok=True)
+        # Of an attempt that was killed while it wrote a file, or trained.
+        for path in list(self.path.rglob("*.tmp")):
+            storage.remove(str(path))
         return None
 
     def finish(

@@ -182,7 +182,7 @@ def training(
     with (
         joined(device) as processes,
         _quiet(),
-        tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch,
+        tempfile.TemporaryDirectory(dir=out, prefix=".trainer-", suffix=".tmp") as scratch,
     ):
         yield Session(
             arguments=_arguments(config, Path(scratch), seed, device, dtype, processes),

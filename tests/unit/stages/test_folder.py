@@ -117,8 +117,11 @@ def test_a_temporary_file_that_a_killed_process_left_goes_with_the_next_attempt(
 ) -> None:
     _folder(tmp_path / "out")
     (tmp_path / "out" / "result.jsonl.17.tmp").write_text("half")
+    # As a training works in, and as a library left a file in it.
+    (tmp_path / "out" / ".trainer-17.tmp").mkdir()
+    (tmp_path / "out" / ".trainer-17.tmp" / "18.tmp").write_text("half")
     folder = _folder(tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert not list((tmp_path / "out").rglob("*.tmp"))
     (tmp_path / "out" / "result.jsonl.18.tmp").write_text("half")
     folder.finish({})
     assert read_manifest(tmp_path / "out").outputs == {}
