@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 import srccore
 from srccore.cli import images, pipeline, runs, stage
-from srccore.cli.options import Overrides, Preset
+from srccore.cli.options import Overrides, Preset, TrainingProcesses
 from srccore.errors import UserError
 
 __all__ = ["app", "main"]
@@ -103,6 +103,7 @@ def run_command(
             "every two CPU cores, if not set. The results do not depend on it.",
         ),
     ] = None,
+    training_processes: TrainingProcesses = None,
 ) -> None:
     """Run all stages and rounds, or resume an interrupted run."""
     from srccore.config import load_config
@@ -119,7 +120,7 @@ def run_command(
     workers = workers or default_workers(config.device, max(1, gpus_of_worker(config)))
     try:
         with contextlib.closing(observer):
-            run(config, out, observer, workers)
+            run(config, out, observer, workers, training_processes)
     except KeyboardInterrupt:
         observer.note(f"\nInterrupted. Run the same command to resume {out}.")
         raise typer.Exit(130) from None

@@ -11,11 +11,28 @@ import typer
 
 from srccore.kubeflow.connection import Connection
 
-__all__ = ["Overrides", "Parameters", "Preset", "repeated", "with_connection"]
+__all__ = [
+    "Overrides",
+    "Parameters",
+    "Preset",
+    "TrainingProcesses",
+    "repeated",
+    "with_connection",
+]
 
 Preset = Annotated[
     str,
     typer.Option("--preset", help="The name of a preset (see srccore presets), or a YAML file."),
+]
+TrainingProcesses = Annotated[
+    int | None,
+    typer.Option(
+        "--training-processes",
+        min=1,
+        show_default=False,
+        help="The processes that train together, at most; one for each GPU if not set. Results "
+        "only differ in rounding.",
+    ),
 ]
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from srccore.cli.options import Overrides, Preset
+from srccore.cli.options import Overrides, Preset, TrainingProcesses
 from srccore.errors import UserError
 from srccore.stages.table import STAGES, Input, Stage
 
@@ -43,19 +43,31 @@ def _command(stage: Stage) -> Callable[..., None]:
         from srccore.config import load_config
         from srccore.run.console import ConsoleObserver, quiet_libraries
         from srccore.run.loop import set_threads
-        from srccore.stages.checks import check_device, check_settings
+        from srccore.stages.checks import (
+            check_device,
+            check_settings,
+            check_training_processes,
+        )
+        from srccore.stages.together import train
         from srccore.training.machine import Machine
 
         quiet_libraries()
         config = load_config(preset, overrides)
         set_threads(config.threads)
         check_settings([stage.name], dict(config))
+        asked = given.pop("training_processes", None)
+        check_training_processes(asked, config.device)
         check_device(stage.name, given["out"], config.device)
         if "shard" in stage.settings:
             given["shard"] = _shard(given["shard"])
         console = ConsoleObserver.on_stderr()
         with console.stage(stage.name, None) as progress:
-            figures = stage.run(config, machine=Machine(config.device, progress), **given)
+            machine = Machine(config.device, progress)
+            if stage.trains:
+                given |= {"machine": machine, "note": console.note}
+                figures = train(stage.name, config, asked, **given)
+            else:
+                figures = stage.run(config, machine=machine, **given)
         typer.echo(json.dumps(figures, indent=2))
 
     # Typer reads a command's options from its signature.
@@ -77,6 +89,8 @@ def _parameters(stage: Stage) -> Iterator[inspect.Parameter]:
         yield option("shard", Shard, "0/1")
     yield option("preset", Preset, "tiny")
     yield option("overrides", Overrides)
+    if stage.trains:
+        yield option("training_processes", TrainingProcesses, None)
 
 
 def _type(given: Input) -> Any:

@@ -20,16 +20,15 @@ from pathlib import Path
 from srccore.config import Section
 from srccore.errors import UserError
 from srccore.files import write_json
+from srccore.training.ranks import is_lost_peer
 
-__all__ = ["NOTES", "STARTED", "Note", "die_with_parent", "is_lost_peer", "supervised"]
+__all__ = ["NOTES", "STARTED", "Note", "die_with_parent", "supervised"]
 
 NOTES = "SRCCORE_NOTES"
 """The environment variable with the folder for notes."""
 STARTED = "started"
 """The file in it that grows by a byte with every process that starts."""
 _SET_DEATH_SIGNAL = 1
-# How gloo, and autograd on top of it, report a lost peer: in a plain RuntimeError.
-_LOST = ("gloo", "Connection closed by peer", "Connection reset by peer")
 
 
 class Note(Section):
@@ -141,26 +140,6 @@ def _done(work: Callable[[], object], path: Path | None) -> int:
         Note(is_final=not is_lost_peer(error), exit_code=1, text=f"Error: {last}").leave(path)
         return 1
     return 0
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error means that a connection to another process broke.
-
-    Args:
-        error: The exception; its causes are checked, too.
-    """
-    if "torch" not in sys.modules:
-        return False
-    import torch.distributed as dist
-
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, dist.DistError):
-            return True
-        if isinstance(found, RuntimeError) and any(sign in str(found) for sign in _LOST):
-            return True
-        found = found.__cause__ or found.__context__
-    return False
 
 
 def die_with_parent() -> None:

@@ -24,11 +24,18 @@ from srccore.method.evaluation import HEADLINE
 from srccore.models.engines import check_installed
 from srccore.models.policy import load_processor, resolve_model_path, response_text
 from srccore.run.folder import RunFolder
-from srccore.stages.checks import check_data, check_device, check_gpus, check_settings
+from srccore.stages.checks import (
+    check_data,
+    check_device,
+    check_gpus,
+    check_settings,
+    check_training_processes,
+)
 from srccore.stages.manifest import read_manifest
 from srccore.stages.table import STAGES
+from srccore.stages.together import train
 from srccore.stages.trained import free_training_memory
-from srccore.stages.workers import keep_first_gpu, stop_workers, visible_gpus
+from srccore.stages.workers import stop_workers, visible_gpus
 from srccore.training.machine import Figures, Machine, Progress
 
 __all__ = ["Observer", "load_run", "run", "set_threads"]
@@ -50,7 +57,13 @@ class Observer(Protocol):
         ...
 
 
-def run(config: RunConfig, out: Path, observer: Observer, workers: int = 1) -> list[Figures]:
+def run(
+    config: RunConfig,
+    out: Path,
+    observer: Observer,
+    workers: int = 1,
+    processes: int | None = None,
+) -> list[Figures]:
     """Runs all stages and rounds, or resumes an interrupted run.
 
     Args:
@@ -59,7 +72,9 @@ def run(config: RunConfig, out: Path, observer: Observer, workers: int = 1) -> l
         observer: Receives progress events; with several workers, those of an evaluation may come
             from another thread than those of the training beside it.
         workers: Processes among which the samples of a stage are divided. Results do not depend on
-            it. With several, a round is evaluated while the next one is trained.
+            it.
+        processes: Processes that train together, at most; None is one for each GPU, or one without
+            a GPU. Results do not depend on it, apart from rounding.
 
     Returns:
         The figures after stage 1 (round 0) and after every round.
@@ -68,7 +83,6 @@ def run(config: RunConfig, out: Path, observer: Observer, workers: int = 1) -> l
         UserError: The folder belongs to a different run, or an input is invalid. The figures of
             the rounds before are known then.
     """
-    keep_first_gpu(config.device)
     for model in (config.model, config.rating_model):
         resolve_model_path(model.path)
     folder = RunFolder(out)
@@ -79,6 +93,7 @@ def run(config: RunConfig, out: Path, observer: Observer, workers: int = 1) -> l
         if stage.engine:
             check_installed(getattr(config, stage.engine).engine)
     check_gpus(config, workers)
+    check_training_processes(processes, config.device)
     if not (folder.output("tune-rationale") / MANIFEST).exists():
         # Its family, padding and chat template, too, before a teacher is paid.
         response_text(load_processor(config.model), "Yes.")
@@ -91,7 +106,7 @@ def run(config: RunConfig, out: Path, observer: Observer, workers: int = 1) -> l
     _open_run(config, folder)
     set_threads(config.threads)
     numbers = tuple(range(workers)) if workers > 1 else ()
-    wiring = _Wiring(config, folder, observer, numbers)
+    wiring = _Wiring(config, folder, observer, numbers, processes)
     try:
         _run_rounds(wiring)
     except UserError:
@@ -187,9 +202,13 @@ class _Wiring:
     out: RunFolder
     observer: Observer
     workers: tuple[int, ...] = ()
+    processes: int | None = None
+    """As `run` has it."""
     figures: list[Figures] = field(default_factory=list)
     waiting: list[tuple[Path, int]] = field(default_factory=list)
     """Policies to evaluate, each with its round."""
+    noted: set[str] = field(default_factory=set)
+    """Messages that were shown; once is enough."""
 
     def _do(
         self,
@@ -211,11 +230,20 @@ class _Wiring:
         divided = self.divided(stage, self.workers if workers is None else workers)
         with self.observer.stage(stage, number) as progress:
             machine = Machine(self.config.device, progress, workers=divided)
-            STAGES[stage].run(self.config, out=folder, machine=machine, **given)
+            if STAGES[stage].trains:
+                given |= {"machine": machine, "note": self._note_once}
+                train(stage, self.config, self.processes, out=folder, **given)
+            else:
+                STAGES[stage].run(self.config, out=folder, machine=machine, **given)
         if not divided and "torch" in sys.modules:
             # Of a GPU that the next stage may use in another process.
             free_training_memory()
         return folder
+
+    def _note_once(self, text: str) -> None:
+        if text not in self.noted:
+            self.noted.add(text)
+            self.observer.note(text)
 
     def divided(self, stage: str, workers: tuple[int, ...]) -> tuple[int, ...]:
         """The workers of a stage: always one at least on vLLM, which keeps its memory to the end.
@@ -306,13 +334,13 @@ class _Wiring:
 
     @property
     def is_evaluated_beside_training(self) -> bool:
-        """Whether all workers but the first leave the GPU of a training alone."""
-        gpus = len(visible_gpus(self.config.device))
-        return len(self.workers) > 1 and (not gpus or len(self.workers) <= gpus)
+        """Whether a training leaves cores to other workers; all GPUs train, and then evaluate."""
+        is_alone = self.processes in (None, 1) and not visible_gpus(self.config.device)
+        return is_alone and len(self.workers) > 1
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Evaluates what is waiting while this process trains, on all GPUs but the first."""
+        """Evaluates what is waiting while this process trains."""
         failures: list[BaseException] = []
         waiting, self.waiting = self.waiting, []
 

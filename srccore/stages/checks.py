@@ -24,6 +24,7 @@ __all__ = [
     "check_facts",
     "check_gpus",
     "check_settings",
+    "check_training_processes",
     "gpus_of_worker",
 ]
 
@@ -113,6 +114,25 @@ def check_gpus(config: RunConfig, workers: int) -> None:
             f"--workers {workers} needs {needed} GPUs, {gpus_of_worker(config)} for each worker's "
             f"vLLM, but only {gpus} {'is' if gpus == 1 else 'are'} visible.",
             "Use fewer --workers, or a smaller engine.tensor_parallel_size.",
+        )
+
+
+def check_training_processes(processes: int | None, device: str) -> None:
+    """Refuses to train with more processes than there are GPUs.
+
+    Args:
+        processes: The number that was asked for; None is one for each GPU.
+        device: ``cpu``, ``cuda`` or ``auto``.
+
+    Raises:
+        UserError: Two processes would have to share a GPU, which NCCL does not support.
+    """
+    gpus = len(visible_gpus(device)) if processes else 0
+    if processes and 0 < gpus < processes:
+        raise UserError(
+            f"--training-processes {processes} needs {processes} GPUs, but only {gpus} "
+            f"{'is' if gpus == 1 else 'are'} visible.",
+            "Use fewer --training-processes.",
         )
 
 

@@ -1,12 +1,12 @@
-"""Divides the samples of a stage among worker processes on one machine.
+"""Processes of a stage on one machine, and how samples are divided among them.
 
 The process that runs the stage keeps its folder and its journal. Workers load a model, work on
 their samples and send back what they found; they end with the stage, so the memory of their GPUs is
 free for the next one. Samples are divided in whole batches, and an engine opens the same samples
 together in any worker: results do not depend on the number of workers.
 
-A worker ends when the process that started it is gone. It is in a process group of its own: Ctrl-C
-only reaches the process that started it, which stops its workers, and what a worker started itself
+A process ends when the one that started it is gone. It is in a process group of its own: Ctrl-C
+only reaches the process that started it, which stops the others, and what a worker started itself
 (vLLM has processes of its own) is killed with it.
 """
 
@@ -23,6 +23,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,11 +35,14 @@ from srccore.training.machine import Machine
 
 __all__ = [
     "Job",
+    "Sent",
+    "Task",
     "default_workers",
     "divide",
     "gpus_of",
-    "keep_first_gpu",
+    "run_tasks",
     "stop_workers",
+    "threads_of_each",
     "visible_gpus",
 ]
 
@@ -48,11 +52,13 @@ Job = Callable[[Sequence[Sequence[T]], Work], Iterator[list[R]]]
 """Works on batches of samples: yields what becomes known together, and adds to the work at the end.
 It is pickled, so it is a `functools.partial` of a function of a module."""
 
+Task = Callable[[Callable[[Any], None]], Any]
+"""What a process does: gets a function that sends something at once, and returns its result. It is
+pickled, as a `Job`."""
+
 _PRELOADED = ["srccore.models.transformers", "srccore.models.policy", "srccore.data.dataset"]
 _running: set[Any] = set()
-"""The workers of this process."""
-_shared: list[str] = []
-"""The GPUs of the workers, where this process has kept only the first for itself."""
+"""The processes that this one has started."""
 _MOST_ON_CPU = 8
 """Workers of a run without a GPU that asks for no number: each has the model in memory."""
 _EXIT = 60.0
@@ -62,15 +68,13 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def visible_gpus(device: str = "auto") -> list[str]:
-    """Lists the GPUs of this process and its workers, as ``CUDA_VISIBLE_DEVICES`` names them.
+    """Lists the GPUs of this process, as ``CUDA_VISIBLE_DEVICES`` names them.
 
     Args:
         device: ``cpu``, which uses none, ``cuda`` or ``auto``.
     """
     if device == "cpu":
         return []
-    if _shared:
-        return list(_shared)
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         each = (name.strip() for name in named.split(","))
@@ -79,18 +83,6 @@ def visible_gpus(device: str = "auto") -> list[str]:
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]
-
-
-def keep_first_gpu(device: str) -> None:
-    """Leaves this process one GPU, since a training uses one; its workers share all.
-
-    Args:
-        device: ``cpu``, ``cuda`` or ``auto``. CUDA must not have started in this process.
-    """
-    gpus = visible_gpus(device)
-    if len(gpus) > 1:
-        _shared[:] = gpus
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]
 
 
 def default_workers(device: str, gpus_each: int = 1) -> int:
@@ -151,14 +143,65 @@ def divide(
         yield from job(batches, work)
         return
     shares = [batches[place :: len(workers)] for place in range(len(workers))]
-    # A worker without samples would load a model for nothing.
-    shared = [(number, share) for number, share in zip(workers, shares, strict=True) if share]
+    count = max(workers) + 1
+    tasks = {
+        number: (functools.partial(_do, job, share), _environment(number, count))
+        for number, share in zip(workers, shares, strict=True)
+        # A worker without samples would load a model for nothing.
+        if share
+    }
+    for sent in run_tasks("Worker", tasks, "use fewer --workers or smaller batches"):
+        if sent.is_result:
+            work.add(sent.value)
+        else:
+            yield sent.value
+
+
+def _do(job: Job[T, R], batches: Sequence[Sequence[T]], send: Callable[[list[R]], None]) -> Work:
+    """A job as a task: sends what becomes known, and returns what was computed."""
+    work = Work()
+    for found in job(batches, work):
+        send(found)
+    return work
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a process has sent.
+
+    Attributes:
+        number: The number of its task.
+        value: What it sent, or the result of its task.
+        is_result: Whether it is the result.
+    """
+
+    number: int
+    value: Any
+    is_result: bool
+
+
+def run_tasks(
+    name: str, tasks: Mapping[int, tuple[Task, Mapping[str, str]]], relief: str
+) -> Iterator[Sent]:
+    """Runs tasks, each in a process of its own, until all are done or one fails.
+
+    Args:
+        name: What an error calls a process: ``Worker``.
+        tasks: By number, what to do and the environment variables to do it with, one of which is
+            ``OMP_NUM_THREADS``.
+        relief: How to use less memory, for the error if a process was killed.
+
+    Yields:
+        What the processes send, as it comes in.
+
+    Raises:
+        UserError: A process raised one, or was killed.
+        RuntimeError: A process failed; the message has its traceback.
+    """
     with contextlib.ExitStack() as running:
         connections: dict[Connection, tuple[int, Any]] = {}
-        for number, share in shared:
-            connection, process = running.enter_context(
-                _started(functools.partial(job, share), _environment(number, max(workers) + 1))
-            )
+        for number, (task, environment) in tasks.items():
+            connection, process = running.enter_context(_started(task, environment))
             connections[connection] = number, process
         started = [process for _, process in connections.values()]
         while connections:
@@ -169,23 +212,23 @@ def divide(
                     kind, value = ready.recv()
                 except (EOFError, OSError):
                     process.join()
-                    raise _killed(number, process.exitcode) from None
-                if kind == "found":
-                    yield value
+                    raise _killed(f"{name} {number}", process.exitcode, relief) from None
+                if kind == "sent":
+                    yield Sent(number, value, is_result=False)
                 elif kind == "done":
-                    work.add(value)
                     del connections[ready]
+                    yield Sent(number, value, is_result=True)
                 elif kind == "refused":
                     raise UserError(*value)
                 else:
-                    raise RuntimeError(f"Worker {number} failed.\n{value}")
+                    raise RuntimeError(f"{name} {number} failed.\n{value}")
         for process in started:
             process.join(_EXIT)
 
 
 @atexit.register
 def stop_workers() -> None:
-    """Kills all workers of this process; what waits for them fails.
+    """Kills all processes that this one has started; what waits for them fails.
 
     Also when the process exits, since Python would wait for them.
     """
@@ -194,7 +237,7 @@ def stop_workers() -> None:
 
 
 def _kill(process: Any) -> None:
-    """Kills a worker and all that it has started.
+    """Kills a process and all that it has started.
 
     One that ended by itself has waited for what it started, and its number may be another's by now.
     """
@@ -212,10 +255,7 @@ def _environment(number: int, count: int) -> dict[str, str]:
         number: The worker's number, from 0.
         count: The workers of the run.
     """
-    # OpenMP takes a number for each level of nesting: 4,1.
-    named = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    threads = int(named) if named.isdigit() else 0
-    found = {"OMP_NUM_THREADS": str(threads or max(1, _cores() // count))}
+    found = {"OMP_NUM_THREADS": str(threads_of_each(count))}
     if gpus := visible_gpus():
         each = max(1, len(gpus) // count)
         first = number * each % len(gpus)
@@ -223,28 +263,37 @@ def _environment(number: int, count: int) -> dict[str, str]:
     return found
 
 
-def _killed(number: int, code: int | None) -> UserError:
+def threads_of_each(count: int) -> int:
+    """The CPU threads of each of several processes that work at the same time.
+
+    Args:
+        count: The number of processes.
+    """
+    # OpenMP takes a number for each level of nesting: 4,1.
+    named = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    threads = int(named) if named.isdigit() else 0
+    return threads or max(1, _cores() // count)
+
+
+def _killed(name: str, code: int | None, relief: str) -> UserError:
     how = f"exited with code {code}"
     if code is not None and code < 0:
         how = f"was killed by {signal.Signals(-code).name}"
     return UserError(
-        f"Worker {number} {how}.",
-        "It may have run out of memory: use fewer --workers or smaller batches. The same command "
-        "resumes the run.",
+        f"{name} {how}.",
+        f"It may have run out of memory: {relief}. The same command resumes the run.",
     )
 
 
 @contextlib.contextmanager
-def _started(
-    job: Callable[[Work], Iterator[Any]], environment: Mapping[str, str]
-) -> Iterator[tuple[Connection, Any]]:
-    """Starts a worker, and stops it when the block ends."""
+def _started(task: Task, environment: Mapping[str, str]) -> Iterator[tuple[Connection, Any]]:
+    """Starts a process, and stops it when the block ends."""
     # Forked from a server that has imported torch: a process that has used it must not fork.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
     # Not a daemon: an engine may have processes of its own.
-    process = context.Process(target=_work, args=(job, environment, sender))
+    process = context.Process(target=_live, args=(task, environment, sender))
     _running.add(process)
     try:
         # Ctrl-C may come at any time, also before the next line.
@@ -267,21 +316,19 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _work(
-    job: Callable[[Work], Iterator[Any]], environment: Mapping[str, str], sender: Connection
-) -> None:
-    """The life of a worker."""
+def _live(task: Task, environment: Mapping[str, str], sender: Connection) -> None:
+    """The life of a process."""
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(environment)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    work = Work()
     try:
-        for found in job(work):
-            sender.send(("found", found))
-        sender.send(("done", work))
+        sender.send(("done", task(lambda value: sender.send(("sent", value)))))
+        return
     except UserError as error:
         sender.send(("refused", (error.what, error.fix)))
     except Exception:
         sender.send(("failed", traceback.format_exc()))
+    # It is killed now. If it ended, those connected to it would fail before that, less clearly.
+    threading.Event().wait()

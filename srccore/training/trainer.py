@@ -1,6 +1,6 @@
 """What rationale tuning, R-Scorer and DPO have in common: fine-tuning with TRL.
 
-Several processes train data-parallel if torchrun started them (`ranks`), and an interrupted
+Several processes train data-parallel if they were started together (`ranks`), and an interrupted
 training resumes from its newest checkpoint (`resume`); neither changes the result. Nothing is
 truncated: a sample longer than the model's context is skipped and counted. Images are read batch
 by batch, so memory does not grow with the data set.
@@ -305,7 +305,7 @@ def longest_first(order: Sequence[int], tokens: Sequence[int], batch: int) -> li
 
 
 def _own_device(device: str) -> str:
-    """Returns the device of this process: its own GPU if torchrun started several processes.
+    """Returns the device of this process: its own GPU if several processes train together.
 
     Raises:
         UserError: One process sees several GPUs, which TRL does not support.

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import pytest
 
 from srccore.cluster.entry import World
-from srccore.cluster.worker import is_lost_peer
 from srccore.errors import UserError
 
 
@@ -122,8 +121,3 @@ def test_a_process_that_would_train_alone_ends_with_2_and_says_why() -> None:
     assert done.returncode == 2
     said = "Error: Expected 2 processes to train together, but WORLD_SIZE is 1."
     assert done.stderr.startswith(said)
-
-
-def test_what_a_process_raises_by_itself_is_no_lost_peer() -> None:
-    assert not is_lost_peer(ValueError("Connection closed by peer"))
-    assert not is_lost_peer(RuntimeError("CUDA out of memory"))

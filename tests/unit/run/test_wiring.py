@@ -12,8 +12,9 @@ from srccore.run.folder import RunFolder
 from srccore.run.loop import _Wiring
 
 
-def wiring(*settings: str, workers: tuple[int, ...] = ()) -> _Wiring:
-    return _Wiring(load_config("tiny", settings), RunFolder(Path()), ConsoleObserver(), workers)
+def wiring(*settings: str, workers: tuple[int, ...] = (), processes: int | None = None) -> _Wiring:
+    config, folder = load_config("tiny", settings), RunFolder(Path())
+    return _Wiring(config, folder, ConsoleObserver(), workers, processes)
 
 
 def test_a_stage_on_vllm_has_a_process_of_its_own_also_on_one_gpu() -> None:
@@ -26,12 +27,20 @@ def test_a_stage_on_vllm_has_a_process_of_its_own_also_on_one_gpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "is_left"),
-    [("", True), ("0", False), ("0,1", False), ("0,1,2", True), ("0,1,2,3", True)],
+    ("gpus", "processes", "is_beside"),
+    [("", None, True), ("", 1, True), ("", 2, False), ("0", None, False), ("0,1", None, False)],
 )
-def test_an_evaluation_is_left_to_workers_that_do_not_share_the_gpu_of_the_training(
-    gpus: str, is_left: bool, monkeypatch: pytest.MonkeyPatch
+def test_an_evaluation_runs_beside_a_training_that_leaves_it_cores(
+    gpus: str, processes: int | None, is_beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-    assert wiring("device=auto", workers=(0, 1, 2)).is_evaluated_beside_training is is_left
+    several = wiring("device=auto", workers=(0, 1, 2), processes=processes)
+    assert several.is_evaluated_beside_training is is_beside
     assert not wiring().is_evaluated_beside_training
+
+
+def test_a_message_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
+    loop = wiring()
+    for text in ("Two of three.", "Two of three.", "One of three."):
+        loop._note_once(text)
+    assert capsys.readouterr().out == "Two of three.\nOne of three.\n"

@@ -7,7 +7,12 @@ import pytest
 from srccore.config import AnnotationConfig, AugmentationConfig, load_config
 from srccore.data.records import Category, Fact, Sample
 from srccore.errors import UserError
-from srccore.stages.checks import check_facts, check_gpus, check_settings
+from srccore.stages.checks import (
+    check_facts,
+    check_gpus,
+    check_settings,
+    check_training_processes,
+)
 from srccore.stages.table import STAGES
 
 BARE = Sample(id="1", category=Category.CHART, question="How many?", answer="2")
@@ -86,3 +91,12 @@ def test_more_workers_on_vllm_than_gpus_are_refused(
     else:
         with pytest.raises(UserError, match=message):
             check_gpus(config, workers)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    check_training_processes(2, "auto")
+    check_training_processes(3, "cpu")
+    check_training_processes(None, "auto")
+    with pytest.raises(UserError, match="--training-processes 3 needs 3 GPUs, but only 2 are"):
+        check_training_processes(3, "auto")

@@ -23,7 +23,6 @@ from srccore.stages.workers import (
     default_workers,
     divide,
     gpus_of,
-    keep_first_gpu,
     visible_gpus,
 )
 from srccore.training.machine import Machine
@@ -160,18 +159,6 @@ def test_the_gpus_of_a_stage_are_those_of_its_engine_or_its_workers(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     engine = EngineConfig(name="vllm", tensor_parallel_size=tensor_parallel_size)
     assert gpus_of(Machine(workers=workers), engine) == expected
-
-
-def test_a_process_that_trains_keeps_one_gpu_and_its_workers_share_all(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(workers, "_shared", [])
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    for _ in range(2):
-        keep_first_gpu("auto")
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
-        assert visible_gpus("auto") == ["4", "5"]
-    assert [_environment(number, 2)["CUDA_VISIBLE_DEVICES"] for number in (0, 1)] == ["4", "5"]
 
 
 def test_workers_that_need_several_gpus_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
