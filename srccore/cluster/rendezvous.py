@@ -52,10 +52,9 @@ def restrict() -> None:
     """Makes torchrun in this process read the states of rendezvous by `loads`."""
     from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
+    restricted = SimpleNamespace(dumps=pickle.dumps, loads=loads, PickleError=pickle.PickleError)
     # The only place where torchrun unpickles.
-    dynamic_rendezvous.pickle = SimpleNamespace(
-        dumps=pickle.dumps, loads=loads, PickleError=pickle.PickleError
-    )
+    setattr(dynamic_rendezvous, "pickle", restricted)  # noqa: B010  # a module, for mypy
 
 
 if __name__ == "__main__":
