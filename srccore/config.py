@@ -328,6 +328,10 @@ class EvaluationConfig(Section):
     endpoint: EndpointConfig = EndpointConfig()
 
 
+ENGINE_SECTIONS = ("search", "scoring", "evaluation")
+"""The sections of stages that run an engine."""
+
+
 class RunConfig(Section):
     """A whole run, as `srccore run` reads it from a preset."""
 
@@ -365,7 +369,7 @@ class RunConfig(Section):
         if not isinstance(shared, Mapping):
             return values
         spread = dict(values)
-        for name in ("search", "scoring", "evaluation"):
+        for name in ENGINE_SECTIONS:
             section = values.get(name, {})
             own = section.get("engine", {}) if isinstance(section, Mapping) else None
             if isinstance(own, Mapping):
@@ -430,7 +434,19 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"The value of --set {override} is not YAML.", "Quote it.") from None
-        _override(values, name.split("."), value)
+        path = name.split(".")
+        _override(values, path, value)
+        if path[0] == "engine":
+            _release_engines(values, path[1:])
+
+
+def _release_engines(values: dict[str, Any], path: list[str]) -> None:
+    """Makes the stages' own engines give way to a later override of the engine of all."""
+    for name in ENGINE_SECTIONS:
+        section = values.get(name)
+        if isinstance(section, Mapping) and isinstance(own := section.get("engine"), Mapping):
+            kept = {field: own[field] for field in own if path and field != path[0]}
+            values[name] = {**section, "engine": kept}
 
 
 def validate_config(

@@ -128,6 +128,18 @@ def test_the_engine_of_all_stages_gives_way_to_that_of_one() -> None:
     assert config.evaluation.engine == config.engine
 
 
+def test_an_override_of_all_engines_also_holds_where_a_preset_names_each(tmp_path: Path) -> None:
+    # As `run.json` does, which has every field.
+    dumped = load_config("tiny", ["engine.name=vllm", "search.engine.sequences=9"])
+    preset = tmp_path / "dumped.yaml"
+    preset.write_text(yaml.safe_dump(dumped.model_dump(mode="json")))
+    config = load_config(str(preset), ["engine.name=transformers"])
+    assert {config.search.engine.name, config.scoring.engine.name} == {"transformers"}
+    assert config.search.engine.sequences == 9
+    later = load_config(str(preset), ["engine.name=transformers", "search.engine.name=vllm"])
+    assert (later.search.engine.name, later.scoring.engine.name) == ("vllm", "transformers")
+
+
 def test_the_engines_name_changes_what_is_drawn_and_its_memory_does_not() -> None:
     plain = identity(load_config("tiny").search)
     assert identity(load_config("tiny", ["engine.memory_share=0.5"]).search) == plain
