@@ -105,6 +105,12 @@ class Work:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
+    def take(self) -> Work:
+        """Returns what was counted so far, and starts again at 0."""
+        taken = Work(**vars(self))
+        vars(self).update(vars(Work()))
+        return taken
+
 
 class SamplingEngine(Protocol):
     """Continues responses of a policy."""

@@ -21,7 +21,7 @@ from srccore.training.machine import Progress as Report
 __all__ = ["ConsoleObserver", "figures_table", "quiet_libraries"]
 
 LINE_EVERY = 10.0
-"""Seconds between two progress lines of a stage."""
+"""Seconds between two progress lines of a stage, and over which its speed is measured."""
 
 
 class ConsoleObserver:
@@ -52,10 +52,10 @@ class ConsoleObserver:
         show = self._bar if self.console.is_terminal else self._lines
         with show(title) as display:
 
-            def report(done: int, total: int) -> None:
+            def report(done: int, total: int, tokens: int = 0) -> None:
                 nonlocal is_working
                 is_working = True
-                display(done, total)
+                display(done, total, tokens)
 
             yield report
         if is_working:
@@ -72,10 +72,12 @@ class ConsoleObserver:
                 self._bars.start()
             bars = self._bars
             self._shown += 1
-        task = bars.add_task(title, total=None)
+        task = bars.add_task(title, total=None, speed="")
+        speed = _Speed()
 
-        def report(done: int, total: int) -> None:
-            bars.update(task, completed=done, total=total)
+        def report(done: int, total: int, tokens: int = 0) -> None:
+            speed.update(tokens)
+            bars.update(task, completed=done, total=total, speed=speed.text)
 
         try:
             yield report
@@ -98,19 +100,19 @@ class ConsoleObserver:
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
         )
         return Progress(*columns, console=self.console, transient=True)
 
     @contextmanager
     def _lines(self, title: str) -> Iterator[Report]:
-        last = time.monotonic()
+        speed = _Speed()
 
-        def report(done: int, total: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= LINE_EVERY:
-                last = time.monotonic()
-                self.console.print(f"{title}: {done} of {total}", markup=False)
+        def report(done: int, total: int, tokens: int = 0) -> None:
+            if speed.update(tokens):
+                measured = f", {speed.text}" if speed.text else ""
+                self.console.print(f"{title}: {done} of {total}{measured}", markup=False)
 
         yield report
 
@@ -122,6 +124,26 @@ class ConsoleObserver:
     def note(self, text: str) -> None:
         """Prints a message."""
         self.console.print(text, markup=False)
+
+
+class _Speed:
+    """Measures the tokens per second of a stage, again and again."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        """The last measurement; empty in a stage that counts no tokens."""
+        self._tokens = 0
+        self._since = time.monotonic()
+
+    def update(self, tokens: int) -> bool:
+        """Counts the tokens so far; returns whether the time of a measurement is over."""
+        seconds = time.monotonic() - self._since
+        if seconds < LINE_EVERY:
+            return False
+        if tokens:
+            self.text = f"{(tokens - self._tokens) / seconds:,.0f} tokens/s"
+        self._tokens, self._since = tokens, self._since + seconds
+        return True
 
 
 def figures_table(figures: list[Figures]) -> Table:

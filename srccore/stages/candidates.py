@@ -101,7 +101,7 @@ def _search(
         for found in divide(job, todo, machine.workers, work):
             journal.append(*found)
             sets |= {record.sample_id: record for record in found}
-            machine.progress(len(sets), len(samples))
+            machine.progress(len(sets), len(samples), work.decoded_tokens)
     ordered = [sets[sample.id] for sample in samples]
     write_records(out / "candidates.jsonl", CandidateSet, ordered)
     seen_again = {"trained_on": sum(s.id in seen for s in samples)} if unseen_first else {}
@@ -150,8 +150,9 @@ def _found(
         for batch in batches
     )
     with closing(engine):
-        yield from drive(engine, searches)
-        work.add(engine.work)
+        for found in drive(engine, searches):
+            work.add(engine.work.take())
+            yield found
 
 
 def _draw(
@@ -282,7 +283,7 @@ def score_candidates(
             journal.append(*rated)
             ratings.update({(each.sample_id, each.first, each.second): each for each in rated})
             known |= {each.sample_id for each in rated}
-            machine.progress(len(known), len(sets))
+            machine.progress(len(known), len(sets), work.prefilled_tokens)
     ordered = [ratings[pair] for pair in pairs]
     unrated = [Unrated(sample_id=name) for name in samples if name in left_out]
     write_records(out / "unrated.jsonl", Unrated, unrated)
@@ -312,5 +313,6 @@ def _rated(
     engine = rating_engine(model, device, config.batch_tokens, config.engine)
     with closing(engine):
         for chunk in chunks:
-            yield scoring.rate_candidates(engine, chunk)
-        work.add(engine.work)
+            rated = scoring.rate_candidates(engine, chunk)
+            work.add(engine.work.take())
+            yield rated

@@ -74,7 +74,7 @@ def evaluate(
         for found in divide(job, todo, machine.workers, work):
             journal.append(*found)
             responses |= {response.sample_id: response for response in found}
-            machine.progress(len(responses), len(samples))
+            machine.progress(len(responses), len(samples), work.decoded_tokens)
     write_records(out / "responses.jsonl", Response, [responses[sample.id] for sample in samples])
     judgements = {each.sample_id: each for each in records if isinstance(each, Judgement)}
     if config.judge == "endpoint":
@@ -110,8 +110,9 @@ def _answered(
     """Answers samples, as a job of one process."""
     engine = sampling_engine(policy, device, config.engine)
     with closing(engine):
-        yield from answer_all(engine, data, batches, config.max_tokens)
-        work.add(engine.work)
+        for found in answer_all(engine, data, batches, config.max_tokens):
+            work.add(engine.work.take())
+            yield found
 
 
 def answer_all(

@@ -49,7 +49,7 @@ __all__ = [
 T = TypeVar("T")
 R = TypeVar("R")
 Job = Callable[[Sequence[Sequence[T]], Work], Iterator[list[R]]]
-"""Works on batches of samples: yields what becomes known together, and adds to the work at the end.
+"""Works on batches of samples: yields what becomes known together, and adds to the work before.
 It is pickled, so it is a `functools.partial` of a function of a module."""
 
 Task = Callable[[Callable[[Any], None]], Any]
@@ -151,18 +151,22 @@ def divide(
         if share
     }
     for sent in run_tasks("Worker", tasks, "use fewer --workers or smaller batches"):
-        if sent.is_result:
-            work.add(sent.value)
-        else:
-            yield sent.value
+        found, computed = sent.value
+        work.add(computed)
+        if not sent.is_result:
+            yield found
 
 
-def _do(job: Job[T, R], batches: Sequence[Sequence[T]], send: Callable[[list[R]], None]) -> Work:
-    """A job as a task: sends what becomes known, and returns what was computed."""
+def _do(
+    job: Job[T, R],
+    batches: Sequence[Sequence[T]],
+    send: Callable[[tuple[list[R], Work]], None],
+) -> tuple[list[R], Work]:
+    """A job as a task: sends what becomes known, with what was computed for it."""
     work = Work()
     for found in job(batches, work):
-        send(found)
-    return work
+        send((found, work.take()))
+    return [], work
 
 
 @dataclass(frozen=True)

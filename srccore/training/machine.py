@@ -5,9 +5,8 @@ Here, and not with the stages, because the trainings below them take it too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from srccore.config import EngineConfig
 from srccore.training.resume import Checkpoints
@@ -16,11 +15,23 @@ __all__ = ["Figures", "Machine", "Progress"]
 
 Figures = dict[str, Any]
 """What a stage measured of its work, as JSON."""
-Progress = Callable[[int, int], None]
-"""Receives how much of the work is done and how much there is; a skipped stage reports nothing."""
 
 
-def _silent(_done: int, _total: int) -> None:
+class Progress(Protocol):
+    """Receives a stage's progress; a skipped stage reports nothing."""
+
+    def __call__(self, done: int, total: int, tokens: int = 0) -> None:
+        """Receives how much is done.
+
+        Args:
+            done: What is done, also by an earlier attempt.
+            total: What there is to do.
+            tokens: What this attempt's engines have written or, in a stage that only reads, read.
+        """
+        ...
+
+
+def _silent(done: int, total: int, tokens: int = 0) -> None:
     """Reports nothing."""
 
 

@@ -47,7 +47,7 @@ class Recorder:
     def stage(self, name: str, round_number: int | None) -> Iterator[Progress]:
         """Records the stages that do any work."""
 
-        def report(_done: int, _total: int) -> None:
+        def report(done: int, total: int, tokens: int = 0) -> None:
             if not self.worked or self.worked[-1] != name:
                 self.worked.append(name)
             if name == self.interrupt_at:

@@ -52,7 +52,7 @@ def dpo(out: Path, **changes: Any) -> Any:
     ]
     values = {"learning_rate": 1e-3, "epochs": 3, "sft_weight": 1.0, "lora": LORA, **BATCH}
     checkpoints = changes.pop("checkpoints", None)
-    progress = changes.pop("progress", lambda done, total: None)
+    progress = changes.pop("progress", lambda done, total, tokens=0: None)
     return train_dpo(
         POLICY,
         examples,
@@ -69,7 +69,7 @@ def rationale(out: Path, **changes: Any) -> Any:
         for response, image in zip(responses(), images(), strict=True)
     ]
     values = {"samples": 6, "learning_rate": 1e-3, "epochs": 3, "lora": LORA, **BATCH}
-    progress = changes.pop("progress", lambda done, total: None)
+    progress = changes.pop("progress", lambda done, total, tokens=0: None)
     return tune_rationale(
         POLICY,
         examples,
@@ -86,7 +86,7 @@ def scorer(out: Path, **changes: Any) -> Any:
         for number, response in enumerate(responses())
     ]
     values = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 4}
-    progress = changes.pop("progress", lambda done, total: None)
+    progress = changes.pop("progress", lambda done, total, tokens=0: None)
     return train_scorer(
         TextModelConfig(path="embedded:rating"),
         examples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import threading
@@ -81,9 +82,11 @@ def test_two_workers_write_what_one_process_writes(
     monkeypatch.setattr("srccore.stages.candidates.SCORING_CHUNK", 5)
     alone = stage(finished, tmp_path / "alone", Machine("cpu"))
     progress: list[tuple[int, int]] = []
+    counted: list[int] = []
 
-    def cut(done: int, total: int) -> None:
+    def cut(done: int, total: int, tokens: int = 0) -> None:
         progress.append((done, total))
+        counted.append(tokens)
         if len(progress) == 2:
             raise KeyboardInterrupt
 
@@ -92,6 +95,9 @@ def test_two_workers_write_what_one_process_writes(
     assert stage(finished, tmp_path / "two", Machine("cpu", cut, workers=(0, 1))) == alone
     assert outputs(tmp_path / "two") == outputs(tmp_path / "alone")
     assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+    # The second attempt counts from the start; every batch adds tokens.
+    for attempt in (counted[:2], counted[2:]):
+        assert all(0 < less < more for less, more in itertools.pairwise(attempt))
     # In another folder without an interruption, for the work of all batches.
     stage(finished, tmp_path / "whole", Machine("cpu", workers=(0, 1)))
     found, expected = (read_manifest(tmp_path / name).work for name in ("whole", "alone"))
@@ -125,9 +131,9 @@ class _Beside(Recorder):
         if name == "train-scorer":
             assert self.evaluating.wait(120)
             raise self.failure
-        yield self._report if name == "evaluate" else lambda _done, _total: None
+        yield self._report if name == "evaluate" else lambda done, total, tokens=0: None
 
-    def _report(self, done: int, _total: int) -> None:
+    def _report(self, done: int, total: int, tokens: int = 0) -> None:
         assert done < 24, "the evaluation was not stopped"
         self.evaluating.set()
 

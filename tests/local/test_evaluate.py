@@ -23,7 +23,7 @@ def test_an_interrupted_evaluation_gives_the_engine_the_same_batches(tmp_path: P
     def evaluated(folder: str, stop_after: int | None = None) -> Path:
         seen.clear()
 
-        def progress(done: int, total: int) -> None:
+        def progress(done: int, total: int, tokens: int = 0) -> None:
             seen.append(done)
             if len(seen) == stop_after:
                 raise KeyboardInterrupt

@@ -37,7 +37,7 @@ class Cut:
         self.after = after
         self.steps: list[int] = []
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, tokens: int = 0) -> None:
         self.steps.append(done)
         if done == self.after:
             raise KeyboardInterrupt

@@ -62,7 +62,7 @@ def test_a_policy_that_did_not_learn_the_format_is_refused_and_not_trained_again
     model = tiny_models.checkpoint("embedded", tmp_path / "model")
     out = tmp_path / "out"
     steps: list[int] = []
-    machine = Machine(progress=lambda done, total: steps.append(done))
+    machine = Machine(progress=lambda done, total, tokens=0: steps.append(done))
 
     def tune(min_format_rate: float) -> Figures:
         config = tuning(min_format_rate)

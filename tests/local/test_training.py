@@ -116,7 +116,7 @@ def test_rationale_tuning_sees_the_ids_of_inference_and_learns_the_response_only
         rationale_config(),
         tmp_path,
         seed=0,
-        machine=Machine(progress=lambda done, total: told.append((done, total))),
+        machine=Machine(progress=lambda done, total, tokens=0: told.append((done, total))),
     )
     assert (outcome.steps, outcome.samples, outcome.skipped) == (2, 4, 0)
     assert math.isfinite(outcome.last_loss)

@@ -33,8 +33,8 @@ Batches = Sequence[Sequence[int]]
 def squares(batches: Batches, work: Work) -> Iterator[list[tuple[int, int]]]:
     """Squares numbers, batch by batch, with the process that did it."""
     for batch in batches:
-        yield [(item * item, os.getpid()) for item in batch]
         work.add(Work(prompts=len(batch), forward_passes=1))
+        yield [(item * item, os.getpid()) for item in batch]
 
 
 def refuse(_batches: Batches, _work: Work) -> Iterator[list[int]]:
@@ -88,6 +88,14 @@ def test_the_batches_are_the_same_for_any_number_of_workers(count: int) -> None:
     # There are four batches.
     assert len(processes) == min(count, 4)
     assert os.getpid() not in processes
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_the_work_of_a_batch_is_known_as_soon_as_the_batch(count: int) -> None:
+    work, seen = Work(), []
+    for _ in divide(squares, [[0, 1], [2, 3], [4, 5]], range(count), work):
+        seen.append(work.prompts)
+    assert seen == [2, 4, 6]
 
 
 def test_what_a_worker_refuses_is_an_error_of_the_user() -> None:
