@@ -1,82 +1,112 @@
-"""The engine on vLLM against vLLM's own n-sampling, in tokens per second, on a CPU.
+"""The engine on vLLM against vLLM's own n-sampling, per generated token, on a CPU.
 
     make vllm-env
-    .venv-vllm/bin/python benchmarks/vllm_sampling.py
+    .venv-vllm/bin/python benchmarks/vllm_sampling.py wide
 
-Whole responses of the embedded model, 12 to each of 24 prompts. The engine draws each with a seed
-and looks at every token; plain n-sampling does neither.
+The peer draws 12 whole responses to each prompt in one call. The engine does so, too, with a seed
+for every draw and a look at every token, and it searches sentence by sentence. What it drops and
+draws again at the end of a sentence is not counted as generated. Times are CPU time of the one
+process that runs all of them, divided by the tokens that were generated.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peers.vllm_sampling import OfflineSampling
-from timing import arguments
-
-# Both engines in this process, so that they share its one core.
+# Both engines in this process, so that its CPU time is theirs.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 
-PROMPTS, RESPONSES, TOKENS = 24, 12, 64
+from peers.vllm_sampling import OfflineSampling
+from search import prompts, sampled, searched, tree
+from timing import alternate, arguments, report
+from wide import wide_checkpoint
+
+PROMPTS = {"tiny": 96, "wide": 24}
+RESPONSES, TOKENS = 12, 32
+SEQUENCES = 64
+"""Decoded at the same time: few enough that most of a run is in full swing."""
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    import statistics
-
+def engines(name: str, folder: Path) -> tuple[Any, OfflineSampling]:
+    """Loads a model into the engine and into its peer, with the same settings."""
     from srccore.config import EngineConfig, ModelConfig
-    from srccore.embedded.world import make_item
-    from srccore.method.driver import Search, drive
-    from srccore.method.engine import Draw, Node, Prompt, Steps
     from srccore.models.merged import save_merged
     from srccore.models.policy import Policy
     from srccore.models.vllm import VllmSamplingEngine
 
-    given = arguments(__doc__)
-    policy = Policy(base=ModelConfig(path="embedded:lvlm"))
-    items = [make_item(0, "heldout", number) for number in range(PROMPTS)]
-    prompts = [
-        Prompt(partial(_image, each), each.sample.question, each.sample.id) for each in items
-    ]
-    engine = VllmSamplingEngine(policy, "cpu", EngineConfig(name="vllm"), draws=RESPONSES)
+    base = ModelConfig(path="embedded:lvlm") if name == "tiny" else wide_checkpoint(folder / "base")
+    policy = Policy(base=base)
+    config = EngineConfig(name="vllm", max_length=1024, sequences=SEQUENCES)
+    engine = VllmSamplingEngine(policy, "cpu", config, draws=8)
+    loaded = save_merged(policy, folder / "merged")
+    length = engine._engine.model_config.max_model_len
+    return engine, OfflineSampling(folder / "merged", loaded.processor, length, SEQUENCES)
+
+
+def per_token(way: Callable[[], int]) -> float:
+    """Returns the CPU seconds that a way takes per token."""
+    began = time.process_time()
+    tokens = way()
+    return (time.process_time() - began) / tokens
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    from srccore.config import load_config
+    from srccore.method.engine import Prompt
+    from srccore.method.search import search
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", choices=PROMPTS)
+    given = arguments(__doc__, parser)
+    config = load_config("tiny").search
+    asked = prompts(PROMPTS[given.model])
     with tempfile.TemporaryDirectory() as folder:
-        loaded = save_merged(policy, Path(folder))
-        offline = OfflineSampling(Path(folder), loaded.processor, 512)
+        engine, offline = engines(given.model, Path(folder))
 
-    def steps(root: Node) -> Steps[int]:
-        drawn = yield [Draw(root, TOKENS, seed=seed, whole=True) for seed in range(RESPONSES)]
-        return sum(each.token_count for each in drawn)
+    def start(prompt: Prompt) -> Any:
+        if given.model == "wide":
+            return partial(tree, key=prompt.key)
+        return partial(search, sample_id=prompt.key, config=config, seed=0, round_number=1)
 
-    def ours() -> int:
-        found = drive(engine, [[Search(prompt, steps)] for prompt in prompts])
-        return sum(count for each in found for count in each)
+    turns = itertools.count()
 
-    def theirs() -> int:
-        return offline(prompts, RESPONSES, TOKENS)
+    def fresh() -> list[Prompt]:
+        """The prompts, of which no cache has the images."""
+        turn = next(turns)
+        return [replace(prompt, key=f"{prompt.key}-{turn}") for prompt in asked]
 
-    speeds: dict[str, list[float]] = {"vLLM's n-sampling": [], "srccore": []}
-    for turn in range(given.repetitions + 1):
-        for name, way in (("vLLM's n-sampling", theirs), ("srccore", ours)):
-            began = time.perf_counter()
-            tokens = way()
-            if turn:
-                speeds[name].append(tokens / (time.perf_counter() - began))
-    ratios = [own / their for their, own in zip(*speeds.values(), strict=True)]
-    print("| way | tokens per second, median | slowest to fastest |\n| --- | ---: | --- |")
-    for name, found in speeds.items():
-        spread = f"{min(found):.0f} to {max(found):.0f}"
-        print(f"| {name} | {statistics.median(found):.0f} | {spread} |")
-    print(f"\nRatio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    def counted(way: Callable[..., None], *rest: Any) -> int:
+        before = engine.work.decoded_tokens
+        way(engine, fresh(), *rest)
+        return int(engine.work.decoded_tokens - before)
 
-
-def _image(item: Any) -> Any:
-    return item.image
+    ways = {
+        "vLLM's n-sampling": lambda: offline(fresh(), RESPONSES, TOKENS),
+        "srccore, whole responses": partial(counted, sampled, RESPONSES, TOKENS),
+        "srccore, search": partial(counted, searched, start),
+    }
+    found = alternate(
+        {label: partial(per_token, way) for label, way in ways.items()}, given.repetitions
+    )
+    seen = engine.work
+    notes: dict[str, float] = {
+        f"{label}: tokens per CPU second": round(1 / timing.median)
+        for label, timing in found.items()
+    }
+    notes["srccore: image encodings per prompt"] = seen.image_encodings / seen.prompts
+    title = f"Seconds per token, {given.model}, {len(asked)} prompts"
+    report({title: found}, given.json, notes)
 
 
 if __name__ == "__main__":

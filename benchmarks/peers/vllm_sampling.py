@@ -19,9 +19,10 @@ class OfflineSampling:
         checkpoint: A merged policy.
         processor: Its processor, for the chat template.
         max_length: The longest sequence.
+        sequences: Responses that are decoded at the same time.
     """
 
-    def __init__(self, checkpoint: Path, processor: Any, max_length: int) -> None:
+    def __init__(self, checkpoint: Path, processor: Any, max_length: int, sequences: int) -> None:
         from vllm import LLM
 
         self._processor = processor
@@ -29,6 +30,7 @@ class OfflineSampling:
             str(checkpoint),
             dtype="float32",
             max_model_len=max_length,
+            max_num_seqs=sequences,
             limit_mm_per_prompt={"image": 1},
             enforce_eager=True,
             enable_chunked_prefill=False,
