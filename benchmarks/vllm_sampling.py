@@ -27,7 +27,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 
 from peers.vllm_sampling import OfflineSampling
-from search import prompts, sampled, searched, tree
+from search import prompts, tree
 from timing import alternate, arguments, report
 from wide import wide_checkpoint
 
@@ -63,7 +63,8 @@ def per_token(way: Callable[[], int]) -> float:
 def main() -> None:
     """Runs the benchmark."""
     from srccore.config import load_config
-    from srccore.method.engine import Prompt
+    from srccore.method.driver import Search, drive
+    from srccore.method.engine import Draw, Node, Prompt, Steps
     from srccore.method.search import search
 
     parser = argparse.ArgumentParser()
@@ -86,15 +87,22 @@ def main() -> None:
         turn = next(turns)
         return [replace(prompt, key=f"{prompt.key}-{turn}") for prompt in asked]
 
-    def counted(way: Callable[..., None], *rest: Any) -> int:
+    def sampled(_prompt: Prompt) -> Any:
+        def steps(root: Node) -> Steps[None]:
+            yield [Draw(root, TOKENS, seed=seed, whole=True) for seed in range(RESPONSES)]
+
+        return steps
+
+    def counted(start: Callable[[Prompt], Any]) -> int:
         before = engine.work.decoded_tokens
-        way(engine, fresh(), *rest)
+        for _ in drive(engine, [[Search(prompt, start(prompt))] for prompt in fresh()]):
+            pass
         return int(engine.work.decoded_tokens - before)
 
     ways = {
         "vLLM's n-sampling": lambda: offline(fresh(), RESPONSES, TOKENS),
-        "srccore, whole responses": partial(counted, sampled, RESPONSES, TOKENS),
-        "srccore, search": partial(counted, searched, start),
+        "srccore, whole responses": partial(counted, sampled),
+        "srccore, search": partial(counted, start),
     }
     found = alternate(
         {label: partial(per_token, way) for label, way in ways.items()}, given.repetitions

@@ -116,8 +116,11 @@ class SamplingEngine(Protocol):
     """Continues responses of a policy."""
 
     work: Work
-    in_flight: int
-    """Batches of prompts that may be open at the same time."""
+
+    @property
+    def in_flight(self) -> int:
+        """Batches of prompts that may be open at the same time."""
+        ...
 
     def prepare(self, prompts: Sequence[Prompt]) -> Any:
         """Loads images and encodes texts, on the CPU. May run in another thread than the rest."""

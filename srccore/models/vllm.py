@@ -79,9 +79,8 @@ class VllmSamplingEngine:
 
     def __init__(self, policy: Policy, device: str, config: EngineConfig, draws: int) -> None:
         self.work = Work()
-        # Each open prompt holds its processed image.
-        queued = math.ceil(_QUEUE * config.sequences / draws)
-        self.in_flight = max(1, min(config.sequences, queued))
+        self._queued = min(config.sequences, math.ceil(_QUEUE * config.sequences / draws))
+        self._longest_prompt = 0
         self._config = config
         self._tickets = itertools.count()
         self._running: dict[str, tuple[_Node, Writer]] = {}
@@ -104,8 +103,20 @@ class VllmSamplingEngine:
             self._engine = _open(folder, policy.base.dtype, device, config, longest)
             _use_images_of(self._engine, self._processor)
             self._engine.collective_rpc("count_images")
+            cache = self._engine.vllm_config.cache_config
+            self._cached_tokens: int = cache.num_gpu_blocks * cache.block_size
         # Its own: a tokenizer must not be used by two threads at a time.
         self._processor = copy.deepcopy(self._processor)
+
+    @property
+    def in_flight(self) -> int:
+        """As many as fill the queue, if they leave half of the prefix cache to responses.
+
+        A draw whose prompt has been dropped from the cache would compute all of it again.
+        """
+        if not self._longest_prompt:
+            return self._queued
+        return max(1, min(self._queued, self._cached_tokens // (2 * self._longest_prompt)))
 
     def prepare(self, prompts: Sequence[Prompt]) -> list[_Prepared]:
         """Decodes and processes images, and encodes texts."""
@@ -133,6 +144,7 @@ class VllmSamplingEngine:
     def open(self, prepared: Sequence[_Prepared]) -> list[_Node]:
         """Returns nodes; the first draw from one computes its prompt."""
         self.work.prompts += len(prepared)
+        self._longest_prompt = max(self._longest_prompt, *(len(each.tokens) for each in prepared))
         return [_Node(each) for each in prepared]
 
     def submit(self, draws: Sequence[Draw]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -30,23 +31,70 @@ def finish(stage: str, config: RunConfig, out: Path, **given: Any) -> dict[str, 
     return STAGES[stage].run(config, out=out, **given)
 
 
-def test_a_killed_search_resumes_with_the_samples_that_were_finished(tmp_path: Path) -> None:
-    config = shrunken(*ON_VLLM, "search.samples=20", "engine.sequences=16")
-    finish("prepare-data", config, tmp_path / "data")
-    write_policy(tmp_path / "policy.json", Policy(base=config.model))
-    given = {
-        "data": tmp_path / "data" / "calibration.parquet",
-        "policy": tmp_path / "policy.json",
-        "round_number": 1,
-        "shard": (0, 1),
-    }
-    whole = finish("search-candidates", config, tmp_path / "whole", **given)
-    assert whole["samples"] == 20
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    """A finished search, and what another one needs."""
 
-    write_json(RunFolder(tmp_path).config, config.model_dump(mode="json"))
-    words = [sys.executable, __file__, str(tmp_path), str(tmp_path / "killed")]
-    process = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    journal = tmp_path / "killed" / JOURNAL
+    folder: Path
+    config: RunConfig
+
+    @property
+    def given(self) -> dict[str, Any]:
+        return {
+            "data": self.folder / "data" / "calibration.parquet",
+            "policy": self.folder / "policy.json",
+            "round_number": 1,
+            "shard": (0, 1),
+        }
+
+    def texts(self, out: Path) -> set[tuple[str, str]]:
+        """The candidates of a search, which has all samples, in their order."""
+        found = read_records(out / "candidates.jsonl", CandidateSet)
+        whole = read_records(self.folder / "whole" / "candidates.jsonl", CandidateSet)
+        assert [each.sample_id for each in found] == [each.sample_id for each in whole]
+        return {(each.sample_id, c.text) for each in found for c in each.candidates}
+
+    def start(self, out: Path, **environment: str) -> subprocess.Popen[bytes]:
+        """Starts the search in a process of its own, and in a process group of its own."""
+        words = [sys.executable, __file__, str(self.folder), str(out)]
+        path = os.pathsep.join(sys.path)
+        environment = {**os.environ, "PYTHONPATH": path, **environment}
+        return subprocess.Popen(words, env=environment, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    config = shrunken(*ON_VLLM, "search.samples=20", "engine.sequences=16")
+    found = Searched(tmp_path_factory.mktemp("searched"), config)
+    finish("prepare-data", config, found.folder / "data")
+    write_policy(found.given["policy"], Policy(base=config.model))
+    write_json(RunFolder(found.folder).config, config.model_dump(mode="json"))
+    whole = finish("search-candidates", config, found.folder / "whole", **found.given)
+    assert whole["samples"] == 20
+    return found
+
+
+def test_an_engine_in_a_process_of_its_own_finds_the_same_and_ends(
+    searched: Searched, tmp_path: Path
+) -> None:
+    out = tmp_path / "apart"
+    process = searched.start(out, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert process.wait(300) == 0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    found, expected = searched.texts(out), searched.texts(searched.folder / "whole")
+    # Not all: with others beside it, a draw may meet a tie that rounding decides.
+    assert len(found & expected) > 0.9 * len(expected)
+    work = read_manifest(out).work
+    assert work["prompts"] == work["image_encodings"] == 20
+
+
+def test_a_killed_search_resumes_with_the_samples_that_were_finished(
+    searched: Searched, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    process = searched.start(out)
+    journal = out / JOURNAL
     try:
         deadline = time.monotonic() + 300
         while not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
@@ -59,22 +107,11 @@ def test_a_killed_search_resumes_with_the_samples_that_were_finished(tmp_path: P
     kept = journal.read_bytes()
     assert 2 < kept.count(b"\n") < 20
 
-    resumed = finish("search-candidates", config, tmp_path / "killed", **given)
+    resumed = finish("search-candidates", searched.config, out, **searched.given)
     assert resumed["samples"] == 20
-    assert read_manifest(tmp_path / "killed").work["prompts"] == 20 - kept.count(b"\n")
-    found = {
-        name: list(read_records(tmp_path / name / "candidates.jsonl", CandidateSet))
-        for name in ("whole", "killed")
-    }
-    assert [each.sample_id for each in found["killed"]] == [
-        each.sample_id for each in found["whole"]
-    ]
-    texts = {
-        name: {(each.sample_id, c.text) for each in sets for c in each.candidates}
-        for name, sets in found.items()
-    }
-    # Not all: with others beside it, a draw may meet a tie that rounding decides.
-    assert len(texts["killed"] & texts["whole"]) > 0.9 * len(texts["whole"])
+    assert read_manifest(out).work["prompts"] == 20 - kept.count(b"\n")
+    found, expected = searched.texts(out), searched.texts(searched.folder / "whole")
+    assert len(found & expected) > 0.9 * len(expected)
 
 
 def test_a_round_with_either_engine_has_figures_within_their_intervals(tmp_path: Path) -> None:
@@ -102,13 +139,5 @@ def test_a_round_with_either_engine_has_figures_within_their_intervals(tmp_path:
 if __name__ == "__main__":
     from srccore.run.loop import load_run
 
-    folder = Path(sys.argv[1])
-    finish(
-        "search-candidates",
-        load_run(folder),
-        Path(sys.argv[2]),
-        data=folder / "data" / "calibration.parquet",
-        policy=folder / "policy.json",
-        round_number=1,
-        shard=(0, 1),
-    )
+    another = Searched(Path(sys.argv[1]), load_run(Path(sys.argv[1])))
+    finish("search-candidates", another.config, Path(sys.argv[2]), **another.given)

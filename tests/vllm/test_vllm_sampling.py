@@ -46,16 +46,12 @@ class Engines:
 
 
 def opened(engine: Any, prompts: list[Prompt]) -> list[Any]:
-    return [
-        node
-        for start in range(0, len(prompts), engine.batch)
-        for node in engine.open(engine.prepare(prompts[start : start + engine.batch]))
-    ]
+    return engine.open(engine.prepare(prompts))  # type: ignore[no-any-return]
 
 
 def load(policy: Policy) -> Engines:
     loaded = load_policy(policy)
-    plain = TransformersSamplingEngine(loaded.model, loaded.processor, batch_size=16)
+    plain = TransformersSamplingEngine(loaded.model, loaded.processor)
     return Engines(VllmSamplingEngine(policy, "cpu", CONFIG, draws=8), plain, loaded)
 
 
@@ -186,6 +182,19 @@ def test_an_image_is_processed_once_and_sent_once(
     draw_all(tiny.vllm, [Draw(first.node, 4, seed) for seed in range(3)])
     assert sent == [True, False, False, False, False, False]
     assert processed == [1]
+
+
+def test_open_prompts_leave_room_in_the_cache(
+    tiny: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 64 sequences, 8 draws to a prompt: 24 prompts fill a queue of three times as many draws.
+    (node,) = opened(tiny.vllm, PROMPTS[:1])
+    assert tiny.vllm.in_flight == 24
+    monkeypatch.setattr(tiny.vllm, "_longest_prompt", len(node.prompt.tokens))
+    monkeypatch.setattr(tiny.vllm, "_cached_tokens", 2 * 5 * len(node.prompt.tokens) + 1)
+    assert tiny.vllm.in_flight == 5
+    monkeypatch.setattr(tiny.vllm, "_cached_tokens", 10)
+    assert tiny.vllm.in_flight == 1
 
 
 def test_no_banned_token_is_drawn(tiny: Engines) -> None:
