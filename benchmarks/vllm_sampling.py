@@ -31,7 +31,7 @@ from search import prompts, tree
 from timing import alternate, arguments, report
 from wide import wide_checkpoint
 
-PROMPTS = {"tiny": 96, "wide": 24}
+PROMPTS = {"tiny": 96, "wide": 12}
 RESPONSES, TOKENS = 12, 32
 SEQUENCES = 64
 """Decoded at the same time: few enough that most of a run is in full swing."""

@@ -60,7 +60,7 @@ class Podman:
         """Builds images like a user on this machine; no names means all of `BUILT`."""
         named = [word for name in names or BUILT for word in ("--image", name)]
         base = ["--tool", "podman", "--base-image", base_image(self)]
-        self.srccore("images", "build", *base, *named, "--", *_of_the_host(), *extra)
+        self.srccore("images", "build", *base, *named, "--", *build_arguments(), *extra)
 
     def _run(self, *words: str) -> str:
         done = subprocess.run(
@@ -84,7 +84,7 @@ def _most(limit: int) -> int:
     return 32768 if limit == resource.RLIM_INFINITY else min(limit, 32768)
 
 
-def _of_the_host() -> list[str]:
+def build_arguments() -> list[str]:
     """How this machine accesses its package index, and its cache of packages."""
     words = []
     for file in ("/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt"):
