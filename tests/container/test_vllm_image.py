@@ -22,6 +22,7 @@ from srccore.stages.manifest import read_manifest
 from srccore.stages.table import STAGES
 
 ROOT = Path(__file__).parents[2]
+NUMA = "/usr/lib/x86_64-linux-gnu/libnuma.so.1"
 
 
 def for_cpus(folder: Path) -> Checkout:
@@ -43,7 +44,6 @@ def for_cpus(folder: Path) -> Checkout:
     return dataclasses.replace(open_checkout(), root=folder)
 
 
-@pytest.mark.long
 def test_a_search_on_vllm_runs_in_its_image(
     podman: Podman, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +69,11 @@ def test_a_search_on_vllm_runs_in_its_image(
         "--rm",
         *LOCKED_DOWN,
         "--memory=6g",
+        # As the pods of a pipeline have it: vLLM's processes share memory.
+        "--shm-size=1g",
         "--env=VLLM_CPU_KVCACHE_SPACE=1",
+        # Only the build for CPUs needs it, and tests/vllm needs it on this machine.
+        f"--volume={NUMA}:{NUMA}:ro",
         f"--volume={run}:/run-folder",
         "--workdir=/run-folder",
         Images().of(VLLM),
