@@ -127,10 +127,14 @@ def _train(
     out: Path,
     machine: Machine,
     given: Mapping[str, Any],
-    send: Callable[[tuple[int, int]], None],
+    send: Callable[[tuple[int, int, int]], None],
 ) -> Figures:
     """Runs the stage as one of several processes."""
-    machine = dataclasses.replace(machine, progress=lambda done, total: send((done, total)))
+
+    def progress(done: int, total: int, tokens: int = 0) -> None:
+        send((done, total, tokens))
+
+    machine = dataclasses.replace(machine, progress=progress)
     with blaming_others():
         return STAGES[stage].run(config, out=out, machine=machine, **given)
 
