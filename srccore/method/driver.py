@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from srccore.method.engine import Continuation, Draw, Node, Prompt, SamplingEngine, Steps
@@ -22,6 +22,8 @@ R = TypeVar("R")
 
 _PREPARED_PROMPTS = 32
 """Prompts that are prepared ahead, until one batch more is: each holds a decoded image."""
+_LOADING = 8
+"""Images that are loaded at the same time."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,11 @@ def drive(engine: SamplingEngine, batches: Iterable[Sequence[Search[R]]]) -> Ite
     open_now = 0
     ready: list[_Running[R]] = []
     asked: dict[int, tuple[_Running[R], int]] = {}
-    with contextlib.closing(_prepare_ahead(engine, batches)) as waiting:
+    with contextlib.closing(_Ahead(engine, batches)) as ahead:
         while True:
             while open_now < engine.in_flight:
-                opened = next(waiting, None)
+                # Draws that run already must not wait for a slow image.
+                opened = ahead.take(wait=not open_now)
                 if opened is None:
                     break
                 ready += _start(engine, *opened)
@@ -143,23 +146,46 @@ def _start(
     ]
 
 
-def _prepare_ahead(
-    engine: SamplingEngine, batches: Iterable[Sequence[Search[R]]]
-) -> Generator[tuple[Sequence[Search[R]], Any], None, None]:
-    remaining = iter(batches)
-    ahead: deque[tuple[Sequence[Search[R]], Future[Any]]] = deque()
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare")
-    try:
-        while True:
-            while sum(len(together) for together, _ in ahead) < _PREPARED_PROMPTS:
-                together = next(remaining, None)
-                if together is None:
-                    break
-                prompts = [search.prompt for search in together]
-                ahead.append((together, pool.submit(engine.prepare, prompts)))
-            if not ahead:
-                return
-            together, prepared = ahead.popleft()
-            yield together, prepared.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+class _Ahead(Generic[R]):
+    """Prepares batches ahead of the engine: several threads load images, and one prepares prompts.
+
+    An image in a bucket takes tens of milliseconds to arrive, most of them waiting.
+    """
+
+    def __init__(self, engine: SamplingEngine, batches: Iterable[Sequence[Search[R]]]) -> None:
+        self._engine = engine
+        self._remaining = iter(batches)
+        self._ahead: deque[tuple[Sequence[Search[R]], Future[Any]]] = deque()
+        self._loading = ThreadPoolExecutor(_LOADING, thread_name_prefix="load")
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+
+    def take(self, *, wait: bool) -> tuple[Sequence[Search[R]], Any] | None:
+        """Returns the next batch and what the engine has prepared.
+
+        Args:
+            wait: Whether to wait for it.
+
+        Returns:
+            None if there is none, or if it is not prepared yet.
+        """
+        while sum(len(together) for together, _ in self._ahead) < _PREPARED_PROMPTS:
+            together = next(self._remaining, None)
+            if together is None:
+                break
+            self._ahead.append((together, self._prepare(together)))
+        if not self._ahead or not (wait or self._ahead[0][1].done()):
+            return None
+        together, prepared = self._ahead.popleft()
+        return together, prepared.result()
+
+    def _prepare(self, together: Sequence[Search[R]]) -> Future[Any]:
+        prompts = [
+            replace(search.prompt, image=self._loading.submit(search.prompt.image).result)
+            for search in together
+        ]
+        return self._preparing.submit(self._engine.prepare, prompts)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        for pool in (self._loading, self._preparing):
+            pool.shutdown(cancel_futures=True)

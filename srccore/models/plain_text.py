@@ -84,7 +84,8 @@ def _without(marks: frozenset[str], text: str) -> str:
     if not _pattern(marks).search(text):
         return text
     ends: dict[str, list[str]] = {}
-    for mark in marks:
+    # The longest wins where one ends like another.
+    for mark in sorted(marks, key=len, reverse=True):
         ends.setdefault(mark[-1], []).append(mark)
     kept: list[str] = []
     for letter in text:

@@ -53,7 +53,8 @@ def by_length(
         batch_tokens: The most tokens of the prompts of a batch, images and padding included.
 
     Returns:
-        The batches, those of the shortest prompts first.
+        The batches, those of the longest prompts first: if one is too large for the memory, that
+        shows at once.
     """
     lengths = {
         sample.id: prompt_tokens(
@@ -62,7 +63,7 @@ def by_length(
         for sample in samples
     }
     # The id makes the order the same everywhere.
-    ordered = sorted(samples, key=lambda sample: (lengths[sample.id], sample.id))
+    ordered = sorted(samples, key=lambda sample: (-lengths[sample.id], sample.id))
     return within_budget(ordered, lambda sample: lengths[sample.id], batch_tokens)
 
 
@@ -70,7 +71,7 @@ def within_budget(ordered: Iterable[T], length: Callable[[T], int], most: int) -
     """Fills batches one after the other.
 
     Args:
-        ordered: What to batch, the shortest first.
+        ordered: What to batch, the longest first.
         length: The length of an item. The items of a batch are padded to its longest.
         most: The greatest padded length of a batch. A longer item is a batch by itself.
 
@@ -79,7 +80,7 @@ def within_budget(ordered: Iterable[T], length: Callable[[T], int], most: int) -
     """
     batches: list[list[T]] = []
     for item in ordered:
-        if batches and (len(batches[-1]) + 1) * length(item) <= most:
+        if batches and (len(batches[-1]) + 1) * length(batches[-1][0]) <= most:
             batches[-1].append(item)
         else:
             batches.append([item])

@@ -73,6 +73,46 @@ def test_prompts_are_prepared_ahead_in_another_thread_but_not_all_of_them() -> N
     assert not any(thread.is_alive() for thread in threads)
 
 
+def test_several_images_are_loaded_at_the_same_time() -> None:
+    together = threading.Barrier(4)
+
+    class Loading(ToyEngine):
+        def prepare(self, prompts: Sequence[Prompt]) -> list[str]:
+            for each in prompts:
+                each.image()
+            return super().prepare(prompts)
+
+    def search(name: str) -> Search[str]:
+        found = asking(1, name)
+        # Passed by four threads together.
+        return Search(Prompt(lambda: together.wait(60), "?", name), found.start)  # type: ignore[arg-type,return-value]
+
+    found = list(drive(Loading(), [[search(name)] for name in names(8)]))
+    assert found == [[name] for name in names(8)]
+
+
+def test_draws_do_not_wait_for_the_image_of_another_prompt() -> None:
+    loaded = threading.Event()
+    done = []
+
+    class Loading(ToyEngine):
+        def prepare(self, prompts: Sequence[Prompt]) -> list[str]:
+            for each in prompts:
+                each.image()
+            return super().prepare(prompts)
+
+    def late() -> None:
+        assert loaded.wait(60)
+
+    first, second = asking(3, "first"), asking(1, "second")
+    slow = Search(Prompt(late, "?", "second"), second.start)  # type: ignore[arg-type]
+    for found in drive(Loading(in_flight=2), [[first], [slow]]):
+        done += found
+        # Nothing else would load it.
+        loaded.set()
+    assert done == ["first", "second"]
+
+
 def test_an_error_in_the_preparation_reaches_the_caller() -> None:
     engine = ToyEngine()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,18 +30,18 @@ from srccore.stages.batches import prompt_batches, unfinished, within_budget
 def test_a_batch_never_exceeds_its_budget_except_one_long_item(
     lengths: list[int], most: int
 ) -> None:
-    ordered = sorted(lengths)
+    ordered = sorted(lengths, reverse=True)
     batches = within_budget(ordered, lambda length: length, most)
     assert [item for batch in batches for item in batch] == ordered
     for batch in batches:
         assert len(batch) * max(batch) <= most or len(batch) == 1
-    for batch, following in itertools.pairwise(batches):
-        assert (len(batch) + 1) * following[0] > most
+    for batch in batches[:-1]:
+        assert (len(batch) + 1) * batch[0] > most
 
 
 def test_items_are_padded_to_the_longest_of_their_batch() -> None:
-    # 3 x 4 = 12 fits, 4 x 5 = 20 does not.
-    assert within_budget([2, 3, 4, 5, 30], lambda item: item, 12) == [[2, 3, 4], [5], [30]]
+    # 2 x 5 = 10 fits, 3 x 5 = 15 does not.
+    assert within_budget([30, 5, 4, 3, 2], lambda item: item, 12) == [[30], [5, 4], [3, 2]]
 
 
 def test_an_interrupted_batch_is_computed_again_as_a_whole() -> None:
