@@ -17,6 +17,6 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, fix: str) -> None:
-        super().__init__(f"{what} {fix}")
+        super().__init__(f"{what} {fix}".strip())
         self.what = what
         self.fix = fix

@@ -80,7 +80,7 @@ class VllmSamplingEngine:
     def __init__(self, policy: Policy, device: str, config: EngineConfig, draws: int) -> None:
         self.work = Work()
         self._queued = min(config.sequences, math.ceil(_QUEUE * config.sequences / draws))
-        self._longest_prompt = 0
+        self._draws, self._longest_prompt = draws, 0
         self._config = config
         self._tickets = itertools.count()
         self._running: dict[str, tuple[_Node, Writer]] = {}
@@ -112,9 +112,9 @@ class VllmSamplingEngine:
     def in_flight(self) -> int:
         """As many as fill the queue, if they leave half of the prefix cache to responses.
 
-        A draw whose prompt has been dropped from the cache would compute all of it again.
+        A further draw whose prompt has been dropped from the cache would compute it again.
         """
-        if not self._longest_prompt:
+        if self._draws == 1 or not self._longest_prompt:
             return self._queued
         return max(1, min(self._queued, self._cached_tokens // (2 * self._longest_prompt)))
 

@@ -144,7 +144,8 @@ class Session:
             print(f"Training resumes from step {step}.", file=sys.stderr)
         began = time.monotonic()
         resumed = str(self.checkpoints.bring(step)) if step else None
-        trainer.train(resume_from_checkpoint=resumed)
+        with _of_image_workers():
+            trainer.train(resume_from_checkpoint=resumed)
         seconds = time.monotonic() - began
         loss = step_figures(trainer, "loss")
         return TrainingOutcome(
@@ -157,6 +158,24 @@ class Session:
             work=Work(*self.processes.total(dataclasses.astuple(trainer.counted()))),
             gpus=self.processes.count if self.device.startswith("cuda") else 0,
         )
+
+
+@contextlib.contextmanager
+def _of_image_workers() -> Iterator[None]:
+    """Turns what torch makes of an error in a process that reads images back into that error.
+
+    Raises:
+        UserError: An image cannot be read.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # A traceback in text, which ends with the error.
+        name = f"{UserError.__module__}.{UserError.__qualname__}: "
+        _, found, message = str(error).rpartition(name)
+        if not found or not str(error).startswith("Caught UserError in DataLoader worker"):
+            raise
+        raise UserError(message.strip(), "") from None
 
 
 @contextlib.contextmanager
