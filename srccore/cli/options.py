@@ -31,7 +31,7 @@ TrainingProcesses = Annotated[
         min=1,
         show_default=False,
         help="The processes that train together, at most; one for each GPU if not set. Results "
-        "only differ in rounding.",
+        "only differ in rounding, and in what a dropout leaves out.",
     ),
 ]
 

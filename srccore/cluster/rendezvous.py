@@ -30,8 +30,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if (module_name, global_name) not in _KNOWN:
             raise pickle.UnpicklingError(
-                f"The rendezvous has something foreign in it: {module_name}.{global_name}. Another "
-                "process on the network wrote it."
+                f"The rendezvous contains an unexpected object, {module_name}.{global_name}, which "
+                "another process on the network wrote."
             )
         return super().find_class(module_name, global_name)
 

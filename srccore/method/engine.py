@@ -87,7 +87,7 @@ class TokenDistribution:
 
 @dataclass
 class Work:
-    """What an engine has computed since it was loaded. Time depends on the machine, this does not.
+    """What an engine has computed since it was loaded.
 
     An engine that cannot count something leaves it at 0.
     """

@@ -32,22 +32,19 @@ PATIENCE = 60.0
 """Seconds in which a process that was killed has ended; a GPU's driver takes some to clean up."""
 
 
-def training_processes(
-    stage: str, config: RunConfig, asked: int | None = None
-) -> tuple[int, str | None]:
+def training_processes(stage: str, config: RunConfig, most: int) -> tuple[int, str | None]:
     """Decides how many processes train a stage together.
 
     Args:
         stage: The name of a stage that trains.
         config: The configuration.
-        asked: At most so many; None is one for each GPU, or one without a GPU.
+        most: The maximum.
 
     Returns:
         As many as can share a batch evenly, and a message if these are fewer.
     """
     section = STAGES[stage].sections["config"]
     settings = getattr(config, section)
-    most = asked or max(1, len(visible_gpus(config.device)))
     count = most_processes(settings, most)
     if count == most:
         return count, None
@@ -62,7 +59,7 @@ def training_processes(
 def train(
     stage: str,
     config: RunConfig,
-    asked: int | None,
+    requested: int | None,
     *,
     out: Path,
     machine: Machine,
@@ -74,7 +71,7 @@ def train(
     Args:
         stage: Its name.
         config: The configuration.
-        asked: As in `training_processes`.
+        requested: The maximum number of processes; None is one for each GPU, or one without a GPU.
         out: Its output folder.
         machine: How the work is done.
         note: Receives a message if fewer processes train than there could be.
@@ -88,11 +85,11 @@ def train(
         RuntimeError: A process failed; the message has its traceback.
     """
     gpus = visible_gpus(machine.device)
-    processes, fewer = training_processes(stage, config, asked)
+    processes, fewer = training_processes(stage, config, requested or max(1, len(gpus)))
     is_finished = (out / MANIFEST).exists()
     if fewer and not is_finished:
         note(fewer)
-    # A training refuses a process that sees several GPUs and is not told which one is its own.
+    # A training refuses a process that sees several GPUs and does not know which one is its own.
     if is_finished or (processes == 1 and len(gpus) < 2):
         return STAGES[stage].run(config, out=out, machine=machine, **given)
     checkpoints = machine.checkpoints or Checkpoints(out / CHECKPOINTS)

@@ -185,7 +185,7 @@ class Sent:
 
 
 def run_tasks(
-    name: str, tasks: Mapping[int, tuple[Task, Mapping[str, str]]], relief: str
+    name: str, tasks: Mapping[int, tuple[Task, Mapping[str, str]]], advice: str
 ) -> Iterator[Sent]:
     """Runs tasks, each in a process of its own, until all are done or one fails.
 
@@ -193,7 +193,7 @@ def run_tasks(
         name: What an error calls a process: ``Worker``.
         tasks: By number, what to do and the environment variables to do it with, one of which is
             ``OMP_NUM_THREADS``.
-        relief: How to use less memory, for the error if a process was killed.
+        advice: How to use less memory, for the error if a process was killed.
 
     Yields:
         What the processes send, as it comes in.
@@ -216,7 +216,7 @@ def run_tasks(
                     kind, value = ready.recv()
                 except (EOFError, OSError):
                     process.join()
-                    raise _killed(f"{name} {number}", process.exitcode, relief) from None
+                    raise _killed(f"{name} {number}", process.exitcode, advice) from None
                 if kind == "sent":
                     yield Sent(number, value, is_result=False)
                 elif kind == "done":
@@ -279,13 +279,13 @@ def threads_of_each(count: int) -> int:
     return threads or max(1, _cores() // count)
 
 
-def _killed(name: str, code: int | None, relief: str) -> UserError:
+def _killed(name: str, code: int | None, advice: str) -> UserError:
     how = f"exited with code {code}"
     if code is not None and code < 0:
         how = f"was killed by {signal.Signals(-code).name}"
     return UserError(
         f"{name} {how}.",
-        f"It may have run out of memory: {relief}. The same command resumes the run.",
+        f"It may have run out of memory: {advice}. The same command resumes the run.",
     )
 
 

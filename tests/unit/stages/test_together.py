@@ -22,25 +22,11 @@ from srccore.stages.workers import run_tasks
 from srccore.training.ranks import joined
 
 
-@pytest.mark.parametrize(
-    ("gpus", "asked", "count"), [("", None, 1), ("", 2, 2), ("0", None, 1), ("0,1", None, 2)]
-)
-def test_there_is_a_process_for_each_gpu_unless_fewer_or_more_are_asked_for(
-    gpus: str, asked: int | None, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-    config = load_config("tiny", ["device=auto"])
-    assert training_processes("train-dpo", config, asked) == (count, None)
-
-
-def test_processes_that_cannot_share_the_batch_evenly_are_left_out_with_a_message(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5")
-    config = load_config("tiny", ["device=auto", "dpo.gradient_accumulation_steps=3"])
+def test_processes_that_cannot_share_the_batch_evenly_are_left_out_with_a_message() -> None:
+    config = load_config("tiny", ["dpo.gradient_accumulation_steps=3"])
     # 8 samples in 3 passes: 3 processes take a pass each, and 2 samples of it would be 12 of 24.
-    assert training_processes("train-dpo", config) == (6, None)
-    count, note = training_processes("tune-rationale", config)
+    assert training_processes("train-dpo", config, 6) == (6, None)
+    count, note = training_processes("tune-rationale", config, 6)
     assert (count, note) == (
         4,
         "tune-rationale trains with 4 of 6 processes: rationale.batch_size (8) times "
