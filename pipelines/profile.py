@@ -176,6 +176,13 @@ def load_profile(path: Path | None, config: RunConfig, **changes: Any) -> Profil
         raise explain(f"profile ({path})" if path else "profile", error, advice) from None
     if launcher := LAUNCHERS.get(profile.launcher):
         launcher.check(source, {**dict(profile), **dict(profile.training_job)})
+    for name, stage in STAGES.items():
+        gpus = profile.resources(name).gpus
+        if stage.trains and gpus > 1 and not profile.is_job(name):
+            raise UserError(
+                f"{source} gives {name} {gpus} GPUs, but in the pod of its step it trains on one.",
+                f"Add {name} to training_job.stages, or set its gpus to 1.",
+            )
     return profile
 
 

@@ -438,19 +438,31 @@ def test_secrets_proxy_certificates_and_cache_come_from_the_profile(tmp_path: Pa
     assert defaults["training_gpus"]["defaultValue"] == "4"
 
 
+@pytest.mark.parametrize("launcher", ["pytorchjob", "inprocess"])
+def test_a_step_that_would_train_on_one_of_its_gpus_is_refused(
+    launcher: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text('stages: {train-scorer: {cpu: "16", memory: 9Gi, gpus: 4, timeout_hours: 1}}')
+    with pytest.raises(
+        UserError, match=r"train-scorer 4 GPUs, .* trains on one\. Add train-scorer"
+    ):
+        compiled(profile=path, launcher=launcher)
+
+
 def test_a_single_stage_has_resources_and_secrets_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "profile.yaml"
     path.write_text(
         """
 secrets: [{name: teacher, keys: {key: OPENAI_API_KEY}, stages: [annotate-ratings]}]
-stages: {tune-rationale: {cpu: "16", memory: 300Gi, gpus: 4, timeout_hours: 1}}
+stages: {evaluate: {cpu: "16", memory: 300Gi, gpus: 4, timeout_hours: 1}}
 """
     )
     found = {
         stage: (container, settings)
         for stage, container, settings in executors(compiled(profile=path))
     }
-    resources = found["tune-rationale"][0]["resources"]
+    resources = found["evaluate"][0]["resources"]
     assert resources["resourceMemoryLimit"] == "300Gi"
     assert resources["accelerator"]["resourceCount"] == "4"
     assert {stage for stage, (_, settings) in found.items() if "secretAsEnv" in settings} == {
