@@ -183,7 +183,7 @@ class EndpointConfig(Section):
     concurrency: Annotated[int, OPERATIONAL] = Field(default=8, ge=1)
     retries: Annotated[int, OPERATIONAL] = Field(default=5, ge=0)
     timeout: Annotated[float, OPERATIONAL] = Field(default=120.0, gt=0)
-    """Seconds for one request."""
+    """Seconds for one attempt of a request, in total."""
     temperature: float = Field(default=0.0, ge=0)
     max_tokens: int = Field(default=512, ge=1)
 

@@ -19,10 +19,21 @@ class QuietServer(ThreadingHTTPServer):
 
 
 class Reply:
-    """What the server does with one request: a status and a body, or a dropped connection."""
+    """What the server does with one request: a status and a body, or a dropped connection.
 
-    def __init__(self, body: object = None, status: int = 200, drop: bool = False) -> None:
+    A reply that drips is sent byte by byte, with the given number of seconds between two bytes.
+    """
+
+    def __init__(
+        self,
+        body: object = None,
+        status: int = 200,
+        drop: bool = False,
+        headers: dict[str, str] | None = None,
+        drip: float = 0.0,
+    ) -> None:
         self.body, self.status, self.drop = body, status, drop
+        self.headers, self.drip = headers or {}, drip
 
 
 def says(text: object, finish_reason: str = "stop") -> Reply:
@@ -45,6 +56,7 @@ class Server:
         self.script: Script = lambda body, attempt: says("So it is.\nAnswer: 8")
         self.seen: list[dict[str, Any]] = []
         self.authorization: set[str] = set()
+        self.headers: dict[str, str] = {}
         self.attempts: dict[str, int] = {}
         self.most_at_once = self.now = 0
         self.lock = threading.Lock()
@@ -70,6 +82,7 @@ class Server:
             assert handler.path == "/v1/chat/completions"
             self.seen.append(body)
             self.authorization.add(handler.headers["Authorization"])
+            self.headers = dict(handler.headers)
             attempt = self.attempts[item] = self.attempts.get(item, 0) + 1
             self.now += 1
             self.most_at_once = max(self.most_at_once, self.now)
@@ -80,16 +93,24 @@ class Server:
             handler.close_connection = True
             handler.connection.shutdown(socket.SHUT_RDWR)
             return
-        is_text = isinstance(reply.body, str)
-        data = (reply.body if is_text else json.dumps(reply.body)).encode()
+        data = reply.body if isinstance(reply.body, str | bytes) else json.dumps(reply.body)
+        data = data.encode() if isinstance(data, str) else data
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data)),
+            "Retry-After": "0",
+            "Retry-After-Ms": "1",  # the client waits half a second otherwise
+            **reply.headers,
+        }
         try:
             handler.send_response(reply.status)
-            handler.send_header("Content-Type", "application/json")
-            handler.send_header("Content-Length", str(len(data)))
-            handler.send_header("Retry-After", "0")
-            handler.send_header("Retry-After-Ms", "1")  # the client waits half a second otherwise
+            for name, value in headers.items():
+                handler.send_header(name, value)
             handler.end_headers()
-            handler.wfile.write(data)
+            for at in range(0, len(data), 1 if reply.drip else len(data) or 1):
+                handler.wfile.write(data[at : at + 1] if reply.drip else data)
+                if reply.drip and self.ended.wait(reply.drip):
+                    return
         except OSError:
             handler.close_connection = True  # the client is gone: its timeout has passed
 

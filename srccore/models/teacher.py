@@ -24,7 +24,7 @@ import unicodedata
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,7 +36,7 @@ from srccore.method.response import ParsedResponse, parse, same_answer
 
 if TYPE_CHECKING:
     from openai import APIConnectionError, APIStatusError, AsyncOpenAI
-    from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
+    from openai.types.chat import ChatCompletionMessageParam
     from PIL.Image import Image
 
 __all__ = [
@@ -122,6 +122,7 @@ class Problem(StrEnum):
     NO_RATING = "no rating in strict JSON, asked twice"
     NO_JUDGEMENT = "no judgement in strict JSON, asked twice"
     NO_TEXT = "the endpoint sent no text"
+    UNREADABLE = "a reply of more than 1 MiB, or a compressed one"
     CUT_OFF = "cut off at max_tokens"
     TIMEOUT = "timed out"
     CONNECTION_LOST = "connection lost"
@@ -213,8 +214,8 @@ class EndpointTeacher:
 
     A request that fails with 429, 5xx, a timeout or a lost connection is retried as often as the
     configuration says; after that, the failure becomes the problem of that item. A rejected key,
-    an unknown model or an unreachable endpoint ends the run, as do `FAULTS_IN_A_ROW` consecutive
-    identical faults.
+    an unknown model, a redirect or an unreachable endpoint ends the run, as do `FAULTS_IN_A_ROW`
+    consecutive identical faults.
 
     Args:
         config: The endpoint, with `url` and `model`.
@@ -337,6 +338,8 @@ class EndpointTeacher:
     ) -> AsyncGenerator[Result[Found]]:
         from openai import AsyncOpenAI
 
+        from srccore.models.bounded_http import BoundedClient
+
         limit = asyncio.Semaphore(self._config.concurrency)
 
         async def result(position: int, request: Request) -> Result[Found]:
@@ -350,7 +353,7 @@ class EndpointTeacher:
             base_url=self._url,
             api_key=self._key,
             max_retries=self._config.retries,
-            timeout=self._config.timeout,
+            http_client=BoundedClient(self._config.timeout),
         ) as client:
             session = _Session(client, self._config, self._url, self._model, self._key)
             tasks = [asyncio.create_task(result(*each)) for each in enumerate(requests)]
@@ -397,18 +400,24 @@ class _Session:
         """Sends a conversation and returns the reply's text, which is not empty."""
         import openai
 
+        from srccore.models.bounded_http import UnreadableReply
+
         try:
-            completion = await self._client.chat.completions.create(
+            # The client would make an object of every value in the reply: of 1 MiB in a minute.
+            reply = await self._client.chat.completions.with_raw_response.create(
                 model=self._model,
                 messages=messages,
                 temperature=self._config.temperature,
                 max_tokens=self._config.max_tokens,
             )
+            completion = json.loads(reply.content)
         except openai.APIStatusError as error:
             raise self._status_fault(error) from None
         except openai.APIConnectionError as error:
             raise self._connection_fault(error) from None
-        except (openai.APIError, ValueError):  # ValueError: a body that is not JSON
+        except UnreadableReply:
+            raise self._fault(Problem.UNREADABLE) from None
+        except (openai.APIError, ValueError, RecursionError):  # not JSON, or nested too deeply
             raise self._fault(Problem.NO_TEXT) from None
         self._faults = 0
         return _read_completion(completion)
@@ -452,6 +461,13 @@ class _Session:
                 f"Set endpoint.model to a name that {self._url.rstrip('/')}/models lists, and "
                 "endpoint.url to the address that ends in /v1 on most servers.",
             )
+        if 300 <= status < 400:
+            target = error.response.headers.get("location", "an unknown address")[:200]
+            return UserError(
+                f"The endpoint {self._url} redirects to {target} (HTTP {status}), which would get "
+                "the prompts and images.",
+                "If it should, set endpoint.url to that address.",
+            )
         return self._fault(f"HTTP {status}", error.message)
 
     def _connection_fault(self, error: APIConnectionError) -> Exception:
@@ -481,16 +497,15 @@ class _Session:
         )
 
 
-def _read_completion(completion: ChatCompletion) -> str:
-    # The client does not check the server's response against its own types.
+def _read_completion(completion: Any) -> str:
     try:
-        choice = completion.choices[0]
-        text: object = choice.message.content
+        choice = completion["choices"][0]
+        text, reason = choice["message"]["content"], choice.get("finish_reason")
     except (AttributeError, IndexError, KeyError, TypeError):
         raise _ItemError(Problem.NO_TEXT) from None
     if not isinstance(text, str) or not text.strip():
         raise _ItemError(Problem.NO_TEXT)
-    if choice.finish_reason == "length":
+    if reason == "length":
         raise _ItemError(Problem.CUT_OFF)
     if any(unicodedata.category(character) == "Cs" for character in text):
         # JSON can carry a lone surrogate; a file or a request in UTF-8 cannot.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gc
+import gzip
 import io
 import json
 import logging
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +26,7 @@ from srccore.config import EndpointConfig
 from srccore.data.records import Category, Fact, Judgement, Sample
 from srccore.errors import UserError
 from srccore.method.response import parse
+from srccore.models.bounded_http import MAX_REPLY
 from srccore.models.teacher import (
     FAULTS_IN_A_ROW,
     EndpointTeacher,
@@ -230,6 +233,11 @@ def test_the_reference_answer_is_withheld_from_the_writer_of_rationales(server: 
         (Reply([1, 2]), Problem.NO_TEXT),
         (Reply("{not json"), Problem.NO_TEXT),
         (Reply("<html>sign in</html>"), Problem.NO_TEXT),
+        (Reply("[" * 100_000), Problem.NO_TEXT),
+        (Reply("x" * (MAX_REPLY + 1)), Problem.UNREADABLE),
+        (Reply(gzip.compress(b"{}"), headers={"Content-Encoding": "gzip"}), Problem.UNREADABLE),
+        # In Python, hex is a codec, and one that turns bytes into bytes.
+        (Reply("sign in", 400, headers={"Content-Type": "text/html; charset=hex"}), "HTTP 400"),
         (fails(400), "HTTP 400"),
         (fails(429), "HTTP 429"),
         (fails(500), "HTTP 500"),
@@ -270,6 +278,50 @@ def test_a_slow_reply_times_out_alone(server: Server) -> None:
     results = list(teacher(server, timeout=1.5).rationales(requests(3)))
     assert results[-1] == (0, None, Problem.TIMEOUT)
     assert sorted(result.position for result in results if result.found) == [1, 2]
+
+
+def test_a_reply_that_drips_times_out_as_a_whole(server: Server) -> None:
+    server.script = lambda body, attempt: Reply(json.dumps(says(GOOD).body), drip=0.1)
+    # Its hundred bytes would take ten seconds and more; there is one every 0.1 s.
+    results = list(teacher(server, timeout=0.5).rationales(requests(1)))
+    assert results == [(0, None, Problem.TIMEOUT)]
+
+
+def test_a_reply_of_many_empty_choices_makes_no_objects_of_them(server: Server) -> None:
+    choices = ",".join(["{}"] * ((MAX_REPLY - 100) // 3))
+    server.script = lambda body, attempt: Reply(f'{{"choices": [{choices}]}}')
+    tracemalloc.start()
+    try:
+        results = list(teacher(server).rationales(requests(1)))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert results == [(0, None, Problem.NO_TEXT)]
+    # 350,000 empty dictionaries have 64 bytes each; openai's objects have a kilobyte.
+    assert most < 2**26
+
+
+def test_a_compressed_reply_is_not_asked_for_and_stays_compressed(server: Server) -> None:
+    bomb = gzip.compress(bytes(2**27))  # 128 MiB become 130 kB
+    server.script = lambda body, attempt: Reply(bomb, headers={"Content-Encoding": "gzip"})
+    tracemalloc.start()
+    try:
+        results = list(teacher(server, retries=2).rationales(requests(1)))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert results == [(0, None, Problem.UNREADABLE)]
+    assert most < 2**25
+    assert server.headers["Accept-Encoding"] == "identity"
+    assert len(server.seen) == 1
+
+
+def test_a_compressed_refusal_is_retried_like_any_other(server: Server) -> None:
+    page = gzip.compress(b"<html>busy</html>")
+    replies = [Reply(page, 503, headers={"Content-Encoding": "gzip"}), says(GOOD)]
+    server.script = lambda body, attempt: replies[attempt - 1]
+    (result,) = teacher(server, retries=1).rationales(requests(1))
+    assert result.problem is None
 
 
 # The endpoint teacher: many requests
@@ -373,6 +425,16 @@ def test_a_refusal_ends_the_run_at_once_and_names_the_mend(
         list(teacher(server, concurrency=2, retries=5).rationales(requests(50)))
     assert server.url in str(caught.value) and KEY not in str(caught.value)
     assert len(server.seen) < 10
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_ends_the_run_and_is_not_followed(server: Server, status: int) -> None:
+    with serving() as elsewhere:
+        target = {"Location": f"{elsewhere.url}/chat/completions"}
+        server.script = lambda body, attempt: Reply("", status, headers=target)
+        with pytest.raises(UserError, match=rf"redirects to {elsewhere.url}.*set endpoint.url"):
+            list(teacher(server, retries=2).rationales(requests(3)))
+        assert elsewhere.seen == []
 
 
 def test_results_before_a_refusal_are_kept(server: Server) -> None:
