@@ -140,7 +140,7 @@ def test_a_given_r_scorer_has_no_steps_before_it(tmp_path: Path) -> None:
     last = run_of_one_round(root, scorer=str(given))
     collect_run(str(root), f"{root}/{last}", CONFIG, out)
     assert folders(out) == ROUND | BEFORE | RATIONALES
-    assert (out / "train-scorer" / "model" / "config.json").is_file()
+    assert not (out / "train-scorer").exists()  # only what is below the root is collected
 
 
 def test_a_report_needs_neither_weights_nor_the_train_split(tmp_path: Path) -> None:
@@ -209,3 +209,150 @@ def test_a_run_folder_that_cannot_be_made_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"Cannot write to .*file/run: Not a directory"):
         collect_report(f"{root}/{report}", tmp_path / "file" / "run")
+
+
+def report_of(root: Path, last: str) -> str:
+    report = step(root, "report", "x", last_evaluation=[last])
+    (root / report / "run.json").write_text(CONFIG.model_dump_json())
+    return f"{root}/{report}"
+
+
+def change(root: Path, folder: str, **inputs: list[str]) -> None:
+    """Changes what a step says about its inputs."""
+    file = root / folder / "step.json"
+    lineage = json.loads(file.read_text())
+    lineage["inputs"] |= inputs
+    file.write_text(json.dumps(lineage))
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Path:
+    """A folder of this machine that has nothing to do with a run."""
+    folder = tmp_path / "home" / ".ssh"
+    folder.mkdir(parents=True)
+    (folder / "id_ed25519").write_text("PRIVATE KEY")
+    return folder
+
+
+def has_private(out: Path) -> bool:
+    return any(b"PRIVATE" in file.read_bytes() for file in out.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("name", ["{private}", "file://{private}", "../home/.ssh"])
+@pytest.mark.parametrize("stage", ["evaluate/e1", "train-dpo/p1", "curate-preference/k"])
+def test_a_lineage_brings_no_folder_from_outside_the_root(
+    tmp_path: Path, private: Path, stage: str, name: str
+) -> None:
+    root, out = tmp_path / "artifacts", tmp_path / "run"
+    report = report_of(root, run_of_one_round(root))
+    inputs = {"evaluate/e1": "policy", "train-dpo/p1": "preferences"}
+    change(root, stage, **{inputs.get(stage, "candidates"): [name.format(private=private)]})
+    with pytest.raises(UserError, match=r"is outside the artifact root|is not relative to"):
+        collect_report(report, out)
+    assert not has_private(out)
+
+
+@pytest.mark.parametrize("name", ["{private}", "s3://another-bucket/evaluate/e1"])
+def test_a_lineage_in_a_bucket_brings_no_folder_of_this_machine_or_another_bucket(
+    no_aws: None,
+    moto: S3Server,
+    tmp_path: Path,
+    private: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    bucket = moto.with_new_bucket()
+    for variable, value in bucket.environment.items():
+        monkeypatch.setenv(variable, value)
+    root, out = tmp_path / "artifacts", tmp_path / "run"
+    report = report_of(root, run_of_one_round(root)).removeprefix(f"{root}/")
+    change(root, "evaluate/e1", previous=[name.format(private=private)])
+    storage.publish(root, f"{bucket.uri}/src")
+    with pytest.raises(UserError, match="is outside the artifact root"):
+        collect_report(f"{bucket.uri}/src/{report}", out)
+    assert not has_private(out)
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "evaluate/e1/outcomes.jsonl",
+        "evaluate/e0/step.json",
+        "report/x/run.json",
+        "train-dpo/p1/adapter/adapter_model.safetensors",
+    ],
+)
+def test_a_symbolic_link_out_of_the_root_is_refused(
+    tmp_path: Path, private: Path, link: str
+) -> None:
+    root, out = tmp_path / "artifacts", tmp_path / "run"
+    report = report_of(root, run_of_one_round(root))
+    (root / link).unlink(missing_ok=True)
+    (root / link).symlink_to(private / "id_ed25519")
+    with pytest.raises(UserError, match="a link that leads out of it") as caught:
+        collect_report(report, out)
+    assert "PRIVATE" not in str(caught.value)
+    assert not has_private(out)
+
+
+def test_a_linked_folder_out_of_the_root_is_refused(tmp_path: Path, private: Path) -> None:
+    root, out = tmp_path / "artifacts", tmp_path / "run"
+    report = report_of(root, run_of_one_round(root))
+    shutil.rmtree(root / "search-candidates" / "c1")
+    (root / "search-candidates" / "c1").symlink_to(private)
+    with pytest.raises(UserError, match="a link that leads out of it"):
+        collect_report(report, out)
+    assert not has_private(out)
+
+
+@pytest.mark.parametrize("previous", ["evaluate/e1", "evaluate/e2", "evaluate/../evaluate/e1"])
+def test_a_lineage_that_goes_round_in_circles_ends(tmp_path: Path, previous: str) -> None:
+    root = tmp_path / "artifacts"
+    report = report_of(root, run_of_one_round(root))
+    shutil.copytree(root / "evaluate" / "e1", root / "evaluate" / "e2")
+    change(root, "evaluate/e2", previous=["evaluate/e1"])
+    change(root, "evaluate/e1", previous=[previous])
+    with pytest.raises(UserError, match="of round 1, cannot come before one of round 1"):
+        collect_report(report, tmp_path / "run")
+
+
+def test_what_is_collected_shares_no_file_with_the_root(tmp_path: Path) -> None:
+    root, out = tmp_path / "artifacts", tmp_path / "run"
+    collect_report(report_of(root, run_of_one_round(root)), out)
+    found = [path for path in out.rglob("*") if path.is_file()]
+    assert found
+    assert not [path for path in found if path.is_symlink() or path.stat().st_nlink > 1]
+
+
+def test_a_policy_with_an_adapter_from_elsewhere_is_refused(tmp_path: Path, private: Path) -> None:
+    root = tmp_path / "artifacts"
+    report = report_of(root, run_of_one_round(root))
+    document = {"base": {"path": "embedded:lvlm"}, "adapters": [str(private)]}
+    text = json.dumps({"record": "policy", "version": 1, "policy": document})
+    (root / "train-dpo" / "p1" / "policy.json").write_text(text)
+    with pytest.raises(UserError, match="an adapter that no training of the run wrote"):
+        collect_report(report, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("report/x/run.json", "{", "is not JSON"),
+        ("report/x/run.json", "[" * 100_000, "is not JSON"),
+        ("report/x/step.json", "{}", "does not say which step wrote it"),
+        ("report/x/step.json", None, "does not name its one input last_evaluation"),
+        ("train-dpo/p1/step.json", None, "does not name its one input preferences"),
+        ("evaluate/e0/step.json", None, "is not an evaluation of a pipeline"),
+    ],
+)
+def test_a_damaged_report_is_explained(
+    tmp_path: Path, file: str, text: str | None, message: str
+) -> None:
+    root = tmp_path / "artifacts"
+    report = report_of(root, run_of_one_round(root))
+    if text is None:
+        (root / file).unlink()
+    else:
+        (root / file).write_text(text)
+    with pytest.raises(UserError, match=message):
+        collect_report(report, tmp_path / "run")
