@@ -2,7 +2,8 @@
 
 Invariants, whose reasons are in docs/training-job.md:
 
-* One name, one specification: a job is adopted only if its hash is the same.
+* One name, one specification: a job is adopted only if its hash and its spec are the same.
+* A pod belongs to the job that owns it, whatever its labels say.
 * A job that is given up is deleted; a job that continues without the step can be adopted.
 * Success means that the output is in the store, not that the operator reports it.
 * An outage of the API server costs time and nothing else.
@@ -34,6 +35,7 @@ from srccore.cluster.observe import (
     pod_index,
     states,
 )
+from srccore.cluster.ownership import difference, is_pod_of
 from srccore.cluster.request import ARGO, SPEC_HASH, Launcher, TrainingJobRequest
 from srccore.cluster.watching import LogStream, Mirror
 from srccore.errors import UserError
@@ -207,9 +209,11 @@ class Launch:
         if "deletionTimestamp" in found["metadata"]:
             self._tell(f"{_path(found)} is being deleted; waiting until it is gone.")
             return None
-        if _hash(found) != _hash(body):
+        if not _is_same(found, body):
+            differs = difference(body["spec"], found.get("spec") or {})
             raise UserError(
-                f"{_path(found)} already exists with a different spec.",
+                f"{_path(found)} already exists with a different spec"
+                f"{f' ({differs})' if differs else ''}.",
                 "If two tasks of one run train the same stage in the same round, set different "
                 "values of round_number. Otherwise delete the job, if nobody needs it.",
             )
@@ -225,7 +229,7 @@ class Launch:
                 self.say(f"{_path(body)} may have been created, but the API server is unavailable.")
                 return None
             found = None
-        if found is None or body is None or _hash(found) != _hash(body):
+        if found is None or body is None or not _is_same(found, body):
             self.say("Stopped before the job was created.")
             return None
         return found
@@ -253,7 +257,7 @@ class Launch:
                 if found is None:
                     self._deleted(job)
                     return
-                log.follow(pods.objects)
+                log.follow(self._own(found, pods.objects))
                 found, seen = self._judge(observer, found, pods)
                 if seen.outcome:
                     if seen.outcome.succeeded or seen.outcome.exit_code is not None:
@@ -267,18 +271,21 @@ class Launch:
             pods.stop()
 
     def _judge(self, observer: Observer, job: Object, pods: Mirror) -> tuple[Object, Assessment]:
-        known, gone = pods.objects, pods.take_gone()
+        known, gone = self._own(job, pods.objects), self._own(job, pods.take_gone())
         warnings = self._late_warnings(job, known, observer.pods)
         seen = observer.look(job, known, warnings, datetime.now(UTC), gone)
         if seen.outcome and not seen.outcome.succeeded:
             # Watches lag behind, each by its own time: confirm the state before giving up.
             try:
                 job = self.api.get(f"{self._jobs}/{job['metadata']['name']}")
-                known = list(self.api.get(self._pods, **pods.selectors)["items"])
+                known = self._own(job, self.api.get(self._pods, **pods.selectors)["items"])
             except ApiError:
                 return job, Assessment(seen.message)
             seen = observer.look(job, known, warnings, datetime.now(UTC), gone)
         return job, seen
+
+    def _own(self, job: Object, labelled: list[Object]) -> list[Object]:
+        return [pod for pod in labelled if is_pod_of(self.launcher, job, pod)]
 
     def _is_up_to_date(self, jobs: Mirror, pods: Mirror, job: Object) -> bool:
         """Whether the mirrors are current; gives up if they have not been for too long."""
@@ -542,9 +549,12 @@ class _Log:
             self._stream.stop()
 
 
-def _hash(job: Object) -> str | None:
-    found: str | None = job["metadata"].get("annotations", {}).get(SPEC_HASH)
-    return found
+def _is_same(found: Object, asked: Object) -> bool:
+    """Whether a job is the one that was asked for: its annotation says so, and its spec is."""
+    claimed, wanted = (
+        each["metadata"].get("annotations", {}).get(SPEC_HASH) for each in (found, asked)
+    )
+    return claimed == wanted and difference(asked["spec"], found.get("spec") or {}) is None
 
 
 def _has_started(pod: Object) -> bool:

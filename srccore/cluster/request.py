@@ -266,7 +266,7 @@ class TrainingJobRequest(Section):
                 *("--restarts", str(settings.max_restarts)),
                 # The step that watches the job gives up earlier; without it, the pod ends itself.
                 *("--patience", str(round(settings.waiting_hours * 3600))),
-                *("--task", self.task),
+                *("--task", _literal(self.task)),
             ],
             "env": self._environment(),
             "resources": {"requests": {**limits, "cpu": settings.cpu}, "limits": limits},
@@ -285,7 +285,7 @@ class TrainingJobRequest(Section):
         if self.settings.ca_bundle:
             given |= dict.fromkeys(CA_VARIABLES, f"{CA_FOLDER}/{self.settings.ca_bundle.key}")
         return [
-            *({"name": name, "value": given[name]} for name in sorted(given)),
+            *({"name": name, "value": _literal(given[name])} for name in sorted(given)),
             *(
                 {
                     "name": variable,
@@ -311,6 +311,11 @@ class TrainingJobRequest(Section):
             bundle = {"configMap": {"name": settings.ca_bundle.config_map}}
             volumes.append(("ca-bundle", bundle, CA_FOLDER))
         return volumes
+
+
+def _literal(text: str) -> str:
+    """Keeps the kubelet from replacing ``$(NAME)``, which may be a key, by the variable's value."""
+    return text.replace("$", "$$")
 
 
 @dataclass(frozen=True)

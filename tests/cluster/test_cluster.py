@@ -21,6 +21,8 @@ from cluster.clusters import Cluster, KubectlError, Reachable
 from cluster.existing import KUBECONFIG
 from cluster.processes import wait_until
 
+from srccore.cluster.request import JobSettings, TrainingJobRequest
+
 TESTS = Path(__file__).parents[1]
 
 
@@ -310,6 +312,30 @@ def test_a_pod_runs_an_image_of_the_registry_and_its_log_is_read(
     assert run_pod(node_cluster, node_namespace, "say", "hello", "there") == "hello there"
     events = node_cluster.kubectl("get", "events", "--namespace", node_namespace)
     assert f'image "{node_cluster.probe}"' in events
+
+
+@pytest.mark.parametrize("word", ["say", "env"])
+def test_the_node_replaces_no_variable_in_a_training_jobs_texts(
+    node_cluster: Reachable, node_namespace: str, word: str
+) -> None:
+    text = "$(KEY) $$(KEY) $$ $ $(KEY"
+    request = TrainingJobRequest(
+        stage="train-dpo",
+        run="x",
+        namespace=node_namespace,
+        task=text,
+        settings=JobSettings(image=node_cluster.probe, environment={"KEY": "secret", "TEXT": text}),
+    )
+    made = pod("texts", node_namespace, node_cluster.probe)
+    (container,) = request.pod("main")["containers"]
+    made["spec"]["containers"][0] |= {
+        "args": [word, container["args"][-1]],
+        "env": container["env"],
+    }
+    create(node_cluster, made)
+    wait_for(node_cluster, node_namespace, "pod/texts", ".status.phase", "Succeeded")
+    log = node_cluster.kubectl("logs", "texts", "--namespace", node_namespace)
+    assert (text if word == "say" else f"TEXT={text}") in log.splitlines()
 
 
 def test_a_pod_finds_another_by_the_name_of_its_service(

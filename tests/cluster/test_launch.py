@@ -397,6 +397,38 @@ def made_before(**settings: Any) -> Step:
     return step
 
 
+def job_changed(**container: Any) -> Step:
+    """Somebody has changed the job's container, but not its annotation."""
+
+    def step(scene: Scene) -> None:
+        job = scene.admin.ask("GET", scene.job.path)
+        template = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
+        template["spec"]["containers"][0].update(container)
+        scene.admin.ask("PUT", scene.job.path, job)
+
+    return step
+
+
+def job_placed(scene: Scene) -> None:
+    """Kueue has admitted the job and written it again."""
+    job = scene.admin.ask("GET", scene.job.path)
+    job["spec"]["runPolicy"]["suspend"] = False
+    template = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
+    template["metadata"]["labels"]["kueue.x-k8s.io/podset"] = "worker"
+    template["spec"]["nodeSelector"] = {"flavour": "spot"}
+    template["spec"]["tolerations"] = [{"key": "spot", "operator": "Exists"}]
+    scene.admin.ask("PUT", scene.job.path, job)
+
+
+def stranger(scene: Scene) -> None:
+    """A pod of somebody else has the labels of the job's first pod."""
+    job = scene.job
+    labels = {PYTORCHJOB.job_label: job.name, PYTORCHJOB.index_label: "0"}
+    template = scene.request.pod("pytorch")
+    pod = {"metadata": {"name": f"stranger-{scene.run}", "labels": labels}, "spec": template}
+    scene.admin.ask("POST", f"/api/v1/namespaces/{scene.namespace}/pods", pod)
+
+
 def job_held(scene: Scene) -> None:
     """A finalizer keeps the job when it is deleted."""
     body = {"metadata": {"finalizers": ["example.com/held"]}}
@@ -997,6 +1029,24 @@ NAMES = [
         before=(made_before(image="another"),),
         ends=UserError,
         says=("already exists with a different spec", "round_number"),
+    ),
+    Case(
+        "a job of the same hash runs another image",
+        before=(made_before(), job_changed(image="another")),
+        ends=UserError,
+        says=("already exists with a different spec (spec", ".containers[0].image)"),
+    ),
+    Case(
+        "a job that a queue held back and placed is adopted",
+        before=(made_before(), job_placed),
+        steps=(is_running, succeeds),
+        says=("already exists; this step adopts it", "has succeeded"),
+    ),
+    Case(
+        "a pod that is not the job's has its labels",
+        before=(made_before(), stranger),
+        steps=(hears("The job has no pods yet"), is_running, succeeds),
+        says=("0 of 1 pod running", "has succeeded"),
     ),
     Case(
         "a job of the same hash has failed, and the next attempt is made",

@@ -108,6 +108,29 @@ def test_a_job_is_what_was_read_over(launcher: Launcher, name: str, of: Training
     assert found == json.loads(json.dumps(found))
 
 
+def expanded(text: str, environment: dict[str, str]) -> str:
+    """What the kubelet makes of an argument or a value: ``expansion.Expand`` of Kubernetes."""
+    return re.sub(
+        r"\$\$|\$\(([^)]*)\)",
+        lambda found: (
+            "$" if found[0] == "$$" else environment.get(found[1], found[0])  # type: ignore[arg-type]
+        ),
+        text,
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("text", ["$(KEY)", "$$(KEY)", "$$$(KEY)", "$", "a$$b", "$(", "^x$(y|z)$"])
+def test_no_text_pulls_a_secret_into_a_job(launcher: Launcher, text: str) -> None:
+    task = json.dumps({"settings": text})
+    settings = LEAST.model_copy(update={"environment": {"TEXT": text}})
+    spec = request(settings, task=task).to_object(launcher, 1)["spec"]
+    found = spec["trainer"] if launcher is TRAINJOB else pod_of({"spec": spec})["containers"][0]
+    (value,) = (each["value"] for each in found["env"] if each["name"] == "TEXT")
+    assert expanded(value, {"KEY": "secret"}) == text
+    assert expanded(found["args"][-1], {"KEY": "secret"}) == task
+
+
 @pytest.mark.parametrize(
     ("launcher", "fields", "refused"),
     [
