@@ -42,9 +42,11 @@ from srccore.data.index import (
     is_indexed,
     read_index,
 )
+from srccore.data.limits import MAX_CHARACTERS
 from srccore.data.parquet import ParquetTable, parquet_writer
 from srccore.data.records import Category, Sample
 from srccore.data.rows import Row, json_rows
+from srccore.data.texts import problems_of, problems_of_facts, shortened
 from srccore.errors import UserError
 from srccore.hashing import hash_file
 
@@ -67,6 +69,8 @@ __all__ = [
 
 _REQUIRED = ("id", "category", "question", "answer")
 _KNOWN = ("image", *Sample.model_fields)
+_MOST_REASONS = 10
+_MOST_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -325,7 +329,9 @@ def validate(path: Path) -> ValidationReport:
         if isinstance(category, str) and category in list(Category):
             by_category[Category(category)] += 1
         problems += [
-            RowProblem(row.number, sample_id if isinstance(sample_id, str) else None, reason)
+            RowProblem(
+                row.number, shortened(sample_id) if isinstance(sample_id, str) else None, reason
+            )
             for reason in reasons
         ]
     if not rows:
@@ -464,7 +470,7 @@ def _checked(
             sample, more = _sample(row.values)
             reasons += more
         sample_id = row.values.get("id")
-        if isinstance(sample_id, str) and sample_id:
+        if isinstance(sample_id, str) and 0 < len(sample_id) <= MAX_CHARACTERS["id"]:
             first = first_rows.setdefault(sample_id, row.number)
             if first != row.number:
                 reasons.append(f"id {sample_id!r} is already used by row {first}")
@@ -495,24 +501,36 @@ def _measure(
 
 def _sample(values: Mapping[str, Any]) -> tuple[Sample | None, list[str]]:
     reasons = {name: f"{name} is missing" for name in _REQUIRED if name not in values}
-    for name in ("id", "question", "answer"):
-        if isinstance(text := values.get(name), str) and not text.strip():
-            reasons[name] = f"{name} is empty"
+    reasons |= problems_of(values)
     category = values.get("category")
     if isinstance(category, str) and category not in list(Category):
-        reasons["category"] = f"category {category!r} is unknown (known: {', '.join(Category)})"
-    for name in sorted(values.keys() - set(_KNOWN)):
-        reasons[name] = f"there is no column {name!r} (known: {', '.join(_KNOWN)})"
+        shown = repr(shortened(category))
+        reasons["category"] = f"category {shown} is unknown (known: {', '.join(Category)})"
+    known = {name: value for name, value in values.items() if name in _KNOWN}
+    if unknown := sorted(values.keys() - known.keys()):
+        reasons[""] = _no_column(unknown)
     sample = None
     try:
-        sample = Sample.model_validate(values)
+        sample = Sample.model_validate(known)
     except ValidationError as error:
-        for detail in error.errors(include_url=False):
+        for detail in error.errors(include_url=False, include_input=False):
             where = ".".join(str(part) for part in detail["loc"])
             # The reasons above are clearer than pydantic's for the same column.
             if detail["loc"][0] not in reasons:
-                reasons[where] = f"{where}: {detail['msg']}"
-    return sample, list(reasons.values())
+                reasons[where] = f"{shortened(where)}: {detail['msg']}"
+    found = [*reasons.values(), *problems_of_facts(sample.facts if sample else ())]
+    if len(found) > _MOST_REASONS:
+        found[_MOST_REASONS:] = [f"and {len(found) - _MOST_REASONS:,} more"]
+    return sample, found
+
+
+def _no_column(names: Sequence[str]) -> str:
+    known = f"(known: {', '.join(_KNOWN)})"
+    if len(names) == 1:
+        return f"there is no column {shortened(names[0])!r} {known}"
+    shown = ", ".join(repr(shortened(name)) for name in names[:_MOST_NAMES])
+    rest = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
+    return f"there are no columns {shown}{rest} {known}"
 
 
 def _rows(path: Path, read: Callable[[ParquetTable, int], Iterator[Row]]) -> Iterator[Row]:

@@ -1,6 +1,6 @@
 """Encoded images: opened, measured and decoded, and rejected if they are too large.
 
-The limit is checked on an image's header, before anything is decoded.
+The limits (`srccore.data.limits`) are checked on an image's header, before anything is decoded.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
+from srccore.data.limits import (
+    MAX_ASPECT_RATIO,
+    MAX_IMAGE_BYTES,
+    MAX_IMAGE_PIXELS,
+    MAX_IMAGE_SIDE,
+)
 from srccore.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MAX_IMAGE_PIXELS", "ImageError", "decode", "measure", "opened", "upright_size"]
+__all__ = ["ImageError", "decode", "measure", "opened", "upright_size"]
 
 # Pillow's other readers are rarely used and less safe (EPS runs Ghostscript).
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-MAX_IMAGE_PIXELS = 40_000_000
-"""Larger images are rejected: decoding one could exhaust the memory."""
 
 
 class ImageError(Exception):
@@ -43,12 +47,12 @@ def opened(file: BinaryIO) -> Iterator[Image]:
 
     try:
         _ignore_warning()
+        size = file.seek(0, io.SEEK_END)
+        if size > MAX_IMAGE_BYTES:
+            raise ImageError(f"image is too large: {size} bytes, more than {MAX_IMAGE_BYTES}")
+        file.seek(0)
         with PIL.Image.open(file, formats=_FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_IMAGE_PIXELS:
-                raise ImageError(
-                    f"image is too large: {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}"
-                )
+            _check_pixels(*image.size)
             yield image
     except (ImageError, UserError, MemoryError):
         raise
@@ -59,6 +63,20 @@ def opened(file: BinaryIO) -> Iterator[Image]:
         raise ImageError(f"image is corrupt or in none of the formats {names}") from None
     except Exception as error:  # Pillow's readers raise all kinds of errors on broken bytes.
         raise ImageError(f"image is corrupt ({error})") from error
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_IMAGE_PIXELS:
+        limit = f"{MAX_IMAGE_PIXELS}"
+    elif max(width, height) > MAX_IMAGE_SIDE:
+        limit = f"{MAX_IMAGE_SIDE} on a side"
+    elif max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageError(
+            f"image is too narrow: {width} x {height} pixels, more than {MAX_ASPECT_RATIO} to 1"
+        )
+    else:
+        return
+    raise ImageError(f"image is too large: {width} x {height} pixels, more than {limit}")
 
 
 @functools.cache
@@ -120,4 +138,8 @@ def decode(encoded: bytes) -> Image:
     with opened(io.BytesIO(encoded)) as image:
         # Before it is decoded, as `upright_size` does: then Pillow may find another one.
         turn = upright.get(_orientation(image))
-        return (image if turn is None else image.transpose(turn)).convert("RGB")
+        found = image if turn is None else image.transpose(turn)
+        if found.mode == "I" or found.mode.startswith("I;16"):
+            # Grey values of 16 bits, of which `convert` would make white all above 255.
+            found = found.point(lambda value: value * (1 / 256)).convert("L")
+        return found.convert("RGB")

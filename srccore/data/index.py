@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from pydantic import Field, ValidationError
 
+from srccore.data.limits import MAX_IMAGE_BYTES
 from srccore.data.records import Record, Sample
 from srccore.errors import UserError
 
@@ -43,7 +44,7 @@ class ImagePlace(Record):
     """The path of its file; None is the file that the index describes."""
     start: int = Field(ge=0)
     """The place of its first byte in the file."""
-    length: int = Field(ge=0)
+    length: int = Field(ge=0, le=MAX_IMAGE_BYTES)
     """Its size in bytes."""
     width: int = Field(gt=0)
     """In pixels, upright."""

@@ -2,7 +2,8 @@
 
 `parquet_writer` stores images uncompressed and writes an index (`srccore.data.index`) beside the
 file, which says where each image is. Files without an index are streamed: memory is bounded by
-their largest page, not by their row groups.
+their largest page, not by their row groups. What a file says about itself is checked against
+`srccore.data.limits` before it is read: a few kilobytes can stand for gigabytes.
 
 Files are read, not mapped into memory: what a process has resident is what it uses, and a file that
 is cut off while it is open is an error instead of a signal.
@@ -15,6 +16,7 @@ import hashlib
 import io
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +24,16 @@ from typing import Any, BinaryIO
 
 from srccore.data.images import ImageError, measure
 from srccore.data.index import Entry, ImagePlace, entry_line, index_of, last_line
+from srccore.data.limits import (
+    MAX_COLUMNS,
+    MAX_EXPANSION,
+    MAX_FACT_CHARACTERS,
+    MAX_IMAGE_BYTES,
+    MAX_ITEMS,
+)
 from srccore.data.records import Sample
 from srccore.data.rows import Row
+from srccore.data.texts import shortened
 from srccore.errors import UserError
 from srccore.files import atomically
 
@@ -165,6 +175,35 @@ class ParquetTable:
         with _explained(path):
             self._metadata = pq.read_metadata(path)
             self._names = self._metadata.schema.to_arrow_schema().names
+        self._check_columns()
+        for group in range(self._metadata.num_row_groups):
+            self._check_group(group)
+
+    def _check_columns(self) -> None:
+        fix = "Keep the columns that docs/research.md lists."
+        if (count := self._metadata.num_columns) > MAX_COLUMNS:
+            raise UserError(f"{self.path} has {count:,} columns, more than {MAX_COLUMNS}.", fix)
+        twice = [name for name, count in Counter(self._names).items() if count > 1]
+        if twice:
+            raise UserError(f"{self.path} has several columns {shortened(twice[0])!r}.", fix)
+
+    def _check_group(self, number: int) -> None:
+        group = self._metadata.row_group(number)
+        for column in map(group.column, range(group.num_columns)):
+            size, stored = column.total_uncompressed_size, max(1, column.total_compressed_size)
+            # Values that repeat the one before take no room in a file.
+            most = MAX_ITEMS * group.num_rows + _AT_ONCE
+            if (
+                size > max(MAX_IMAGE_BYTES, MAX_EXPANSION * stored)
+                or min(size, stored) < 0
+                or column.num_values > most
+            ):
+                raise UserError(
+                    f"The column {shortened(column.path_in_schema)!r} of {self.path} is stored in "
+                    f"{stored:,} bytes, but stands for {size:,} bytes or {column.num_values:,} "
+                    "values.",
+                    "Write the file again, with less in each row.",
+                )
 
     def texts(self, first: int) -> Iterator[Row]:
         """Yields the rows without their images.
@@ -172,7 +211,7 @@ class ParquetTable:
         Args:
             first: The number of the first row.
         """
-        for number, values in self._values(first, [n for n in self._names if n != "image"]):
+        for number, values in self._values(first, [n for n in self._names if n != "image"], 1024):
             yield Row(number, values)
 
     def streamed(self, first: int) -> Iterator[Row]:
@@ -181,25 +220,17 @@ class ParquetTable:
         Args:
             first: The number of the first row.
         """
-        for number, values in self._values(first, self._names, self._few):
+        for number, values in self._values(first, self._names, 64):
             image = functools.partial(_open_value, values.pop("image", None))
             if "image" in self._names:
                 yield Row(number, values, image)
             else:
                 yield Row(number, values, reasons=("image is missing",))
 
-    @property
-    def _few(self) -> int:
-        """Rows whose images may be in memory together."""
-        groups = (self._metadata.row_group(n) for n in range(self._metadata.num_row_groups))
-        largest = max((g.total_byte_size // max(1, g.num_rows) for g in groups), default=0)
-        # Few even if they seem to be tiny: a dictionary stores repeated images once.
-        return max(1, min(64, _AT_ONCE // max(1, largest)))
-
     def _values(
-        self, first: int, columns: list[str], batch: int = 1024
+        self, first: int, columns: list[str], most: int
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yields number and values of each row."""
+        """Yields number and values of each row, from at most so many rows at a time."""
         import pyarrow.parquet as pq
 
         number = itertools.count(first)
@@ -207,16 +238,71 @@ class ParquetTable:
             _explained(self.path),
             # Buffered and not ahead: else a group's columns are read whole before the first page.
             pq.ParquetFile(
-                self.path, metadata=self._metadata, buffer_size=_BUFFER, pre_buffer=False
+                self.path,
+                metadata=self._metadata,
+                buffer_size=_BUFFER,
+                pre_buffer=False,
+                read_dictionary=self._repeating,
             ) as file,
         ):
             # Group by group: over several groups, Arrow keeps what it has read of each.
             for group in range(self._metadata.num_row_groups):
                 for found in file.iter_batches(
-                    batch_size=batch, row_groups=[group], columns=columns, use_threads=False
+                    batch_size=min(most, self._few(group, columns)),
+                    row_groups=[group],
+                    columns=columns,
+                    use_threads=False,
                 ):
+                    if "facts" in columns:
+                        _check_nested(found.column("facts"), self.path)
                     for values in found.to_pylist():
                         yield next(number), _without_nulls(values)
+
+    def _few(self, number: int, columns: list[str]) -> int:
+        """Rows of a group that may be in memory together."""
+        group, largest = self._metadata.row_group(number), 1
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema.partition(".")[0] in columns:
+                size = column.total_uncompressed_size
+                # A dictionary stores a value once, so each row may have the largest.
+                repeats = any("DICTIONARY" in encoding for encoding in column.encodings)
+                largest += size if repeats else size // max(1, group.num_rows)
+        return max(1, _AT_ONCE // largest)
+
+    @property
+    def _repeating(self) -> list[str]:
+        """The texts of facts, which stay as small as they are stored until they are checked."""
+        schema = self._metadata.schema
+        columns = map(schema.column, range(len(schema)))
+        return [each.path for each in columns if each.path.startswith("facts.")]
+
+
+def _check_nested(values: Any, path: Path) -> None:
+    """Checks the sizes of facts while they are Arrow's, where what repeats takes no memory."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind, largest, limit = values.type, 0, MAX_ITEMS
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        largest = pc.max(pc.list_value_length(values)).as_py() or 0
+        parts = [values.flatten()]
+    elif pa.types.is_struct(kind):
+        parts = values.flatten()
+    elif pa.types.is_dictionary(kind):
+        parts = [values.dictionary]
+    else:
+        parts = []
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            largest = pc.max(pc.binary_length(values)).as_py() or 0
+            limit = 4 * MAX_FACT_CHARACTERS
+    if largest > limit:
+        raise UserError(
+            f"The facts of a row of {path} have a list or text of {largest:,}, "
+            f"more than {limit:,}.",
+            "Shorten it.",
+        )
+    for part in parts:
+        _check_nested(part, path)
 
 
 def _open_value(value: Any) -> BinaryIO:
@@ -239,14 +325,15 @@ def _without_nulls(value: Any) -> Any:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    import pyarrow as pa
-
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # Arrow raises all kinds of errors on broken bytes.
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"The Parquet file {path} cannot be read ({error}).", "Write or copy it again."
-        ) from None
+            f"The Parquet file {path} cannot be read ({reason}).", "Write or copy it again."
+        ) from error
 
 
 @functools.cache

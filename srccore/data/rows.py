@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, BinaryIO
 
 from srccore.data.images import ImageError
 from srccore.data.index import ImagePlace
+from srccore.data.limits import MAX_LINE_BYTES
+from srccore.data.texts import shortened
 
 __all__ = ["Row", "json_rows"]
 
@@ -43,14 +46,30 @@ def json_rows(path: Path) -> Iterator[Row]:
     """Yields the rows of a JSON Lines file; its lines are the rows' numbers."""
     root = path.parent.resolve()
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
+        for number, line in enumerate(_lines(file), start=1):
+            if line is None:
+                reason = f"the line has more than {MAX_LINE_BYTES} bytes"
+                yield Row(number, {}, reasons=(reason,), readable=False)
+            elif line.strip():
                 yield _json_row(number, line, root)
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """Yields each line, or None for one that is too long, which is never in memory as a whole."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
+            yield line
+            continue
+        while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+            pass
+        yield None
 
 
 def _json_row(number: int, line: bytes, root: Path) -> Row:
     try:
-        values = json.loads(line.decode())
+        values = json.loads(line.decode(), object_pairs_hook=_object)
+    except _RepeatedKeyError as error:
+        return Row(number, {}, reasons=(str(error),), readable=False)
     except (ValueError, RecursionError) as error:
         return Row(number, {}, reasons=(f"the line is not JSON ({error})",), readable=False)
     if not isinstance(values, dict):
@@ -64,6 +83,18 @@ def _json_row(number: int, line: bytes, root: Path) -> Row:
     return Row(number, values, functools.partial(_open, path), path=path)
 
 
+class _RepeatedKeyError(ValueError):
+    """An object has a key twice, of which `json` would keep the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise _RepeatedKeyError(f"{shortened(twice)!r} is there twice")
+    return values
+
+
 def _open(path: Path) -> BinaryIO:
     return path.open("rb")
 
@@ -74,13 +105,15 @@ def _inside(root: Path, name: object) -> Path:
         raise ImageError("image is missing")
     if not isinstance(name, str) or not name:
         raise ImageError("image is not a path")
+    shown = repr(shortened(name, 300))
     try:
         path = (root / name).resolve()
         if Path(name).is_absolute() or not path.is_relative_to(root):
-            raise ImageError(f"image path {name!r} is outside the data set's folder")
+            raise ImageError(f"image path {shown} is outside the data set's folder")
         if not path.is_file():
-            raise ImageError(f"image file {name!r} is missing")
+            raise ImageError(f"image file {shown} is missing")
     # A null byte, a loop of symbolic links, a name that is too long, a folder without permission.
     except (OSError, ValueError, RuntimeError) as error:
-        raise ImageError(f"image path {name!r} cannot be resolved ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ImageError(f"image path {shown} cannot be resolved ({reason})") from None
     return path

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from srccore.data.texts import PUNCTUATION, answer_in
+
 __all__ = [
     "ParsedResponse",
     "gives_answer",
@@ -19,8 +21,6 @@ __all__ = [
 ]
 
 ANSWER_PREFIX = "Answer: "
-_ANSWER = re.compile(r"\s*answer\s*:", re.IGNORECASE)
-_OUTER = " .,;:!?\"'`()[]"
 _ARTICLES = ("a ", "an ", "the ")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 _NUMBER_WORDS = {
@@ -77,16 +77,10 @@ def parse(text: str) -> ParsedResponse | None:
         Rationale and answer, or None unless the last line, and no other, is an answer line.
     """
     *head, last = text.strip().split("\n")
-    answer = _answer(last)
-    if not answer or any(_answer(line) for line in head):
+    answer = answer_in(last)
+    if not answer or any(map(answer_in, head)):
         return None
     return ParsedResponse(rationale="\n".join(head).strip(), answer=answer)
-
-
-def _answer(line: str) -> str:
-    """The answer in a line; empty if it is no answer line."""
-    match = _ANSWER.match(line)
-    return line[match.end() :].strip() if match else ""
 
 
 def normalise_answer(answer: str) -> str:
@@ -115,12 +109,12 @@ def normalise_answer(answer: str) -> str:
 
 def _inner(text: str) -> str:
     """Removes outer punctuation and leading articles, in one pass: an answer may be very long."""
-    text = text.rstrip(_OUTER)
+    text = text.rstrip(PUNCTUATION)
     start, end = 0, len(text)
     while start < end:
         # A full stop before a digit is a decimal point.
         is_point = text[start] == "." and text[start + 1 : start + 2].isdigit()
-        if text[start] in _OUTER and not is_point:
+        if text[start] in PUNCTUATION and not is_point:
             start += 1
         elif article := next((a for a in _ARTICLES if text.startswith(a, start)), ""):
             start += len(article)
