@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "family_of",
     "image_only",
     "image_tokens",
+    "in_language_model",
     "language_model_targets",
     "load_processor_of",
     "prompt_positions",
@@ -164,16 +166,41 @@ def image_tokens(processor: Any, size: tuple[int, int]) -> int:
     return int(counted.num_image_tokens[0])
 
 
-def language_model_targets(model: Any) -> str:
+def language_model_targets(model: Any, pattern: str | None = None) -> str:
     """Returns the pattern of the linear layers that LoRA trains: those of the language model.
 
     Names like ``q_proj`` alone would also match the vision tower, which vLLM cannot adapt.
 
     Args:
         model: A model of one of `FAMILIES`, not wrapped by PEFT.
+        pattern: A pattern of your own, which is returned if it fits.
+
+    Raises:
+        UserError: The pattern matches modules outside the language model.
     """
-    inside = FAMILIES[model.config.model_type].language_model.replace(".", r"\.")
-    return rf"{inside}\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    if pattern is None:
+        inside = FAMILIES[model.config.model_type].language_model.replace(".", r"\.")
+        return rf"{inside}\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    # As PEFT matches it.
+    found = (name for name, _ in model.named_modules() if re.fullmatch(pattern, name))
+    if outside := [name for name in found if not in_language_model(model, name)]:
+        raise UserError(
+            f"lora.target_modules {pattern!r} matches {outside[0]}, which is outside the language "
+            "model.",
+            f"Let it start with {FAMILIES[model.config.model_type].language_model}, or leave it "
+            "out.",
+        )
+    return pattern
+
+
+def in_language_model(model: Any, name: str) -> bool:
+    """Whether a module is inside the language model.
+
+    Args:
+        model: A model of one of `FAMILIES`, not wrapped by PEFT.
+        name: The module's name.
+    """
+    return name.startswith(f"{FAMILIES[model.config.model_type].language_model}.")
 
 
 def prompt_positions(

@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, Field, ValidationError
+
 from srccore import storage
 from srccore.errors import UserError
 from srccore.hashing import stable_hash
+from srccore.models.families import in_language_model
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +43,16 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False,),
+    "use_bdlora": (None, False),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "kasa_config": (None,),
+    "arrow_config": (None,),
 }
+
+_TRAIN_PLAIN = "Train a plain LoRA adapter on the language model's linear layers."
 
 _BLOCK = {"cpu": 2**18, "cuda": 2**24}
 """Elements folded at a time: on a CPU they fit into its cache, on a GPU temporaries stay small."""
@@ -79,6 +91,15 @@ class Folding:
     """Of the last adapter: the weights with it, minus the weights without it."""
 
 
+class _Settings(BaseModel):
+    """What of ``adapter_config.json`` decides what an adapter adds."""
+
+    r: int = Field(ge=1)
+    lora_alpha: float = Field(gt=0, allow_inf_nan=False)
+    use_rslora: bool = False
+    target_modules: str | list[str]
+
+
 def read_adapter(path: str | Path) -> Adapter:
     """Reads a PEFT adapter folder.
 
@@ -90,37 +111,82 @@ def read_adapter(path: str | Path) -> Adapter:
         The adapter, on the CPU.
 
     Raises:
-        UserError: A file is missing, or the adapter is more than plain LoRA on linear layers.
+        UserError: A file is missing or damaged, a number is not finite, or the adapter is more than
+            plain LoRA on linear layers.
     """
+    folder = storage.fetch(str(path)) if storage.is_remote(str(path)) else Path(path)
+    config, tensors = _read_files(folder)
+    for name, allowed in _PLAIN_LORA.items():
+        if config.get(name, allowed[0]) not in allowed:
+            raise UserError(
+                f"The adapter {folder} has {name} = {_short(config[name])}, which cannot be "
+                "folded.",
+                _TRAIN_PLAIN,
+            )
+    try:
+        settings = _Settings.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"The adapter_config.json of {folder} has no valid {name}: {first['msg']}.",
+            _TRAIN_PLAIN,
+        ) from None
+    pairs = _pairs(folder, tensors, settings.r)
+    scale = settings.lora_alpha / settings.r ** (0.5 if settings.use_rslora else 1)
+    return Adapter(scale=scale, pairs=pairs, target_modules=settings.target_modules)
+
+
+def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = storage.fetch(str(path)) if storage.is_remote(str(path)) else Path(path)
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
-    except OSError as error:
+        if not isinstance(config, dict):
+            raise ValueError("adapter_config.json is not a mapping")
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(
             f"The adapter {folder} cannot be read ({error}).",
             "Pass a folder with adapter_config.json and adapter_model.safetensors.",
         ) from None
-    for name, allowed in _PLAIN_LORA.items():
-        if config.get(name, allowed[0]) not in allowed:
-            raise UserError(
-                f"The adapter {folder} has {name} = {config[name]!r}, which cannot be folded.",
-                "Train a plain LoRA adapter on the language model's linear layers.",
-            )
-    scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
-    halves: dict[str, dict[str, torch.Tensor]] = {}
+    return config, tensors
+
+
+def _pairs(folder: Path, tensors: dict[str, Tensor], rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Checks an adapter's tensors, and pairs A and B of each module."""
+    halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         module, _, half = key.removeprefix("base_model.model.").rpartition(".lora_")
         if half not in ("A.weight", "B.weight") or tensor.dim() != 2:
             raise UserError(
-                f"The adapter {folder} has {key}, which is not a LoRA matrix of a linear layer.",
-                "Train a plain LoRA adapter on the language model's linear layers.",
+                f"The adapter {folder} has {_short(key)}, which is not a LoRA matrix of a linear "
+                "layer.",
+                _TRAIN_PLAIN,
+            )
+        if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
+            raise UserError(
+                f"The adapter {folder} has numbers in {key} that are not finite.",
+                "Use an earlier adapter, or train it again with a lower learning rate.",
             )
         halves.setdefault(module, {})[half[0]] = tensor
-    pairs = {module: (half["A"], half["B"]) for module, half in halves.items()}
-    return Adapter(scale=scale, pairs=pairs, target_modules=config["target_modules"])
+    pairs = {module: (half.get("A"), half.get("B")) for module, half in halves.items()}
+    found = {}
+    for module, (a, b) in pairs.items():
+        if a is None or b is None or not a.shape[0] == b.shape[1] == rank:
+            raise UserError(
+                f"The adapter {folder} does not have two matrices of rank {rank} for {module}.",
+                "Copy it again from where it was trained.",
+            )
+        found[module] = (a, b)
+    if not found:
+        raise UserError(f"The adapter {folder} has no LoRA matrices.", _TRAIN_PLAIN)
+    return found
+
+
+def _short(value: object) -> str:
+    return repr(value)[:100]
 
 
 def fold_adapters(model: Any, adapters: Sequence[str | Path]) -> Folding:
@@ -137,7 +203,8 @@ def fold_adapters(model: Any, adapters: Sequence[str | Path]) -> Folding:
         How much of the deltas is in the weights.
 
     Raises:
-        UserError: An adapter is not plain LoRA, or does not fit the model.
+        UserError: An adapter is not plain LoRA, does not fit the model, changes more than the
+            linear layers of its language model, or adds numbers that are not finite.
     """
     import torch
 
@@ -146,7 +213,8 @@ def fold_adapters(model: Any, adapters: Sequence[str | Path]) -> Folding:
     total, newest = _Products(), _Products()
     with torch.no_grad():
         for name in dict.fromkeys(name for _, adapter in read for name in adapter.pairs):
-            weight: Any = getattr(modules.get(name), "weight", None)
+            module = modules.get(name)
+            weight: Any = getattr(module, "weight", None)
             earlier, last = [], None
             for number, (path, adapter) in enumerate(read, start=1):
                 if name not in adapter.pairs:
@@ -156,6 +224,12 @@ def fold_adapters(model: Any, adapters: Sequence[str | Path]) -> Folding:
                     raise UserError(
                         f"The adapter {path} does not fit the base model at {name}.",
                         "Use the base model that the adapter was trained on.",
+                    )
+                if not (isinstance(module, torch.nn.Linear) and in_language_model(model, name)):
+                    raise UserError(
+                        f"The adapter {path} changes {name}, which is not a linear layer of the "
+                        "language model.",
+                        _TRAIN_PLAIN,
                     )
                 delta = _Delta(
                     adapter.scale,
@@ -167,7 +241,14 @@ def fold_adapters(model: Any, adapters: Sequence[str | Path]) -> Folding:
                 else:
                     last = delta
             _fold(weight, name, earlier, last, total, newest)
-    return Folding(total=total.share(), newest=newest.share())
+    folding = Folding(total=total.share(), newest=newest.share())
+    if not all(map(math.isfinite, (folding.total.projection, folding.total.cosine))):
+        raise UserError(
+            f"The adapters {', '.join(map(str, adapters))} add numbers to the weights that are not "
+            "finite.",
+            "Use earlier adapters, or train them again with a lower learning rate.",
+        )
+    return folding
 
 
 @dataclass(frozen=True)

@@ -255,6 +255,7 @@ def train_adapter(
         dtype = policy.base.dtype if session.device.startswith("cuda") else "float32"
         base = policy.base.model_copy(update={"dtype": dtype})
         loaded = load_policy(policy.model_copy(update={"base": base}), session.device)
+        targets = language_model_targets(loaded.model, config.lora.target_modules)
         _switch_dropout_off(loaded.model)
         fitting = _within_context(loaded.model, loaded.processor, rows)
         order = longest_first(
@@ -272,7 +273,7 @@ def train_adapter(
             model=loaded.model,
             train_dataset=Dataset.from_dict({"row": order}).with_transform(_Rows(fitting)),
             processing_class=loaded.processor,
-            peft_config=lora_config(config.lora, language_model_targets(loaded.model)),
+            peft_config=lora_config(config.lora, targets),
         )
         outcome = session.run(ready, samples=len(fitting), skipped=len(rows) - len(fitting))
         if session.processes.is_first:

@@ -59,6 +59,14 @@ def test_lora_goes_on_all_linear_layers_of_the_language_model_and_no_others(
     assert all(name.startswith(f"{inside}.layers.") for name in trained)
 
 
+def test_a_pattern_of_ones_own_stays_inside_the_language_model(awkward: Awkward) -> None:
+    model = load_policy(Policy(base=awkward("cropping"))).model
+    own = r"model\.language_model\..*\.q_proj"
+    assert language_model_targets(model, own) == own
+    with pytest.raises(UserError, match=r"matches model\.vision_tower\..*q_proj, which is outside"):
+        language_model_targets(model, r".*\.q_proj")
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_question_cannot_contain_a_special_token(awkward: Awkward, name: str) -> None:
     processor = load_processor(awkward(name))

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from srccore.errors import UserError
 from srccore.hashing import stable_hash
 from srccore.models import folding
 from srccore.models.folding import Share, fold_adapters, read_adapter, stochastic_round
@@ -40,6 +42,7 @@ def model(dtype: torch.dtype, names: tuple[str, ...] = (NAME,)) -> Any:
         with torch.no_grad():
             linear.weight.normal_(std=0.02, generator=generator)
         inner.add_module(last, linear)
+    whole.config = SimpleNamespace(model_type="llava")
     return whole.to(dtype)
 
 
@@ -200,6 +203,105 @@ def test_a_delta_that_float32_cannot_hold_is_reported_as_lost(tmp_path: Path) ->
     path = adapter(tmp_path / "a", 94, seed=1, lora_alpha=1e-4)
     found = fold_adapters(model(torch.float32), [path])
     assert found.newest.projection < 0.5
+
+
+# Adapters from elsewhere
+
+
+def written(folder: Path, config: object = None, **tensors: torch.Tensor) -> Path:
+    """Writes an adapter of rank 2 for a matrix of 6 x 4; by default a good one."""
+    good = {
+        f"base_model.model.{NAME}.lora_A.weight": torch.ones(2, 4),
+        f"base_model.model.{NAME}.lora_B.weight": torch.ones(6, 2),
+    }
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"]}
+    changed = {f"base_model.model.{name.replace('__', '.')}": t for name, t in tensors.items()}
+    save_file({**good, **changed} if "only" not in tensors else {}, folder / WEIGHTS)
+    text = json.dumps({**settings, **config}) if isinstance(config, dict) else config
+    (folder / "adapter_config.json").write_text(str(text or json.dumps(settings)))
+    return folder
+
+
+WEIGHTS = "adapter_model.safetensors"
+A, B = (f"{NAME.replace('.', '__')}__lora_{half}__weight" for half in "AB")
+NAN = torch.tensor([[1.0, math.nan], [0, 0]]).repeat(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "told"),
+    [
+        ({"lora_alpha": math.inf}, {}, "no valid lora_alpha: Input should be a finite number"),
+        ({"lora_alpha": math.nan}, {}, "no valid lora_alpha"),
+        ({"lora_alpha": "many"}, {}, "no valid lora_alpha"),
+        ({"lora_alpha": None}, {}, "no valid lora_alpha"),
+        ({"r": 0}, {}, "no valid r"),
+        ({"r": 4}, {}, "does not have two matrices of rank 4 for model.language_model"),
+        ({"target_modules": 3}, {}, "no valid target_modules"),
+        ({"alora_invocation_tokens": [1]}, {}, "has alora_invocation_tokens"),
+        ("[]", {}, "is not a mapping"),
+        ("{", {}, "cannot be read"),
+        ("[" * 100_000, {}, "cannot be read"),
+        ({}, {A: NAN}, "not finite"),
+        ({}, {B: torch.full((6, 2), math.inf)}, "not finite"),
+        ({}, {B: torch.ones(6, 2, dtype=torch.int8)}, "not finite"),
+        ({}, {B: torch.ones(6, 3)}, "does not have two matrices of rank 2"),
+        ({}, {A: torch.ones(3, 4)}, "does not have two matrices of rank 2"),
+        ({}, {"other__lora_A__weight": torch.ones(2, 4)}, "two matrices of rank 2 for other"),
+        ({}, {"only": torch.ones(1)}, "has no LoRA matrices"),
+    ],
+)
+def test_a_broken_adapter_is_refused(
+    tmp_path: Path, config: object, tensors: dict[str, torch.Tensor], told: str
+) -> None:
+    path = written(tmp_path, config, **tensors)
+    with pytest.raises(UserError, match=told):
+        read_adapter(path)
+
+
+def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path) / WEIGHTS
+    for left in (0, 7, 40, -1):
+        data = written(tmp_path).joinpath(WEIGHTS).read_bytes()
+        path.write_bytes(data[:left])
+        with pytest.raises(UserError, match="cannot be read"):
+            read_adapter(tmp_path)
+
+
+def small(*names: str) -> Any:
+    whole = torch.nn.ModuleDict()
+    for name in names:
+        inner: Any = whole
+        *above, last = name.split(".")
+        for part in above:
+            if part not in inner:
+                inner[part] = torch.nn.ModuleDict()
+            inner = inner[part]
+        inner[last] = torch.nn.Linear(4, 6, bias=False)
+    whole.config = SimpleNamespace(model_type="llava")
+    return whole
+
+
+@pytest.mark.parametrize("other", ["model.vision_tower.up_proj", "model.projector.up", "lm_head"])
+def test_only_the_language_model_is_changed(tmp_path: Path, other: str) -> None:
+    model = small(NAME, other)
+    halves = {"A": torch.ones(2, 4), "B": torch.ones(6, 2)}
+    more = {f"{other.replace('.', '__')}__lora_{half}__weight": t for half, t in halves.items()}
+    with pytest.raises(UserError, match=f"changes {other}, which is not a linear layer of the"):
+        fold_adapters(model, [written(tmp_path, **more)])
+    fold_adapters(model, [written(tmp_path)])
+
+
+def test_a_layer_that_is_not_linear_is_not_changed(tmp_path: Path) -> None:
+    model = small(NAME)
+    model.get_submodule(NAME.rpartition(".")[0])["up_proj"] = torch.nn.Embedding(6, 4)
+    with pytest.raises(UserError, match="is not a linear layer"):
+        fold_adapters(model, [written(tmp_path)])
+
+
+def test_finite_matrices_whose_product_is_not_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, **{A: torch.full((2, 4), 1e30), B: torch.full((6, 2), 1e30)})
+    with pytest.raises(UserError, match="add numbers to the weights that are not finite"):
+        fold_adapters(small(NAME), [path])
 
 
 TYPES = (torch.bfloat16, torch.float16)

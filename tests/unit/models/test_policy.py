@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -128,12 +129,14 @@ def test_small_deltas_add_up_before_the_cast() -> None:
     from srccore.models.folding import Adapter, fold_adapters
 
     linear = torch.nn.Linear(1, 1, bias=False)
-    model = torch.nn.ModuleDict({"layer": linear}).to(torch.bfloat16)
+    inside = torch.nn.ModuleDict({"language_model": torch.nn.ModuleDict({"layer": linear})})
+    model = torch.nn.ModuleDict({"model": inside}).to(torch.bfloat16)
+    model.config = SimpleNamespace(model_type="llava")
+    ones = (torch.ones(1, 1), torch.ones(1, 1))
     with torch.no_grad():
         linear.weight.fill_(1.0)
-    small = Adapter(
-        scale=2.0**-9, pairs={"layer": (torch.ones(1, 1), torch.ones(1, 1))}, target_modules="x"
-    )
+    pairs = {"model.language_model.layer": ones}
+    small = Adapter(scale=2.0**-9, pairs=pairs, target_modules="x")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("srccore.models.folding.read_adapter", lambda path: small)
         fold_adapters(model, ["a", "b", "c", "d"])
