@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_core import PydanticKnownError
 
@@ -19,7 +18,7 @@ from srccore.cluster.request import (
     Toleration,
     TrainingJob,
 )
-from srccore.config import RunConfig, Section, explain
+from srccore.config import RunConfig, Section, explain, read_yaml_file
 from srccore.containers.names import USER_ID
 from srccore.errors import UserError
 from srccore.stages.table import STAGES
@@ -45,7 +44,7 @@ def _trains(stages: tuple[str, ...]) -> tuple[str, ...]:
 class Resources(Section):
     """What the pod of a task requests."""
 
-    cpu: str = Field(pattern=r"^\d+(\.\d+)?m?$")
+    cpu: str = Field(pattern=r"^[0-9]+(\.[0-9]+)?m?$")
     """Request; there is no limit, so a pod may use idle CPUs of its node."""
     memory: str = Field(pattern=QUANTITY)
     """Request and limit."""
@@ -189,10 +188,9 @@ def load_profile(path: Path | None, config: RunConfig, **changes: Any) -> Profil
 def _read(path: Path) -> dict[str, Any]:
     fix = "Pass a YAML file with the fields that docs/pipelines.md lists."
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"Cannot read the profile {path}: {reason}.", fix) from None
+        values = read_yaml_file(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read the profile {path}: {error}.", fix) from None
     if not isinstance(values, dict):
         raise UserError(f"The profile {path} is not a YAML mapping.", fix)
     return values

@@ -8,13 +8,23 @@ default.
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from srccore.errors import UserError
@@ -43,12 +53,20 @@ __all__ = [
     "identity",
     "load_config",
     "preset_names",
+    "read_yaml",
+    "read_yaml_file",
     "validate_config",
 ]
 
 TeacherName = Literal["facts", "endpoint"]
 MAX_CANDIDATES = 8
 """The most candidates of one sample: with the reference, 72 ratings (reconstruction)."""
+MAX_YAML_BYTES = 100_000
+"""Of a preset or profile; the shipped ones have less than 10,000."""
+MAX_YAML_VALUES = 10_000
+"""Of a preset or profile, counting those that an alias (``*name``) repeats each time."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""As numpy takes it."""
 OPERATIONAL = object()
 """Marks a field that says how the work is done and does not change what comes out: see
 `identity`."""
@@ -82,6 +100,14 @@ def identity(section: BaseModel) -> dict[str, Any]:
     return found
 
 
+def _pattern(text: str | None) -> str | None:
+    try:
+        re.compile(text or "")
+    except (re.error, RecursionError) as error:
+        raise ValueError(f"not a regular expression ({error})") from None
+    return text
+
+
 class DataConfig(Section):
     """Where the samples come from, and how many of each split are used.
 
@@ -91,7 +117,7 @@ class DataConfig(Section):
 
     source: str = "embedded"
     """``embedded``, or the path or ``s3://...`` of a data set (see ``srccore data validate``)."""
-    seed: int = 0
+    seed: Seed = 0
     train: int = Field(default=1200, ge=4)
     """Samples of stage 1 and of R-Scorer's training."""
     calibration: int = Field(default=900, ge=4)
@@ -142,7 +168,7 @@ class LoraSettings(Section):
     rank: int = Field(ge=1)
     alpha: int = Field(ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: str | None = None
+    target_modules: Annotated[str | None, AfterValidator(_pattern)] = None
     """A regular expression for names of modules; None is all linear layers of the language model's
     blocks. ``all-linear`` would match the vision tower too."""
 
@@ -336,7 +362,7 @@ class RunConfig(Section):
     """A whole run, as `srccore run` reads it from a preset."""
 
     name: str
-    seed: int = 0
+    seed: Seed = 0
     rounds: Annotated[int, OPERATIONAL] = Field(default=3, ge=1)
     shards: int = Field(default=1, ge=1)
     """Parts of a round's samples that are searched and scored separately."""
@@ -400,17 +426,90 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
             invalid.
     """
     start = "Start from a copy of a shipped preset."
+    path = _preset_path(preset)
     try:
-        values = yaml.safe_load(_preset_text(preset))
+        values = read_yaml_file(path)
     except OSError as error:
         raise UserError(f"Cannot read the preset {preset}: {error.strerror}.", start) from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"The preset {preset} is not YAML in UTF-8: {reason}.", start) from None
+    except ValueError as error:
+        raise UserError(f"The preset {preset} is not YAML in UTF-8: {error}.", start) from None
     if not isinstance(values, dict):
         raise UserError(f"The preset {preset} is not a YAML mapping.", start)
     apply_overrides(values, overrides)
     return validate_config(values, f"configuration ({preset})")
+
+
+def read_yaml_file(path: Path) -> Any:
+    """Reads a YAML file; see `read_yaml`.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not such YAML, or not in UTF-8.
+    """
+    with path.open("rb") as file:
+        return read_yaml(file.read(MAX_YAML_BYTES + 1).decode())
+
+
+def read_yaml(text: str) -> Any:
+    """Reads YAML of a size that a configuration may have.
+
+    Args:
+        text: One document. Aliases are allowed, but a few lines of them can stand for billions of
+            values, so these are counted before anything is made of them.
+
+    Returns:
+        What it says; values repeated by an alias are one object.
+
+    Raises:
+        ValueError: It is not YAML, is too large, or has a key twice; without a full stop.
+    """
+    if len(text) > MAX_YAML_BYTES:
+        raise ValueError(f"it has more than {MAX_YAML_BYTES:,} bytes")
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if (count := _values_in(node, {})) > MAX_YAML_VALUES:
+            raise ValueError(f"it stands for {count:,} values, more than {MAX_YAML_VALUES:,}")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    # Besides its own errors: an impossible date, or a number with too many digits.
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from None
+    finally:
+        loader.dispose()
+
+
+def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
+    """Counts the values of a node, those that an alias repeats each time.
+
+    Args:
+        node: As PyYAML composed it.
+        known: The counts of other nodes by their identity; 0 of those that contain this one.
+    """
+    if id(node) in known:
+        if not known[id(node)]:
+            raise ValueError("an alias is inside what it stands for")
+        return known[id(node)]
+    known[id(node)] = 0
+    count = 1
+    if isinstance(node, yaml.MappingNode):
+        seen: set[tuple[str, str]] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (name := (key.tag, key.value)) in seen:
+                    raise ValueError(
+                        f"{key.value[:60]!r} is there twice, the second time in line "
+                        f"{key.start_mark.line + 1}"
+                    )
+                seen.add(name)
+            count += _values_in(key, known) + _values_in(value, known)
+    elif isinstance(node, yaml.SequenceNode):
+        count += sum(_values_in(value, known) for value in node.value)
+    known[id(node)] = count
+    return count
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -431,8 +530,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
                 "Write --set search.width=6.",
             )
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = read_yaml(text)
+        except ValueError:
             raise UserError(f"The value of --set {override} is not YAML.", "Quote it.") from None
         path = name.split(".")
         _override(values, path, value)
@@ -479,23 +578,31 @@ def _with_absolute_folders(config: RunConfig) -> RunConfig:
     for section, name in (("data", "source"), ("model", "path"), ("rating_model", "path")):
         values: BaseModel = getattr(config, section)
         written = getattr(values, name)
-        path = Path(written).expanduser()
-        if not written.startswith("embedded") and path.exists():
+        # Not `Path.expanduser`, which fails for a user that does not exist.
+        path = Path(os.path.expanduser(written))
+        if not written.startswith("embedded") and _exists(path):
             update[section] = values.model_copy(update={name: str(path.resolve())})
     return config.model_copy(update=update)
 
 
-def _preset_text(preset: str) -> str:
-    shipped = resources.files("srccore") / "presets" / f"{preset}.yaml"
+def _preset_path(preset: str) -> Path:
     if preset in preset_names():
-        return shipped.read_text(encoding="utf-8")
+        return Path(str(resources.files("srccore") / "presets" / f"{preset}.yaml"))
     path = Path(preset)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        return path.read_text(encoding="utf-8")
+    if path.suffix in (".yaml", ".yml") and _exists(path):
+        return path
     raise UserError(
         f"There is no preset {preset!r}.",
         f"Choose one of {', '.join(preset_names())}, or pass the path of a YAML file.",
     )
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is such a file or folder; a path that no file can have is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _override(values: dict[str, Any], path: list[str], value: Any) -> None:

@@ -47,7 +47,7 @@ __all__ = [
 
 ARGO = "argoproj.io/v1alpha1"
 """The API of Argo's workflows."""
-QUANTITY = r"^\d+(\.\d+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
+QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 """The Kubernetes quantities that are useful for memory."""
 SPEC_HASH = "srccore.dev/spec-hash"
 """The annotation that identifies a job."""
@@ -143,7 +143,7 @@ class JobSettings(PodSettings, TrainingJob):
     """The pods of a training job, and how long they may take."""
 
     image: str
-    cpu: str = Field(default="1", pattern=r"^\d+(\.\d+)?m?$")
+    cpu: str = Field(default="1", pattern=r"^[0-9]+(\.[0-9]+)?m?$")
     """Request of each pod; there is no limit."""
     memory: str = Field(default="4Gi", pattern=QUANTITY)
     """Request and limit of each pod."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from srccore.config import RunConfig, identity, load_config, preset_names
+from srccore.config import RunConfig, identity, load_config, preset_names, validate_config
 from srccore.errors import UserError
 
 
@@ -61,6 +61,12 @@ def test_a_bare_off_closes_no_gate() -> None:
         ("search.width", "NAME=VALUE"),
         ("search.diverse=9", "diverse must not be larger than width"),
         ("search.width=[", "not YAML"),
+        ("name=2020-13-45", "not YAML"),
+        ("seed=" + "1" * 5000, "not YAML"),
+        ("name=" + "[" * 5000, "not YAML"),
+        ("seed=-1", "seed must be at least 0, got -1"),
+        ("seed=4294967296", "seed must be less than"),
+        ("dpo.lora.target_modules=(", "dpo.lora.target_modules: not a regular expression"),
     ],
 )
 def test_a_bad_override_is_told_with_its_mend(override: str, told: str) -> None:
@@ -149,3 +155,68 @@ def test_the_engines_name_changes_what_is_drawn_and_its_memory_does_not() -> Non
 def test_a_wrong_engine_is_refused_once_by_name() -> None:
     with pytest.raises(UserError, match=r"engine\.name must be 'transformers' or 'vllm'"):
         load_config("tiny", ["engine.name=vlm"])
+
+
+# YAML that is not what it seems
+
+
+def preset(folder: Path, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+LAUGHS = "\n".join(
+    ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+)
+MERGES = "\n".join(
+    ["a0: &a0 {k: v}"]
+    + [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 12)]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (LAUGHS, r"it stands for 1,2\d\d,\d\d\d,\d\d\d,\d\d\d values, more than 10,000"),
+        (MERGES, "values, more than 10,000"),
+        ("a: &a [*a]", "an alias is inside what it stands for"),
+        ("name: x\nseed: 1\nname: y", "'name' is there twice, the second time in line 3"),
+        ("search: {width: 1, width: 2}", "'width' is there twice"),
+        ("name: " + "x" * 100_000, "it has more than 100,000 bytes"),
+        ("[" * 50_000, "it is nested too deeply"),
+        ("name: 0000-00-00", "year 0 is out of range|year must be in"),
+        ("a: 1\n---\nb: 2", "expected a single document"),
+    ],
+    ids=range(9),
+)
+def test_yaml_that_is_too_large_or_repeats_a_key_is_refused(
+    tmp_path: Path, text: str, told: str
+) -> None:
+    with pytest.raises(UserError, match=f"is not YAML in UTF-8: .*({told})"):
+        load_config(preset(tmp_path, text))
+
+
+def test_an_alias_may_be_used(tmp_path: Path) -> None:
+    values = load_config("tiny").model_dump(mode="json")
+    values["rationale"]["lora"] = values["dpo"]["lora"]
+    text = yaml.safe_dump(values)
+    assert "*id001" in text
+    config = load_config(preset(tmp_path, text))
+    assert config.rationale.lora == config.dpo.lora
+
+
+@pytest.mark.parametrize("path", ["~no-such-user/model", "x" * 5000, "a\0b", "\ud800"])
+def test_a_path_that_no_file_can_have_is_kept_as_it_is(path: str) -> None:
+    values = load_config("tiny").model_dump(mode="json")
+    values["model"]["path"] = path
+    try:
+        assert validate_config(values, "configuration").model.path == path
+    except UserError as error:
+        assert "model.path" in str(error)  # what is not Unicode is not text
+
+
+def test_a_preset_with_a_name_that_no_file_can_have_does_not_exist() -> None:
+    with pytest.raises(UserError, match="There is no preset"):
+        load_config("x" * 5000 + ".yaml")
