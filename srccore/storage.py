@@ -408,7 +408,7 @@ def fetch(uri: str) -> Path:
     return path
 
 
-def fetch_part(uri: str, start: int, length: int, sha256: str) -> bytes:
+def fetch_part(uri: str, start: int, length: int, sha256: str) -> bytes | None:
     """Reads part of a file in a bucket, and keeps it in the cache under its hash.
 
     Args:
@@ -418,7 +418,7 @@ def fetch_part(uri: str, start: int, length: int, sha256: str) -> bytes:
         sha256: Of the part.
 
     Returns:
-        The part. It may be another one if the file in the bucket has changed; that is not kept.
+        The part; None if it has another hash, because the file in the bucket has changed.
 
     Raises:
         UserError: There is no such file, the store denies access, or the cache cannot be written.
@@ -432,10 +432,11 @@ def fetch_part(uri: str, start: int, length: int, sha256: str) -> bytes:
         address = _parse(uri)
         with _store_explained(address):
             found = _read_part(address, start, length)
-        if hashlib.sha256(found).hexdigest() == sha256:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with atomically(kept) as temporary:
-                temporary.write_bytes(found)
+        if hashlib.sha256(found).hexdigest() != sha256:
+            return None
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomically(kept) as temporary:
+            temporary.write_bytes(found)
     return found
 
 

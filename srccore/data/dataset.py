@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
+    "CHANGED",
     "DataSet",
     "Read",
     "RowProblem",
@@ -97,7 +98,12 @@ class ValidationReport:
 
 
 Read = Callable[[Path, ImagePlace], bytes]
-"""Reads part of a Parquet file that has an index. A function of a module: it is pickled."""
+"""Reads an image of a Parquet file that has an index, and compares it with its hash.
+
+Raises `ImageError`. A function of a module: it is pickled.
+"""
+CHANGED = "image differs from its SHA-256: the file was changed or is damaged"
+"""What an `ImageError` says of an image that has another hash."""
 
 
 class DataSet:
@@ -147,9 +153,10 @@ class DataSet:
             UserError: There is no such sample, its image cannot be decoded, or it is not the one
                 that the data set describes.
         """
+        place = self._entry(sample_id).image
         try:
-            image = decode(self.encoded(sample_id))
-            _check_size(image.size, self.size(sample_id))
+            image = decode(_read(functools.partial(self._image, place)))
+            _check_size(image.size, place.size)
         except ImageError as error:
             raise self._bad(sample_id, error) from None
         return image
@@ -182,7 +189,7 @@ class DataSet:
         """
         place = self._entry(sample_id).image
         try:
-            return _read(functools.partial(self._image, place), place.sha256)
+            return _read(functools.partial(self._image, place))
         except ImageError as error:
             raise self._bad(sample_id, error) from None
 
@@ -196,10 +203,17 @@ class DataSet:
 
 
 def read_place(path: Path, place: ImagePlace) -> bytes:
-    """Reads an image of a file on this machine."""
+    """Reads an image of a file on this machine.
+
+    Raises:
+        ImageError: The image has another hash.
+    """
     with path.open("rb", buffering=0) as file:
         file.seek(place.start)
-        return file.read(place.length)
+        encoded = file.read(place.length)
+    if place.sha256 is not None and hashlib.sha256(encoded).hexdigest() != place.sha256:
+        raise ImageError(CHANGED)
+    return encoded
 
 
 def open_data(path: Path, read: Read = read_place) -> DataSet:
@@ -441,15 +455,12 @@ def _check_size(found: tuple[int, int], described: tuple[int, int]) -> None:
         )
 
 
-def _read(image: Callable[[], BinaryIO], sha256: str | None = None) -> bytes:
+def _read(image: Callable[[], BinaryIO]) -> bytes:
     try:
         with image() as file:
-            encoded = file.read()
+            return file.read()
     except OSError as error:
         raise ImageError(f"image cannot be read ({error.strerror})") from None
-    if sha256 is not None and hashlib.sha256(encoded).hexdigest() != sha256:
-        raise ImageError("image differs from its SHA-256: the file was changed or is damaged")
-    return encoded
 
 
 def _checked(
@@ -488,7 +499,7 @@ def _measure(
     image: Callable[[], BinaryIO], place: ImagePlace | None, decoding: bool
 ) -> tuple[int, int]:
     with (
-        io.BytesIO(_read(image, place.sha256)) if place else image() as file,
+        io.BytesIO(_read(image)) if place else image() as file,
         opened(file) as found,
     ):
         size = upright_size(found)

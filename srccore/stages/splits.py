@@ -10,7 +10,8 @@ import functools
 from pathlib import Path
 
 from srccore import storage
-from srccore.data.dataset import DataSet, open_data, read_place
+from srccore.data.dataset import CHANGED, DataSet, open_data, read_place
+from srccore.data.images import ImageError
 from srccore.data.index import ImagePlace, index_of
 from srccore.data.records import Sample
 from srccore.method.engine import Prompt
@@ -50,7 +51,10 @@ def _read(path: Path, place: ImagePlace) -> bytes:
     if path.exists() or place.sha256 is None:
         return read_place(path, place)
     uri = storage.address_of(path)
-    return storage.fetch_part(uri, place.start, place.length, place.sha256)
+    found = storage.fetch_part(uri, place.start, place.length, place.sha256)
+    if found is None:
+        raise ImageError(CHANGED)
+    return found
 
 
 def prompt(data: DataSet, sample: Sample) -> Prompt:

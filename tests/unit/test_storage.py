@@ -478,9 +478,9 @@ def test_a_part_that_was_damaged_in_the_cache_is_read_again(s3: S3Server, tmp_pa
 def test_a_part_of_a_changed_file_is_told_by_its_hash_and_not_kept(
     s3: S3Server, tmp_path: Path
 ) -> None:
-    for data, found in ((bytes(256), bytes(20)), (bytes(15), bytes(5)), (bytes(10), b"")):
+    for data in (bytes(256), bytes(15), bytes(10)):
         s3.put("train.parquet", data)
-        assert storage.fetch_part(f"{s3.uri}/train.parquet", *PART) == found
+        assert storage.fetch_part(f"{s3.uri}/train.parquet", *PART) is None
     assert not (tmp_path / "cache" / "parts").exists()
     s3.delete("train.parquet")
     with pytest.raises(UserError, match="Nothing is stored at"):
@@ -524,7 +524,7 @@ def test_a_forked_process_gets_a_client_of_its_own(s3: S3Server) -> None:
     assert client != id(storage._client())
 
 
-def _part_and_client(uri: str) -> tuple[bytes, int]:
+def _part_and_client(uri: str) -> tuple[bytes | None, int]:
     return storage.fetch_part(uri, *PART), id(storage._client())
 
 

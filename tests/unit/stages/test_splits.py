@@ -128,6 +128,24 @@ def test_a_file_without_an_index_is_fetched_whole(received: Received, tmp_path: 
     assert opened.encoded("s2") == IMAGES[0]
 
 
+def test_an_image_is_hashed_once(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+
+    def sha256(data: bytes = b"", **settings: Any) -> Any:
+        hashed.append(len(data))
+        return real(data, **settings)
+
+    opened = splits.open_split(splits.fetch(split))
+    real = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", sha256)
+    for _ in range(2):
+        opened.encoded("s2")
+    storage.fetch(split)
+    hashed_before = hashed.count(SIZE)
+    opened.encoded("s2")
+    assert (hashed_before, hashed.count(SIZE)) == (2, 3)
+
+
 def test_a_prompt_has_the_hash_of_its_image_as_key(split: str) -> None:
     opened = splits.open_split(splits.fetch(split))
     prompt = splits.prompt(opened, SAMPLES[3])
