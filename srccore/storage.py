@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "StoredFile",
     "address_of",
+    "drop_stale",
     "exists",
     "fetch",
     "fetch_part",
@@ -406,6 +407,20 @@ def fetch(uri: str) -> Path:
     elif not exists(uri):
         raise _nothing(uri)
     return path
+
+
+def drop_stale(uri: str) -> None:
+    """Deletes a file in a bucket from the cache unless it equals the stored one.
+
+    Raises:
+        UserError: The store denies access, or the cache cannot be written.
+    """
+    path, address = local_path(uri), _parse(uri)
+    if path.is_file():
+        with _disk_explained(_cache(), _OTHER_CACHE), _store_explained(address):
+            found = _single(address)
+            if found is None or not _is_cached(path, found):
+                path.unlink(missing_ok=True)
 
 
 def fetch_part(uri: str, start: int, length: int, sha256: str) -> bytes | None:

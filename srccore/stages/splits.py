@@ -16,7 +16,7 @@ from srccore.data.index import ImagePlace, index_of
 from srccore.data.records import Sample
 from srccore.method.engine import Prompt
 
-__all__ = ["fetch", "open_split", "prompt"]
+__all__ = ["fetch", "fetch_index", "open_split", "prompt"]
 
 
 def fetch(uri: str) -> Path:
@@ -28,11 +28,30 @@ def fetch(uri: str) -> Path:
     Raises:
         UserError: There is nothing, or the store denies access.
     """
+    if not fetch_index(uri):
+        return storage.fetch(uri)
+    # What was fetched of the split before it was written again would be read instead of it.
+    storage.drop_stale(uri)
+    return storage.local_path(uri)
+
+
+def fetch_index(uri: str) -> bool:
+    """Brings the index of a data set in a bucket to this machine, or deletes an old one there.
+
+    Returns:
+        Whether the bucket has an index.
+
+    Raises:
+        UserError: The store denies access.
+    """
+    if not storage.is_remote(uri) or not uri.endswith(".parquet"):
+        return False
     index = index_of(uri)
-    if storage.is_remote(uri) and uri.endswith(".parquet") and storage.exists(index):
+    if storage.exists(index):
         storage.fetch(index)
-        return storage.local_path(uri)
-    return storage.fetch(uri)
+        return True
+    storage.drop_stale(index)
+    return False
 
 
 def open_split(path: Path) -> DataSet:

@@ -44,14 +44,16 @@ IMAGES = [noise() for _ in range(COUNT)]
 
 
 class Received:
-    """How many bytes of objects the client has asked for."""
+    """How many bytes of objects the client has asked for, and of which."""
 
     def __init__(self, server: S3Server) -> None:
         self.server = server
         self.bytes = 0
+        self.keys: list[str] = []
 
     def note(self, params: dict[str, Any], **_: object) -> None:
         first, last = params["Range"].removeprefix("bytes=").split("-")
+        self.keys.append(params["Key"])
         # The range of a transfer's part may go beyond the end of a small file.
         size = len(self.server.get(params["Key"]))
         self.bytes += min(int(last) + 1, size) - int(first)
@@ -126,6 +128,36 @@ def test_a_file_without_an_index_is_fetched_whole(received: Received, tmp_path: 
     opened = splits.open_split(splits.fetch(f"{received.server.uri}/mine.parquet"))
     assert list(opened) == SAMPLES[:3]
     assert opened.encoded("s2") == IMAGES[0]
+
+
+def test_a_split_whose_index_was_deleted_in_the_bucket_is_read_as_it_is(
+    split: str, received: Received, tmp_path: Path
+) -> None:
+    splits.fetch(split)
+    rows = [each.model_dump(exclude={"facts"}) | {"image": IMAGES[0]} for each in SAMPLES[3:5]]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "changed.parquet")
+    received.server.put("data/train.parquet", (tmp_path / "changed.parquet").read_bytes())
+    received.server.delete("data/train.index.jsonl")
+    assert list(splits.open_split(splits.fetch(split))) == SAMPLES[3:5]
+
+
+def test_a_split_that_was_fetched_before_it_was_written_again_is_read_from_the_bucket(
+    split: str, received: Received, tmp_path: Path
+) -> None:
+    storage.fetch(split)
+    write_data(tmp_path / "data" / "train.parquet", zip(SAMPLES[:9], IMAGES[9:], strict=False))
+    storage.publish(tmp_path / "data", f"{received.server.uri}/data")
+    opened = splits.open_split(splits.fetch(split))
+    assert list(opened) == SAMPLES[:9]
+    assert opened.encoded("s2") == IMAGES[11]
+
+
+def test_of_a_split_that_is_here_no_image_is_asked_for(split: str, received: Received) -> None:
+    storage.fetch(split)
+    received.keys.clear()
+    opened = splits.open_split(splits.fetch(split))
+    assert opened.encoded("s2") == IMAGES[2]
+    assert set(received.keys) == {"data/train.index.jsonl"}
 
 
 def test_an_image_is_hashed_once(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
