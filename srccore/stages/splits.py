@@ -14,6 +14,7 @@ from srccore.data.dataset import CHANGED, DataSet, open_data, read_place
 from srccore.data.images import ImageError
 from srccore.data.index import ImagePlace, index_of
 from srccore.data.records import Sample
+from srccore.errors import UserError
 from srccore.method.engine import Prompt
 
 __all__ = ["fetch", "fetch_index", "open_split", "prompt"]
@@ -69,7 +70,13 @@ def open_split(path: Path) -> DataSet:
 def _read(path: Path, place: ImagePlace) -> bytes:
     if path.exists() or place.sha256 is None:
         return read_place(path, place)
-    uri = storage.address_of(path)
+    try:
+        uri = storage.address_of(path)
+    except ValueError:
+        raise UserError(
+            f"{path} is missing; its index is there.",
+            f"Put the file next to {index_of(path.name)}, or run prepare-data again.",
+        ) from None
     found = storage.fetch_part(uri, place.start, place.length, place.sha256)
     if found is None:
         raise ImageError(CHANGED)

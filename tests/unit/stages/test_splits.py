@@ -160,6 +160,15 @@ def test_of_a_split_that_is_here_no_image_is_asked_for(split: str, received: Rec
     assert set(received.keys) == {"data/train.index.jsonl"}
 
 
+def test_a_split_without_its_parquet_file_says_which_is_missing(split: str, tmp_path: Path) -> None:
+    path = tmp_path / "data" / "train.parquet"
+    path.unlink()
+    opened = splits.open_split(path)
+    assert opened.sample("s2") == SAMPLES[2]
+    with pytest.raises(UserError, match=rf"{path} is missing; its index is there"):
+        opened.encoded("s2")
+
+
 def test_an_image_is_hashed_once(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
 
