@@ -21,6 +21,7 @@ from srccore.errors import UserError
 from srccore.files import MANIFEST, STARTED
 from srccore.hashing import hash_file, hash_text
 from srccore.models.policy import Policy, read_policy, resolve_model_path
+from srccore.stages import splits
 from srccore.stages.manifest import read_manifest
 
 __all__ = [
@@ -49,7 +50,7 @@ def content(name: str, address: Path | str) -> str:
         UserError: There is no such file or folder, or it is a stage's that has not finished.
     """
     if isinstance(address, str) and storage.is_remote(address):
-        return storage.fingerprint(address)
+        return _listing(address)
     path = storage.local_path(address) if isinstance(address, str) else address
     if is_indexed(path):
         # It has the texts and the hashes of the images, and may be all that is on this machine.
@@ -63,6 +64,14 @@ def content(name: str, address: Path | str) -> str:
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "README.md")
         return hash_text("\n".join(f"{p.relative_to(path)} {hash_file(p)}" for p in files))
     raise UserError(f"Input {name} does not exist: {path}.", "Check the path.")
+
+
+def _listing(uri: str) -> str:
+    """Identifies what is in a bucket, and the index beside it, which has the texts."""
+    found = storage.fingerprint(uri)
+    if uri.endswith(".parquet") and storage.exists(index := index_of(uri)):
+        found = hash_text(f"{found} {storage.fingerprint(index)}")
+    return found
 
 
 def _file(path: Path) -> str:
@@ -85,6 +94,7 @@ def fetch_source(config: DataConfig) -> Path:
     """
     if not storage.exists(config.source):
         raise UserError(f"Input data.source does not exist: {config.source}.", "Check the path.")
+    splits.fetch_index(config.source)
     return storage.fetch(config.source)
 
 
@@ -105,7 +115,7 @@ def data_source(config: DataConfig) -> str:
     if config.source == "embedded":
         return config.source
     if storage.is_remote(config.source):
-        return storage.fingerprint(config.source)
+        return _listing(config.source)
     return dataset.content_hash(fetch_source(config))
 
 

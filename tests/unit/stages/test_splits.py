@@ -18,6 +18,7 @@ from PIL import Image
 from s3_server import S3Server
 
 from srccore import storage
+from srccore.config import DataConfig
 from srccore.data import sampling
 from srccore.data.dataset import read_samples, write_data
 from srccore.data.records import Category, Sample
@@ -167,6 +168,24 @@ def test_a_split_without_its_parquet_file_says_which_is_missing(split: str, tmp_
     assert opened.sample("s2") == SAMPLES[2]
     with pytest.raises(UserError, match=rf"{path} is missing; its index is there"):
         opened.encoded("s2")
+
+
+def test_a_split_in_a_bucket_is_identified_by_its_index_too(split: str, received: Received) -> None:
+    config = DataConfig(source=split)
+    before = inputs.content("uri", split), inputs.data_source(config)
+    index = received.server.get("data/train.index.jsonl")
+    received.server.put("data/train.index.jsonl", index.replace(b"Number 3?", b"Number 4?"))
+    after = inputs.content("uri", split), inputs.data_source(config)
+    assert all(old != new for old, new in zip(before, after, strict=True))
+
+
+def test_a_source_has_the_texts_of_its_index(split: str, received: Received) -> None:
+    config = DataConfig(source=split)
+    index = received.server.get("data/train.index.jsonl")
+    received.server.put("data/train.index.jsonl", index.replace(b"Number 3?", b"Number 4?"))
+    assert inputs.source_samples(config)[3].question == "Number 4?"
+    received.server.delete("data/train.index.jsonl")
+    assert inputs.source_samples(config)[3].question == "Number 3?"
 
 
 def test_an_image_is_hashed_once(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
