@@ -36,7 +36,7 @@ _UNREAD = re.compile(r"\.safetensors$|^train\.(parquet|index\.jsonl)$")
 
 
 def collect_run(
-    artifact_root: _Root, evaluation: str, config: RunConfig, out: Path, *, whole: bool = False
+    artifact_root: str, evaluation: str, config: RunConfig, out: Path, *, whole: bool = False
 ) -> None:
     """Creates a run folder from the outputs of a pipeline.
 
