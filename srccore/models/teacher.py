@@ -268,7 +268,9 @@ class EndpointTeacher:
         """
 
         async def ask(session: _Session, request: RationaleRequest) -> str:
-            text = await session.complete([_rationale_message(request)])
+            # Its image may be in a bucket, and the other requests must not wait for it.
+            message = await asyncio.to_thread(_rationale_message, request)
+            text = await session.complete([message])
             return _read_rationale(text, request.sample)
 
         return self._run(ask, requests)
@@ -307,7 +309,7 @@ class EndpointTeacher:
         """
 
         async def ask(session: _Session, request: JudgeRequest) -> Judgement:
-            message = _judge_message(request)
+            message = await asyncio.to_thread(_judge_message, request)
             reply = await session.ask(message, _JudgeReply, JUDGE_REMINDER, Problem.NO_JUDGEMENT)
             return Judgement(sample_id=request.sample.id, **reply.model_dump())
 

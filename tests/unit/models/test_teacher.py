@@ -340,6 +340,19 @@ def test_as_many_requests_run_at_once_as_configured_and_no_more(server: Server) 
     assert server.most_at_once == 3
 
 
+def test_the_images_of_several_requests_are_read_at_the_same_time(server: Server) -> None:
+    together = threading.Barrier(3)
+
+    def read() -> Image.Image:
+        # Passed by three threads together.
+        together.wait(60)
+        return image()
+
+    asked = [RationaleRequest(sample(str(number)), read) for number in range(3)]
+    found = list(teacher(server, concurrency=3).rationales(asked))
+    assert len(found) == 3
+
+
 def test_images_are_read_only_when_their_turn_comes(server: Server) -> None:
     read: list[int] = []
 
