@@ -14,6 +14,7 @@ import srccore
 from srccore.config import RunConfig
 from srccore.containers.names import Images
 from srccore.errors import UserError
+from srccore.kubeflow.package import refuse_secrets
 from srccore.pipelines.profile import Profile
 from srccore.stages.table import STAGES
 from srccore.training.ranks import local_share
@@ -179,8 +180,8 @@ def compile_pipeline(config: RunConfig, profile: Profile, images: Images) -> str
         The YAML: the pipeline, and its settings for Kubernetes.
 
     Raises:
-        UserError: The configuration requires something that a pipeline cannot do, or an image
-            has no digest.
+        UserError: The configuration requires something that a pipeline cannot do, an image has no
+            digest, or a text could have a secret in it.
     """
     if config.on_regression != "continue":
         raise UserError(
@@ -221,6 +222,7 @@ def compile_pipeline(config: RunConfig, profile: Profile, images: Images) -> str
         "training_memory": training.memory,
         "training_gpus": str(training.gpus),
     }
+    refuse_secrets({**defaults, "environment": profile.environment})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline, str(path), pipeline_parameters=defaults)

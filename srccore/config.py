@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,11 +23,13 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
 
 from srccore.errors import UserError
+from srccore.shown import has_credentials, shown
 
 __all__ = [
     "MAX_CANDIDATES",
@@ -55,6 +57,7 @@ __all__ = [
     "preset_names",
     "read_yaml",
     "read_yaml_file",
+    "texts",
     "validate_config",
 ]
 
@@ -73,11 +76,32 @@ OPERATIONAL = object()
 
 
 class Section(BaseModel):
-    """Base of all configuration: frozen, no unknown fields."""
+    """Base of all configuration: frozen, no unknown fields, no passwords in URLs."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
     )
+
+    @field_validator("*")
+    @classmethod
+    def _no_credentials(cls, value: Any) -> Any:
+        """Refuses what would be stored with the run: in run.json, manifests, the report, jobs."""
+        if any(has_credentials(text) for text in texts(value)):
+            raise ValueError(
+                "a URL must not have a user name or password in it, which would be stored with the "
+                "run; pass them in environment variables, on a cluster from a Secret"
+            )
+        return value
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Yields all texts in JSON-like values, except those of sections, which check their own."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for each in value.values() for text in texts(each))
+    elif isinstance(value, list | tuple):
+        yield from (text for each in value for text in texts(each))
 
 
 def identity(section: BaseModel) -> dict[str, Any]:
@@ -212,6 +236,13 @@ class EndpointConfig(Section):
     """Seconds for one attempt of a request, in total."""
     temperature: float = Field(default=0.0, ge=0)
     max_tokens: int = Field(default=512, ge=1)
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+            raise ValueError("must be the name of an environment variable, and not the key")
+        return value
 
 
 class AugmentationConfig(Section):
@@ -701,7 +732,7 @@ def _problem(error: ErrorDetails) -> str:
     else:
         wanted = ""
     value = error["input"]
-    got = "" if isinstance(value, Mapping) else f", got {str(value)[:60]!r}"
+    got = "" if isinstance(value, Mapping) else f", got {shown(str(value))[:60]!r}"
     if isinstance(value, int | float | None) and not isinstance(value, bool):
         got = f", got {value}"
     return f"{name} must be {wanted}{got}" if wanted else f"{name}: {error['msg']}{got}"

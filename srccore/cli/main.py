@@ -17,6 +17,7 @@ import srccore
 from srccore.cli import images, pipeline, runs, stage
 from srccore.cli.options import Overrides, Preset, TrainingProcesses
 from srccore.errors import UserError
+from srccore.shown import visible
 
 __all__ = ["app", "main"]
 
@@ -200,7 +201,7 @@ def validate_command(
     report = validate(path)
     for problem in report.problems:
         name = f" ({problem.id!r})" if problem.id else ""
-        typer.echo(f"row {problem.row}{name}: {problem.reason}")
+        typer.echo(visible(f"row {problem.row}{name}: {problem.reason}"))
     counts = ", ".join(f"{name} {count}" for name, count in report.by_category.items())
     found = len(report.problems)
     problems = "1 problem" if found == 1 else f"{found} problems"

@@ -14,6 +14,7 @@ import typer
 from srccore.cli.options import Overrides, Parameters, with_connection
 from srccore.errors import UserError
 from srccore.kubeflow.connection import Connection
+from srccore.shown import visible
 
 if TYPE_CHECKING:
     from srccore.kubeflow.client import Backend
@@ -203,7 +204,7 @@ def list_command(
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for cells in rows:
         line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        typer.echo(line.rstrip())
+        typer.echo(visible(line.rstrip()))
 
 
 @runs_app.command("status")

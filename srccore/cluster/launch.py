@@ -39,6 +39,7 @@ from srccore.cluster.ownership import difference, is_pod_of
 from srccore.cluster.request import ARGO, SPEC_HASH, Launcher, TrainingJobRequest
 from srccore.cluster.watching import LogStream, Mirror
 from srccore.errors import UserError
+from srccore.shown import shown, visible
 
 __all__ = ["JobFailed", "Launch", "Stopped", "signals"]
 
@@ -73,7 +74,7 @@ class JobFailed(Exception):  # noqa: N818  # an outcome, not a defect
     """
 
     def __init__(self, what: str, fix: str, exit_code: int | None = None) -> None:
-        super().__init__(f"{what} {fix}")
+        super().__init__(shown(f"{what} {fix}"))
         self.exit_code = exit_code
 
 
@@ -97,7 +98,7 @@ def signals(stop: Callable[[], None]) -> Iterator[None]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(visible(line.rstrip("\r")), file=sys.stderr, flush=True)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from rich.tree import Tree
 from srccore.kubeflow.client import Backend, UnavailableError
 from srccore.kubeflow.runs import FINISHED, get_run
 from srccore.kubeflow.tasks import DONE, Task, failures, last_report, task_tree, walk
+from srccore.shown import visible
 
 __all__ = ["Screen", "duration", "ending", "follow", "screen", "tree"]
 
@@ -44,7 +45,7 @@ class Screen(ABC):
 
     def note(self, text: str) -> None:
         """Prints a message."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(visible(text), markup=False, soft_wrap=True)
 
 
 def follow(
@@ -106,7 +107,8 @@ def screen(console: Console) -> Iterator[Screen]:
 def tree(run: Any) -> Tree:
     """A run as a tree of its tasks, which collapses tasks that have finished or not started."""
     tasks = task_tree(run)
-    root = Tree(Text.assemble(f"{run.display_name}  {run.state or 'PENDING'}  ", _progress(tasks)))
+    name = visible(run.display_name)
+    root = Tree(Text.assemble(f"{name}  {run.state or 'PENDING'}  ", _progress(tasks)))
     for task in tasks:
         _grow(root, task)
     if (silence := _silence(run)) is not None:
@@ -130,7 +132,7 @@ def ending(run: Any, url: str) -> str:
             "kubectl get workflows.argoproj.io,pods "
             f"--selector pipeline/runid={run.run_id}"
         )
-    return "\n".join([*lines, url])
+    return visible("\n".join([*lines, url]))
 
 
 class _Lines(Screen):

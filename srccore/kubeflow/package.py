@@ -21,13 +21,14 @@ from pydantic import TypeAdapter, ValidationError
 
 import srccore
 from srccore.cluster.request import pods_reach
-from srccore.config import RunConfig, apply_overrides, validate_config
+from srccore.config import RunConfig, apply_overrides, texts, validate_config
 from srccore.containers.names import CACHE
 from srccore.errors import UserError
+from srccore.shown import has_credentials
 from srccore.stages.checks import check_settings
 from srccore.stages.table import STAGES
 
-__all__ = ["Package", "Parameter", "read_package", "shared_root"]
+__all__ = ["Package", "Parameter", "read_package", "refuse_secrets", "shared_root"]
 
 ARTIFACT_ROOT = "artifact_root"
 COMPILE = "Compile it with srccore compile."
@@ -103,7 +104,8 @@ class Package:
             given: ``name=value`` items, for parameters that are not settings.
 
         Raises:
-            UserError: A name does not exist, or a value is missing, fixed, or of the wrong type.
+            UserError: A name does not exist, or a value is missing, fixed, of the wrong type, or
+                could have a secret in it.
         """
         arguments: dict[str, Any] = {ARTIFACT_ROOT: artifact_root}
         arguments |= self._settings(settings)
@@ -115,6 +117,7 @@ class Package:
             raise UserError(
                 f"{self.path} requires {', '.join(missing)}.", f"Pass --param {missing[0]}=VALUE."
             )
+        refuse_secrets(arguments)
         return arguments
 
     def refuse_unreachable(self, arguments: Mapping[str, Any]) -> None:
@@ -219,6 +222,33 @@ class Package:
                 f"It has {', '.join(others) or 'only settings'}.",
             )
         return name, _typed(name, value, self.parameters[name].type)
+
+
+def refuse_secrets(arguments: Mapping[str, Any]) -> None:
+    """Refuses arguments that have a password in them, or would get one.
+
+    Kubeflow passes the arguments of a task on in those of its container, where the kubelet replaces
+    ``$(NAME)`` by the variable of that name, which may come from a Secret.
+
+    Args:
+        arguments: Of a run, or the defaults of a pipeline.
+
+    Raises:
+        UserError: There is such a text in one of them.
+    """
+    for name, value in arguments.items():
+        for text in texts(value):
+            if has_credentials(text):
+                raise UserError(
+                    f"{name} has a URL with a user name or password, which Kubeflow would store.",
+                    "Remove it, and pass credentials in environment variables from a Secret.",
+                )
+            if "$(" in text:
+                raise UserError(
+                    f"{name} has $( in it ({text[:60]!r}): Kubernetes would replace $(NAME) by "
+                    "the value of an environment variable.",
+                    "Write the value itself.",
+                )
 
 
 def shared_root(artifact_root: str) -> str:

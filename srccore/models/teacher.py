@@ -239,7 +239,7 @@ class EndpointTeacher:
             )
         if not config.url.startswith(("http://", "https://")):
             raise UserError(
-                f"endpoint.url must be the address of a server, got {config.url!r}.",
+                "endpoint.url must be the address of a server.",
                 "Start it with http:// or https://, for example http://localhost:8000/v1.",
             )
         self._config = config

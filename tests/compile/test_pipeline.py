@@ -301,6 +301,21 @@ def test_stages_are_optional_by_profile() -> None:
     assert "import-output" in names(scorer="given")
 
 
+@pytest.mark.parametrize(
+    ("settings", "environment", "refused"),
+    [
+        (["data.source=s3://bucket/$(KEY)"], {}, r"data has \$\( in it"),
+        ([], {"AWS_REGION": "$(KEY)"}, r"environment has \$\( in it"),
+    ],
+)
+def test_no_default_pulls_a_secret_into_a_task(
+    settings: list[str], environment: dict[str, str], refused: str
+) -> None:
+    profile = Profile(environment=environment)
+    with pytest.raises(UserError, match=refused):
+        compile_pipeline(load_config("tiny", settings), profile, Images())
+
+
 def test_a_preset_s_settings_are_defaults_of_run_time_parameters(llava: Ir) -> None:
     parameters = llava["root"]["inputDefinitions"]["parameters"]
     assert parameters["dpo"]["defaultValue"]["lora"]["rank"] == 256

@@ -259,6 +259,10 @@ def test_an_upload_that_fails_is_told_and_nothing_is_started(
         (["--param", "tolerations=["], "is not a value of type list"),
         (["--artifact-root", "/tmp/runs"], "s3://BUCKET/PREFIX"),
         (["--artifact-root", "s3://"], "s3://BUCKET/PREFIX"),
+        (["--artifact-root", "s3://key:secret@bucket/runs"], "a URL with a user name or password"),
+        (["--artifact-root", "s3://bucket/$(AWS_SECRET_ACCESS_KEY)"], "artifact_root has $( in it"),
+        (["--set", "annotation.endpoint.model=$(KEY)"], "annotation has $( in it"),
+        (["--set", "data.source=s3://key:secret@bucket"], "data.source: a URL must not have"),
     ],
 )
 def test_a_wrong_argument_is_told_before_anything_is_sent(

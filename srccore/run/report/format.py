@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Callable
 from datetime import datetime
 
 from markupsafe import Markup
 
 from srccore.method.evaluation import Figure
+from srccore.shown import visible
 
-__all__ = ["FILTERS", "Interval", "percent", "span", "visible"]
+__all__ = ["FILTERS", "Interval", "finalize", "percent", "span"]
 
 Interval = tuple[float, float]
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -78,16 +78,8 @@ FILTERS: dict[str, Callable[..., str]] = {
 }
 
 
-# Control characters, and those that change or hide the direction of text (bidi controls, tags).
-# Ordinary joiners stay: scripts and emoji need them. Lone surrogates cannot be encoded as UTF-8.
-_UNSAFE = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff"
-    "\ud800-\udfff\U000e0000-\U000e007f]"
-)
-
-
-def visible(value: object) -> object:
-    """Replaces unsafe characters by their code points; Jinja calls it on every value."""
+def finalize(value: object) -> object:
+    """Makes untrusted text visible; Jinja calls it on every value."""
     if isinstance(value, str) and not isinstance(value, Markup):
-        return _UNSAFE.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", value)
+        return visible(value)
     return value

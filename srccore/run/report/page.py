@@ -23,7 +23,7 @@ from srccore.method import response, sentences
 from srccore.method.curation import CurationFigures
 from srccore.method.evaluation import HEADLINE, SHOWN, Change, Figure, Figures, FigureSet
 from srccore.run.report.charts import PLOT, Chart, Panel, Point, Series, histograms, line_charts
-from srccore.run.report.format import FILTERS, visible
+from srccore.run.report.format import FILTERS, finalize
 
 __all__ = [
     "Folded",
@@ -173,7 +173,7 @@ def render(data: ReportData) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=visible,
+        finalize=finalize,
     )
     environment.filters.update(FILTERS)
     last = max([data.rounds_planned or 0, 1, *(figures.round for figures in data.rounds)])

@@ -108,6 +108,11 @@ def test_a_job_is_what_was_read_over(launcher: Launcher, name: str, of: Training
     assert found == json.loads(json.dumps(found))
 
 
+def test_a_proxy_with_a_password_is_refused() -> None:
+    with pytest.raises(ValidationError, match="a URL must not have a user name or password"):
+        JobSettings(image="i", environment={"HTTPS_PROXY": "http://ann:s3cret@proxy:3128"})
+
+
 def expanded(text: str, environment: dict[str, str]) -> str:
     """What the kubelet makes of an argument or a value: ``expansion.Expand`` of Kubernetes."""
     return re.sub(
