@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -12,7 +13,15 @@ from typing import Any
 
 from srccore.errors import UserError
 
-__all__ = ["JOURNAL", "MANIFEST", "STARTED", "atomically", "writable", "write_json"]
+__all__ = [
+    "JOURNAL",
+    "MANIFEST",
+    "STARTED",
+    "atomically",
+    "full_disk_explained",
+    "writable",
+    "write_json",
+]
 
 STARTED = "stage.json"
 """In a stage's folder from its beginning: whose folder it is."""
@@ -20,6 +29,9 @@ MANIFEST = "manifest.json"
 """In a stage's folder once it is finished."""
 JOURNAL = "journal.jsonl"
 """What an unfinished stage has done so far."""
+
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
@@ -66,3 +78,25 @@ def writable(path: Path, option: str = "--out") -> Iterator[None]:
             f"Cannot write to {path}: {error.strerror}.",
             f"Choose another {option}, free some space or fix the permissions.",
         ) from None
+
+
+@contextmanager
+def full_disk_explained() -> Iterator[None]:
+    """Explains that a file could not be written for want of space, wherever it was noticed.
+
+    Raises:
+        UserError: The block failed for that reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Libraries in Rust have an error of their own, which quotes the system's.
+        is_full = isinstance(error, OSError) and error.errno in _FULL
+        if not is_full and not any(f"(os error {number})" in str(error) for number in _FULL):
+            raise
+        filename = getattr(error, "filename", None)
+        raise UserError(
+            f"There is no space left to write {filename or 'a file'} ({error}).",
+            "Free some space or raise the quota, then do the same again: it resumes from what was "
+            "written whole.",
+        ) from error

@@ -17,6 +17,7 @@ import srccore
 from srccore.cli import images, pipeline, runs, stage
 from srccore.cli.options import Overrides, Preset, TrainingProcesses
 from srccore.errors import UserError
+from srccore.files import full_disk_explained
 from srccore.shown import visible
 
 __all__ = ["app", "main"]
@@ -213,7 +214,8 @@ def validate_command(
 def main() -> None:
     """Runs the command line; a `UserError` is printed as one paragraph, with exit code 2."""
     try:
-        app()
+        with full_disk_explained():
+            app()
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2)

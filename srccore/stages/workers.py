@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 from srccore.config import EngineConfig
 from srccore.errors import UserError
+from srccore.files import full_disk_explained
 from srccore.method.engine import Work
 from srccore.training.machine import Machine
 
@@ -328,7 +329,8 @@ def _live(task: Task, environment: Mapping[str, str], sender: Connection) -> Non
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     try:
-        sender.send(("done", task(lambda value: sender.send(("sent", value)))))
+        with full_disk_explained():
+            sender.send(("done", task(lambda value: sender.send(("sent", value)))))
         return
     except UserError as error:
         sender.send(("refused", (error.what, error.fix)))

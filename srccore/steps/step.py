@@ -32,7 +32,7 @@ import srccore
 from srccore import storage
 from srccore.config import Section, explain, identity
 from srccore.errors import UserError
-from srccore.files import MANIFEST, write_json
+from srccore.files import MANIFEST, full_disk_explained, write_json
 from srccore.hashing import hash_text
 from srccore.models.policy import POLICY_FILE, Policy, parse_policy, policy_document, write_policy
 from srccore.stages import inputs as identify
@@ -572,7 +572,8 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
 def explained() -> Iterator[None]:
     """Ends the process with a paragraph and no traceback: Kubeflow shows the end of a log."""
     try:
-        yield
+        with full_disk_explained():
+            yield
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
