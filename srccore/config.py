@@ -496,8 +496,8 @@ def read_yaml(text: str) -> Any:
     """
     if len(text) > MAX_YAML_BYTES:
         raise ValueError(f"it has more than {MAX_YAML_BYTES:,} bytes")
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -509,8 +509,6 @@ def read_yaml(text: str) -> Any:
     # Besides its own errors: an impossible date, or a number with too many digits.
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ValueError(" ".join(str(error).split())[:300]) from None
-    finally:
-        loader.dispose()
 
 
 def _values_in(node: yaml.Node, known: dict[int, int]) -> int:

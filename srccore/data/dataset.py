@@ -234,7 +234,13 @@ def open_data(path: Path, read: Read = read_place) -> DataSet:
         UserError: The path is not a data set, or a row is bad; the first bad row is reported.
     """
     if is_indexed(path):
-        starts = {entry.sample.id: start for start, entry in read_index(path)}
+        starts: dict[str, int] = {}
+        for start, entry in read_index(path):
+            if starts.setdefault(entry.sample.id, start) != start:
+                raise UserError(
+                    f"The index of {path} has the sample {entry.sample.id!r} twice.",
+                    "Run prepare-data again.",
+                )
         lines = Path(index_of(str(path))).open("rb")  # noqa: SIM115 - kept open
         return DataSet(path, lines, starts, functools.partial(_open_place, read, path), read)
     copy = _Copy(path, read)

@@ -19,6 +19,7 @@ __all__ = [
     "MAX_IMAGE_SIDE",
     "MAX_ITEMS",
     "MAX_LINE_BYTES",
+    "MAX_RECORD_BYTES",
 ]
 
 MAX_CHARACTERS = {"id": 256, "question": 20_000, "answer": 1_000, "rationale": 20_000}
@@ -29,6 +30,8 @@ MAX_FACT_CHARACTERS = 1_000
 """Characters of each text of a fact."""
 MAX_LINE_BYTES = 2**20
 """Bytes of a line of JSON Lines."""
+MAX_RECORD_BYTES = 16 * 2**20
+"""Bytes of a line of a record file, which has all candidates of a sample."""
 MAX_COLUMNS = 100
 """Columns of a Parquet file, counting those inside structs."""
 MAX_EXPANSION = 200

@@ -15,6 +15,8 @@ from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from srccore.data.limits import MAX_RECORD_BYTES
+from srccore.data.lines import bounded_lines
 from srccore.errors import UserError
 from srccore.files import atomically
 
@@ -260,17 +262,19 @@ def read_records(path: Path, kind: type[R]) -> Iterator[R]:
             line.
     """
     try:
-        file = path.open(encoding="utf-8")
+        file = path.open("rb")
     except OSError as error:
         raise UserError(
             f"The record file {path} cannot be read ({error.strerror}).",
             "Check the path, or run the stage that writes it.",
         ) from None
     with file:
-        _check_header(path, file.readline(), kind)
-        for number, line in enumerate(file, start=2):
+        lines = bounded_lines(file, MAX_RECORD_BYTES)
+        _check_header(path, next(lines, b""), kind)
+        for number, line in enumerate(lines, start=2):
             try:
-                yield kind.model_validate_json(line)
+                # Of a line that is too long, nothing is left.
+                yield kind.model_validate_json(line or b"")
             except ValidationError as error:
                 first = error.errors()[0]
                 where = ".".join(str(part) for part in first["loc"]) or "the line"
@@ -281,11 +285,11 @@ def read_records(path: Path, kind: type[R]) -> Iterator[R]:
                 ) from None
 
 
-def _check_header(path: Path, line: str, kind: type[Record]) -> None:
+def _check_header(path: Path, line: bytes | None, kind: type[Record]) -> None:
     try:
-        header = json.loads(line)
+        header = json.loads(line or b"")
         found = (header["record"], header["version"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{path} is not a record file: its first line does not name a record and a version.",
             f'A file of {kind.record} starts with {{"record": "{kind.record}", '
@@ -293,7 +297,7 @@ def _check_header(path: Path, line: str, kind: type[Record]) -> None:
         ) from None
     if found != (kind.record, kind.version):
         raise UserError(
-            f"{path} contains {found[0]} version {found[1]}, not {kind.record} "
-            f"version {kind.version}.",
+            f"{path} contains {str(found[0])[:60]} version {str(found[1])[:60]}, not "
+            f"{kind.record} version {kind.version}.",
             f"Pass a file of {kind.record} written by this version of srccore.",
         )

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from srccore.data.images import ImageError
 from srccore.data.index import ImagePlace
 from srccore.data.limits import MAX_LINE_BYTES
+from srccore.data.lines import bounded_lines
 from srccore.data.texts import shortened
 
 __all__ = ["Row", "json_rows"]
@@ -46,23 +47,12 @@ def json_rows(path: Path) -> Iterator[Row]:
     """Yields the rows of a JSON Lines file; its lines are the rows' numbers."""
     root = path.parent.resolve()
     with path.open("rb") as file:
-        for number, line in enumerate(_lines(file), start=1):
+        for number, line in enumerate(bounded_lines(file, MAX_LINE_BYTES), start=1):
             if line is None:
                 reason = f"the line has more than {MAX_LINE_BYTES} bytes"
                 yield Row(number, {}, reasons=(reason,), readable=False)
             elif line.strip():
                 yield _json_row(number, line, root)
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """Yields each line, or None for one that is too long, which is never in memory as a whole."""
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
-            yield line
-            continue
-        while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-            pass
-        yield None
 
 
 def _json_row(number: int, line: bytes, root: Path) -> Row:

@@ -116,15 +116,16 @@ def read_policy(path: Path) -> Policy:
         path = path / POLICY_FILE
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise UserError(
-            f"The policy {path} cannot be read ({error.strerror}).",
+            f"The policy {path} cannot be read ({reason}).",
             "Pass a folder that a training stage wrote.",
         ) from None
     policy = parse_policy(text, str(path))
     folder = path.parent.resolve()
     adapters = tuple(
-        name if storage.is_remote(name) else str((folder / name).resolve())
+        name if storage.is_remote(name) else os.path.realpath(folder / name)
         for name in policy.adapters
     )
     return policy.model_copy(update={"adapters": adapters})
@@ -257,6 +258,8 @@ def load_processor(base: ModelConfig) -> Any:
         processor.image_processor = _padding(processor.image_processor, family, base.path)
     if base.chat_template is not None:
         processor.chat_template = _template(base.chat_template)
+    with loading(base.path):
+        prompt_text(processor, "What is shown?")  # A template is only read when it is used.
     return processor
 
 
@@ -287,11 +290,13 @@ def loading(path: str | Path) -> Iterator[None]:
     Raises:
         UserError: It cannot be read, or only by code that comes with it.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (UserError, MemoryError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # Damaged files raise all kinds of errors in the libraries.
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; the checkpoint is in order
+            raise
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             raise UserError(

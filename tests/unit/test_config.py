@@ -62,6 +62,7 @@ def test_a_bare_off_closes_no_gate() -> None:
         ("search.diverse=9", "diverse must not be larger than width"),
         ("search.width=[", "not YAML"),
         ("name=2020-13-45", "not YAML"),
+        ("name=\0", "not YAML"),
         ("seed=" + "1" * 5000, "not YAML"),
         ("name=" + "[" * 5000, "not YAML"),
         ("seed=-1", "seed must be at least 0, got -1"),

@@ -434,6 +434,16 @@ def test_an_index_that_was_cut_off_is_refused(tmp_path: Path, left: int) -> None
         open_data(path)
 
 
+def test_an_index_that_has_a_sample_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    write_data(path, [(sample(n), png()) for n in (1, 2)])
+    index = path.with_suffix(".index.jsonl")
+    first, _, last = index.read_bytes().splitlines(keepends=True)
+    index.write_bytes(first + first + last)
+    with pytest.raises(UserError, match=r"index of .* has the sample 's1' twice"):
+        open_data(path)
+
+
 def test_a_wrong_description_of_an_image_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     write_data(path, [(sample(n), png()) for n in (1, 2, 3)])

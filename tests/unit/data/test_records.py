@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from memory import peak
 from pydantic import ValidationError
 
 from srccore.data.records import (
@@ -69,14 +70,18 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         ('{"record": "responses", "version": 2}\n', "contains responses version 2"),
         ('{"record": "responses", "version": 1}\n{}\n', "Line 2 .* sample_id"),
         ('{"record": "responses", "version": 1}\nnot json\n', "Line 2 .* the line"),
+        (b'{"record": "responses", "version": 1}\n{"text": "\xff"}\n', "Line 2 .* the line"),
+        (b"\xff\n", "not a record file"),
+        ("[" * 100_000, "not a record file"),
+        ('{"record": "' + "x" * 9999 + '", "version": 1}', "contains x{60} version 1, not"),
     ],
 )
 def test_a_file_that_is_not_understood_is_refused(
-    tmp_path: Path, content: str | None, message: str
+    tmp_path: Path, content: str | bytes | None, message: str
 ) -> None:
     path = tmp_path / "responses.jsonl"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         list(read_records(path, Response))
 
@@ -103,3 +108,16 @@ def test_no_candidate_may_pass_for_the_reference() -> None:
     fake = Candidate(id="reference", text="x", log_probability=0, token_count=1)
     with pytest.raises(ValidationError, match="may have the id reference"):
         CandidateSet(sample_id="s", candidates=(fake,))
+
+
+def test_a_line_without_end_is_refused_without_being_read(tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    write_records(path, Response, RESPONSES[:1])
+    with path.open("ab") as file:
+        file.truncate(path.stat().st_size + 2**30)
+
+    def refused() -> None:
+        with pytest.raises(UserError, match=r"Line 3 of .* is not a valid responses record"):
+            list(read_records(path, Response))
+
+    assert peak(refused) < 64 * 2**20

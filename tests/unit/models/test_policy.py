@@ -10,6 +10,7 @@ import tiny_models
 import torch
 
 from srccore.config import ModelConfig
+from srccore.embedded.model import MODELS
 from srccore.errors import UserError
 from srccore.models.policy import (
     Policy,
@@ -48,6 +49,32 @@ def test_a_policy_file_of_another_kind_or_version_is_refused(
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(UserError, match="version 1"):
         read_policy(tmp_path)
+
+
+def test_a_policy_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "policy.json").write_bytes(b'{"record": "\xff"}')
+    with pytest.raises(UserError, match="cannot be read"):
+        read_policy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("tokenizer.json", '"version": "1.0"', '"version": 1.0'),
+        ("config.json", '"projection_dim": 128', '"projection_dim": "x"'),
+        ("config.json", "{", "[" * 100_000),
+        ("chat_template.jinja", "endif", "endf"),
+        ("processor_config.json", "{", "\x00"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, name: str, old: str, new: str) -> None:
+    shutil.copytree(MODELS / "lvlm", tmp_path / "model")
+    file = tmp_path / "model" / name
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=r"The checkpoint .*model cannot be loaded: "):
+        load_processor(ModelConfig(path=str(tmp_path / "model")))
 
 
 def test_model_paths_are_folders_hub_ids_or_embedded_names(tmp_path: Path) -> None:
