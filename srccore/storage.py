@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass
+from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "StoredFile",
     "address_of",
+    "create",
     "drop_stale",
     "exists",
     "fetch",
@@ -73,6 +75,8 @@ _UPLOADS = (
     "CompleteMultipartUpload",
     "AbortMultipartUpload",
 )
+_UNCONDITIONAL = (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED)
+"""How a store refuses a conditional write."""
 _PERMISSIONS = {
     "ListObjectsV2": ("list", "s3:ListBucket"),
     "HeadObject": ("read", "s3:GetObject"),
@@ -648,6 +652,38 @@ def _record_all(address: _Address) -> None:
             path = _bucket_folder(address) / prefix / file.path
             if path.is_file() and path.stat().st_size == file.size:
                 _record(path, path, file.etag, staging)
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Stores a small file in a bucket unless there is one: of several writers, the first one wins.
+
+    A store without conditional writes replaces what is there. So the name of a file that several
+    may write must have a hash of its content.
+
+    Args:
+        uri: The file.
+        data: Its content.
+
+    Returns:
+        Whether it was stored; False if there is one already.
+
+    Raises:
+        UserError: The address cannot be written.
+    """
+    from botocore.exceptions import ClientError
+
+    address = _parse(uri)
+    with _store_explained(address):
+        try:
+            _client().put_object(Bucket=address.bucket, Key=address.key, Body=data, IfNoneMatch="*")
+        except ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status == HTTPStatus.PRECONDITION_FAILED:
+                return False
+            if status not in _UNCONDITIONAL:
+                raise
+            _client().put_object(Bucket=address.bucket, Key=address.key, Body=data)
+    return True
 
 
 def remove(uri: str) -> None:

@@ -316,6 +316,48 @@ def test_a_fingerprint_knows_names_and_contents(s3: S3Server) -> None:
 # Buckets: publishing
 
 
+def test_of_two_writers_of_a_file_the_first_one_wins(s3: S3Server) -> None:
+    assert storage.create(f"{s3.uri}/parts/1", b"first")
+    assert not storage.create(f"{s3.uri}/parts/1", b"second")
+    assert s3.get("parts/1") == b"first"
+
+
+@pytest.mark.parametrize("status", [400, 501])
+def test_a_store_without_conditional_writes_gets_unconditional_ones(
+    status: int, no_aws: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored: list[tuple[str, bytes]] = []
+
+    class Old(BaseHTTPRequestHandler):
+        """A store of before there were conditions."""
+
+        def do_PUT(self) -> None:
+            data = self.rfile.read(int(self.headers["Content-Length"]))
+            if is_new := self.headers["If-None-Match"] is None:
+                stored.append((self.path, data))
+            body = b"" if is_new else b"<Error><Code>NotImplemented</Code></Error>"
+            self.send_response(200 if is_new else status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Old) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_MAX_ATTEMPTS": "1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        assert storage.create("s3://bucket/parts/1", b"data")
+        server.shutdown()
+    assert stored == [("/bucket/parts/1", b"data")]
+
+
 def test_the_manifest_is_uploaded_last_and_the_journal_not_at_all(
     s3: S3Server, tmp_path: Path, on: Hook
 ) -> None:
