@@ -19,6 +19,7 @@ from srccore.cli.options import Overrides, Preset, TrainingProcesses
 from srccore.errors import UserError
 from srccore.files import full_disk_explained
 from srccore.shown import visible
+from srccore.stopping import stoppable
 
 __all__ = ["app", "main"]
 
@@ -212,9 +213,12 @@ def validate_command(
 
 
 def main() -> None:
-    """Runs the command line; a `UserError` is printed as one paragraph, with exit code 2."""
+    """Runs the command line; a `UserError` is printed as one paragraph, with exit code 2.
+
+    SIGTERM ends it with 143, Ctrl-C ends ``srccore run`` with 130.
+    """
     try:
-        with full_disk_explained():
+        with stoppable(), full_disk_explained():
             app()
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)

@@ -6,7 +6,8 @@ OpenAI-compatible endpoint that accepts images (the paper names Qwen2-VL-72B).
 Assumes that a stage takes results as they are finished, in any order, and appends each to a
 durable file; to resume, it passes only the requests that have no result yet. Each pair is asked
 once: mirroring its rating is up to the stage. An `EndpointTeacher` runs its own event loop, and
-only while the caller waits for the next result, so it cannot be used inside a running loop.
+only while the caller waits for the next result, so it cannot be used inside a running loop. After
+SIGTERM it sends no new requests, and the results of the open ones, which are paid for, still come.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from srccore.data.records import Judgement, Sample
 from srccore.errors import UserError
 from srccore.method import facts
 from srccore.method.response import ParsedResponse, parse, same_answer
+from srccore.stopping import deferred
 
 if TYPE_CHECKING:
     from openai import APIConnectionError, APIStatusError, AsyncOpenAI
@@ -54,6 +56,9 @@ EQUAL_BELOW = 0.1
 """Responses whose qualities differ by less are rated 3 (reconstruction)."""
 MUCH_BETTER_FROM = 0.75
 """Responses whose qualities differ by this or more are rated 1 or 5 (reconstruction)."""
+
+STOPS_WITHIN = 15.0
+"""Seconds for the open requests after SIGTERM: half of what a pod has until it is killed."""
 
 FAULTS_IN_A_ROW = 10
 """This many consecutive requests that fail in the same way end the run."""
@@ -326,10 +331,13 @@ class EndpointTeacher:
             # the thread that runs a loop can close it.
             if threading.current_thread() is threading.main_thread():
                 atexit.register(runner.close)
+            stop = asyncio.Event()
+            loop = runner.get_loop()
             try:
-                results = self._results(ask, requests)
-                while (result := runner.run(_next(results))) is not None:
-                    yield result
+                with deferred(lambda: loop.call_soon_threadsafe(stop.set)):
+                    results = self._results(ask, requests, stop)
+                    while (result := runner.run(_next(results))) is not None:
+                        yield result
             finally:
                 atexit.unregister(runner.close)
 
@@ -337,6 +345,7 @@ class EndpointTeacher:
         self,
         ask: Callable[[_Session, Request], Awaitable[Found]],
         requests: Sequence[Request],
+        stop: asyncio.Event,
     ) -> AsyncGenerator[Result[Found]]:
         from openai import AsyncOpenAI
 
@@ -344,8 +353,10 @@ class EndpointTeacher:
 
         limit = asyncio.Semaphore(self._config.concurrency)
 
-        async def result(position: int, request: Request) -> Result[Found]:
+        async def result(position: int, request: Request) -> Result[Found] | None:
             async with limit:
+                if stop.is_set():
+                    return None
                 try:
                     return Result(position, await ask(session, request), None)
                 except _ItemError as error:
@@ -359,10 +370,23 @@ class EndpointTeacher:
         ) as client:
             session = _Session(client, self._config, self._url, self._model, self._key)
             tasks = [asyncio.create_task(result(*each)) for each in enumerate(requests)]
+
+            async def cancel_late() -> None:
+                await stop.wait()
+                await asyncio.sleep(STOPS_WITHIN)
+                for task in tasks:
+                    task.cancel()
+
+            cancelling = asyncio.create_task(cancel_late())
             try:
                 for finished in asyncio.as_completed(tasks):
-                    yield await finished
+                    if (found := await finished) is not None:
+                        yield found
+            except asyncio.CancelledError:
+                if not stop.is_set():
+                    raise
             finally:
+                cancelling.cancel()
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)

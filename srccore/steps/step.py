@@ -40,6 +40,7 @@ from srccore.stages import splits
 from srccore.stages.checks import check_device, check_settings
 from srccore.stages.manifest import parse_manifest, read_manifest
 from srccore.stages.table import STAGES, Stage
+from srccore.stopping import stoppable
 from srccore.training.machine import Machine, Progress
 from srccore.training.ranks import Processes, is_launched, joined
 from srccore.training.resume import CHECKPOINTS, Checkpoints, PublishedCheckpoints, discard
@@ -174,7 +175,7 @@ def run_stage(
 
     Raises:
         SystemExit: With 2, after one paragraph on stderr, for an error that the user can fix.
-            Its cause is the `UserError`.
+            Its cause is the `UserError`. With 143, if the process received SIGTERM.
     """
     from srccore.models.device import open_device
     from srccore.run.console import quiet_libraries
@@ -570,9 +571,15 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Ends the process with a paragraph and no traceback: Kubeflow shows the end of a log."""
+    """Ends the process as a step should: after an error, and when Kubernetes asks for it.
+
+    An error that the user can fix becomes a paragraph without a traceback, since Kubeflow shows the
+    end of a log.
+    """
+    # torchrun's processes are ended by what started them, and say themselves how they ended.
+    stopping = contextlib.nullcontext() if is_launched() else stoppable()
     try:
-        with full_disk_explained():
+        with stopping, full_disk_explained():
             yield
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)

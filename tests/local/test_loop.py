@@ -191,8 +191,13 @@ def test_the_command_says_that_there_is_nothing_to_do_and_writes_the_report(
     assert "Nothing to do" in result.stdout
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_leaves_a_run_that_goes_on(workers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("workers", "number", "code"),
+    [(1, signal.SIGINT, 130), (2, signal.SIGINT, 130), (2, signal.SIGTERM, 143)],
+)
+def test_a_stopped_run_goes_on(
+    workers: int, number: signal.Signals, code: int, tmp_path: Path
+) -> None:
     run_folder = tmp_path / "run"
     small_batches = ["--set", "search.batch_tokens=200"]
     command = [sys.executable, "-m", "srccore", "run", "--out", str(run_folder), *_sets()]
@@ -206,14 +211,19 @@ def test_ctrl_c_leaves_a_run_that_goes_on(workers: int, tmp_path: Path) -> None:
     )
     # In the middle of a stage, not during imports, where a library may handle the signal itself.
     journal = run_folder / "sample-responses" / "journal.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not journal.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert "Run the same command to resume" in out
-    assert re.fullmatch(r"Device: CPU, 1 thread, torch \S+ \(.*\)\.\n", err)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    device, _, note = err.partition("\n")
+    assert re.fullmatch(r"Device: CPU, 1 thread, torch \S+ \(.*\)\.", device)
+    if number == signal.SIGINT:
+        assert "Run the same command to resume" in out
+        assert not note
+    else:
+        assert note.strip().startswith("Stopped by SIGTERM. What is done is kept")
     assert (run_folder / "augment-rationales" / "train" / "manifest.json").exists()
     assert journal.exists()
 
