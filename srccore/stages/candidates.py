@@ -19,7 +19,6 @@ from srccore.method.engine import Work
 from srccore.models.engines import rating_engine, sampling_engine
 from srccore.stages.batches import prompt_batches, unfinished
 from srccore.stages.folder import StageFolder
-from srccore.stages.journal import Journal
 from srccore.stages.rationales import judged_samples, trained_on
 from srccore.stages.splits import open_split, prompt
 from srccore.stages.workers import divide, gpus_of
@@ -90,18 +89,17 @@ def _search(
     headings = [Heading(sample.id, sample.category) for sample in opened]
     drawn = _draw(headings, seen, config.samples, seed, start)
     samples = [opened.sample(heading.id) for heading in sampling.shard(drawn, *shard)]
-    journal = Journal(out, CandidateSet)
-    sets = {record.sample_id: record for record in journal.records()}
     batches = prompt_batches(samples, opened, policy, config.engine, config.batch_tokens)
-    todo = unfinished(batches, lambda sample: sample.id in sets)
     work = None
-    if todo:
-        work = Work()
-        job = partial(_found, opened, policy, machine.device, config, seed, round_number)
-        for found in divide(job, todo, machine.workers, work):
-            journal.append(*found)
-            sets |= {record.sample_id: record for record in found}
-            machine.progress(len(sets), len(samples), work.decoded_tokens)
+    with folder.journal(machine, CandidateSet) as journal:
+        sets = {record.sample_id: record for record in journal.records()}
+        if todo := unfinished(batches, lambda sample: sample.id in sets):
+            work = Work()
+            job = partial(_found, opened, policy, machine.device, config, seed, round_number)
+            for found in divide(job, todo, machine.workers, work):
+                journal.append(*found)
+                sets |= {record.sample_id: record for record in found}
+                machine.progress(len(sets), len(samples), work.decoded_tokens)
     ordered = [sets[sample.id] for sample in samples]
     write_records(out / "candidates.jsonl", CandidateSet, ordered)
     seen_again = {"trained_on": sum(s.id in seen for s in samples)} if unseen_first else {}
@@ -267,23 +265,22 @@ def score_candidates(
         for record in sets
         for first, second in scoring.pair_schedule(samples[record.sample_id], record.candidates)
     ]
-    journal = Journal(out, Rating)
-    ratings = {(each.sample_id, each.first, each.second): each for each in journal.records()}
-    # An interruption may have cut a sample's ratings in two.
-    missing = {pair[0] for pair in pairs if pair not in ratings}
-    known = {record.sample_id for record in sets} - missing
     given = [(samples[record.sample_id], record) for record in sets]
     chunks = [given[start : start + SCORING_CHUNK] for start in range(0, len(given), SCORING_CHUNK)]
-    todo = unfinished(chunks, lambda each: each[0].id in known)
     work = None
-    if todo:
-        work = Work()
-        job = partial(_rated, scorer / "model", machine.device, config)
-        for rated in divide(job, todo, machine.workers, work):
-            journal.append(*rated)
-            ratings.update({(each.sample_id, each.first, each.second): each for each in rated})
-            known |= {each.sample_id for each in rated}
-            machine.progress(len(known), len(sets), work.prefilled_tokens)
+    with folder.journal(machine, Rating) as journal:
+        ratings = {(each.sample_id, each.first, each.second): each for each in journal.records()}
+        # An interruption may have cut a sample's ratings in two.
+        missing = {pair[0] for pair in pairs if pair not in ratings}
+        known = {record.sample_id for record in sets} - missing
+        if todo := unfinished(chunks, lambda each: each[0].id in known):
+            work = Work()
+            job = partial(_rated, scorer / "model", machine.device, config)
+            for rated in divide(job, todo, machine.workers, work):
+                journal.append(*rated)
+                ratings.update({(each.sample_id, each.first, each.second): each for each in rated})
+                known |= {each.sample_id for each in rated}
+                machine.progress(len(known), len(sets), work.prefilled_tokens)
     ordered = [ratings[pair] for pair in pairs]
     unrated = [Unrated(sample_id=name) for name in samples if name in left_out]
     write_records(out / "unrated.jsonl", Unrated, unrated)

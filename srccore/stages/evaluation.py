@@ -62,26 +62,26 @@ def evaluate(
         return folder.figures
     opened = open_split(data)
     samples = list(opened)
-    journal: Journal[Response | Judgement] = Journal(out, Response, Judgement)
-    records = journal.records()
-    responses = {each.sample_id: each for each in records if isinstance(each, Response)}
     batches = prompt_batches(samples, opened, policy, config.engine, config.batch_tokens)
-    todo = unfinished(batches, lambda sample: sample.id in responses)
     work = None
-    if todo:
-        work = Work()
-        job = partial(_answered, opened, policy, machine.device, config)
-        for found in divide(job, todo, machine.workers, work):
-            journal.append(*found)
-            responses |= {response.sample_id: response for response in found}
-            machine.progress(len(responses), len(samples), work.decoded_tokens)
+    kept: Journal[Response | Judgement] = folder.journal(machine, Response, Judgement)
+    with kept as journal:
+        records = journal.records()
+        responses = {each.sample_id: each for each in records if isinstance(each, Response)}
+        if todo := unfinished(batches, lambda sample: sample.id in responses):
+            work = Work()
+            job = partial(_answered, opened, policy, machine.device, config)
+            for found in divide(job, todo, machine.workers, work):
+                journal.append(*found)
+                responses |= {response.sample_id: response for response in found}
+                machine.progress(len(responses), len(samples), work.decoded_tokens)
+        judgements = {each.sample_id: each for each in records if isinstance(each, Judgement)}
+        if config.judge == "endpoint":
+            unjudged = [s for s in samples if not s.facts and s.id not in judgements]
+            for judgement in _judge(config, opened, unjudged, responses, machine.progress):
+                journal.append(judgement)
+                judgements[judgement.sample_id] = judgement
     write_records(out / "responses.jsonl", Response, [responses[sample.id] for sample in samples])
-    judgements = {each.sample_id: each for each in records if isinstance(each, Judgement)}
-    if config.judge == "endpoint":
-        unjudged = [s for s in samples if not s.facts and s.id not in judgements]
-        for judgement in _judge(config, opened, unjudged, responses, machine.progress):
-            journal.append(judgement)
-            judgements[judgement.sample_id] = judgement
     write_records(
         out / "judgements.jsonl", Judgement, [judgements[name] for name in sorted(judgements)]
     )

@@ -17,23 +17,29 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 import srccore
 from srccore import storage
 from srccore.config import identity
+from srccore.data.records import Record
 from srccore.errors import UserError
 from srccore.files import JOURNAL, MANIFEST, STARTED, writable, write_json
 from srccore.hashing import hash_file, hash_text
 from srccore.method.engine import Work
 from srccore.stages import inputs as identify
+from srccore.stages.journal import Journal
 from srccore.stages.manifest import Manifest, read_manifest
+from srccore.stages.parts import Parts
 from srccore.stages.table import STAGES, Stage
+from srccore.training.machine import Machine
 from srccore.training.resume import CHECKPOINTS
 
 __all__ = ["StageFolder"]
+
+R = TypeVar("R", bound=Record)
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "numpy")
 
@@ -111,6 +117,16 @@ class StageFolder:
         for path in list(self.path.rglob("*.tmp")):
             storage.remove(str(path))
         return None
+
+    def journal(self, machine: Machine, *kinds: type[R]) -> Journal[R]:
+        """Opens the journal of an unfinished stage.
+
+        Args:
+            machine: How the work is done: with parts, if the folder may be lost.
+            kinds: The classes of its records; no two have the same fields.
+        """
+        parts = Parts(machine.parts, self._key) if machine.parts else None
+        return Journal(self.path, *kinds, parts=parts)
 
     def finish(
         self,

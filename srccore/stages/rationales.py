@@ -19,7 +19,6 @@ from srccore.stages import inputs as identify
 from srccore.stages.batches import by_length
 from srccore.stages.checks import check_facts
 from srccore.stages.folder import StageFolder
-from srccore.stages.journal import Journal
 from srccore.stages.splits import open_split
 from srccore.training.machine import Figures, Machine
 from srccore.training.ranks import is_first
@@ -65,21 +64,21 @@ def augment_rationales(
         if sample.rationale
     ]
     wanting = [sample for sample in samples if not sample.rationale]
-    journal = Journal(out, Rationale)
-    known = {record.sample_id for record in journal.records()}
-    asked = [
-        RationaleRequest(sample, functools.partial(opened.image, sample.id))
-        for sample in wanting
-        if sample.id not in known
-    ]
     problems: dict[str, int] = {}
-    answers = make_teacher(config.teacher, config.endpoint).rationales(asked) if asked else ()
-    for done, (position, text, problem) in enumerate(answers, start=1):
-        if text:
-            journal.append(Rationale(sample_id=asked[position].sample.id, rationale=text))
-        else:
-            problems[str(problem)] = problems.get(str(problem), 0) + 1
-        machine.progress(done, len(asked))
+    with folder.journal(machine, Rationale) as journal:
+        known = {record.sample_id for record in journal.records()}
+        asked = [
+            RationaleRequest(sample, functools.partial(opened.image, sample.id))
+            for sample in wanting
+            if sample.id not in known
+        ]
+        answers = make_teacher(config.teacher, config.endpoint).rationales(asked) if asked else ()
+        for done, (position, text, problem) in enumerate(answers, start=1):
+            if text:
+                journal.append(Rationale(sample_id=asked[position].sample.id, rationale=text))
+            else:
+                problems[str(problem)] = problems.get(str(problem), 0) + 1
+            machine.progress(done, len(asked))
     made = sorted(journal.records(), key=lambda record: record.sample_id)
     write_records(out / RATIONALES, Rationale, [*given, *made])
     machine.progress(len(samples), len(samples))

@@ -22,7 +22,6 @@ from srccore.models.engines import rating_engine
 from srccore.stages import inputs as identify
 from srccore.stages.checks import check_facts
 from srccore.stages.folder import StageFolder
-from srccore.stages.journal import Journal
 from srccore.stages.rationales import judged_samples
 from srccore.training.machine import Figures, Machine
 from srccore.training.ranks import is_first
@@ -76,29 +75,29 @@ def annotate_ratings(
             *_some_references(record, samples[record.sample_id], config.reference_pairs, seed),
         )
     ]
-    journal = Journal(out, LabelledPair)
-    known = {(pair.sample_id, pair.first, pair.second) for pair in journal.records()}
-    todo = [
-        PairRequest(sample, first, second)
-        for sample, first, second in pairs
-        if (sample.id, first, second) not in known
-    ]
     problems: dict[str, int] = {}
-    answers = make_teacher(config.teacher, config.endpoint).ratings(todo) if todo else ()
-    for done, (position, rating, problem) in enumerate(answers, start=1):
-        request = todo[position]
-        if rating is None:
-            problems[str(problem)] = problems.get(str(problem), 0) + 1
-        else:
-            journal.append(
-                LabelledPair(
-                    sample_id=request.sample.id,
-                    first=request.first,
-                    second=request.second,
-                    rating=rating,
+    with folder.journal(machine, LabelledPair) as journal:
+        known = {(pair.sample_id, pair.first, pair.second) for pair in journal.records()}
+        todo = [
+            PairRequest(sample, first, second)
+            for sample, first, second in pairs
+            if (sample.id, first, second) not in known
+        ]
+        answers = make_teacher(config.teacher, config.endpoint).ratings(todo) if todo else ()
+        for done, (position, rating, problem) in enumerate(answers, start=1):
+            request = todo[position]
+            if rating is None:
+                problems[str(problem)] = problems.get(str(problem), 0) + 1
+            else:
+                journal.append(
+                    LabelledPair(
+                        sample_id=request.sample.id,
+                        first=request.first,
+                        second=request.second,
+                        rating=rating,
+                    )
                 )
-            )
-        machine.progress(done, len(todo))
+            machine.progress(done, len(todo))
     rated = sorted(journal.records(), key=lambda pair: (pair.sample_id, pair.first, pair.second))
     write_records(out / "labelled_pairs.jsonl", LabelledPair, rated)
     counts = {level: sum(pair.rating == level for pair in rated) for level in range(1, 6)}

@@ -76,6 +76,11 @@ class Stage:
     without_teacher: str = ""
 
     @property
+    def has_journal(self) -> bool:
+        """Whether it keeps what it has done so far, sample by sample."""
+        return bool(self.engine or self.teacher)
+
+    @property
     def python_name(self) -> str:
         """The name of its function and of its component."""
         return self.name.replace("-", "_")

@@ -39,6 +39,7 @@ from srccore.stages import inputs as identify
 from srccore.stages import splits
 from srccore.stages.checks import check_device, check_settings
 from srccore.stages.manifest import parse_manifest, read_manifest
+from srccore.stages.parts import PARTS
 from srccore.stages.table import STAGES, Stage
 from srccore.stopping import stoppable
 from srccore.training.machine import Machine, Progress
@@ -312,7 +313,7 @@ class _Work:
             UserError: A GPU is missing, or something else that the stage function needs.
         """
         check_device(self.stage.name, out, self.device)
-        machine = Machine(self.device, checkpoints=self._checkpoints())
+        machine = Machine(self.device, checkpoints=self._checkpoints(), parts=self._parts())
         if progress is not None:
             machine = dataclasses.replace(machine, progress=progress)
         many = {each.name for each in self.stage.inputs if each.many}
@@ -333,10 +334,16 @@ class _Work:
         remote = storage.is_remote(uri)
         return PublishedCheckpoints(folder, uri) if remote else Checkpoints(folder)
 
-    def discard_checkpoints(self) -> None:
+    def _parts(self) -> str | None:
+        is_wanted = self.stage.has_journal and storage.is_remote(self.uri)
+        return storage.join(self.uri, PARTS) if is_wanted else None
+
+    def discard_unfinished(self) -> None:
         """Removes what a published stage no longer needs."""
         if self.stage.trains:
             discard(storage.join(self.uri, CHECKPOINTS))
+        if parts := self._parts():
+            discard(parts)
 
 
 def _work(
@@ -398,7 +405,7 @@ def _lead(work: _Work, processes: Processes) -> Finished:
         if done := _finished_before(work):
             return done
         storage.publish(folder, work.uri)
-        work.discard_checkpoints()
+        work.discard_unfinished()
     print(f"Finished {work.stage.name}: {work.uri}", file=sys.stderr)
     manifest = read_manifest(folder)
     return Finished(work.uri, manifest.figures, manifest.measured)
@@ -416,7 +423,7 @@ def _finished_before(work: _Work) -> Finished | None:
     done = finished_stage(work.stage.name, work.uri) if storage.is_remote(work.uri) else None
     if done:
         print(f"{work.stage.name} is finished already: {work.uri}", file=sys.stderr)
-        work.discard_checkpoints()
+        work.discard_unfinished()
     return done
 
 

@@ -45,12 +45,15 @@ class Machine:
         checkpoints: Where a training stage keeps its states; None is ``checkpoint`` in its folder.
         workers: Numbers of the processes among which the stage divides its samples; none if it
             works on them itself. See `srccore.stages.workers`.
+        parts: The address in a bucket for the parts of the stage's journal; None if its folder is
+            durable. See `srccore.stages.parts`.
     """
 
     device: str = "auto"
     progress: Progress = _silent
     checkpoints: Checkpoints | None = None
     workers: tuple[int, ...] = ()
+    parts: str | None = None
 
     def leaves_gpu_to_others(self, engine: EngineConfig) -> bool:
         """Whether other processes than this one run a stage's engine.

@@ -31,3 +31,21 @@ def test_a_record_that_an_interruption_cut_is_not_there_and_the_next_one_follows
     assert journal.records() == RECORDS[:2]
     journal.append(RECORDS[2])
     assert journal.records() == RECORDS
+
+
+def test_a_line_that_cannot_be_read_is_left_out_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = Journal(tmp_path, Rationale)
+    journal.append(*RECORDS)
+    lines = journal.path.read_bytes().split(b"\n")
+    lines[1] = b"\0" * len(lines[1])
+    journal.path.write_bytes(b"\n".join(lines))
+    assert journal.records() == [RECORDS[0], RECORDS[2]]
+    assert f"Ignoring unreadable lines of {journal.path} (1 of 3)" in capsys.readouterr().err
+
+
+def test_the_first_record_of_a_thing_counts(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, Rationale)
+    journal.append(RECORDS[0], Rationale(sample_id="s0", rationale="Another."))
+    assert journal.records() == RECORDS[:1]
