@@ -36,6 +36,7 @@ __all__ = [
     "Response",
     "Sample",
     "Unrated",
+    "Unusable",
     "read_records",
     "write_records",
 ]
@@ -206,6 +207,19 @@ class LabelledPair(Record):
     first: str
     second: str
     rating: int = Field(ge=1, le=5)
+
+
+class Unusable(Record):
+    """A teacher's answer about sample ``sample_id``, or a pair of its responses, without a result.
+
+    It is in journals only: what was paid for is not asked again.
+    """
+
+    record: ClassVar[str] = "unusable"
+    sample_id: Text
+    first: str | None = None
+    second: str | None = None
+    problem: Text
 
 
 class Preference(Record):

@@ -132,6 +132,11 @@ class Problem(StrEnum):
     TIMEOUT = "timed out"
     CONNECTION_LOST = "connection lost"
 
+    @property
+    def is_answer(self) -> bool:
+        """Whether there was an answer, so that asking again would pay for it twice."""
+        return self not in (Problem.TIMEOUT, Problem.CONNECTION_LOST)
+
 
 @dataclass(frozen=True)
 class RationaleRequest:
@@ -165,6 +170,11 @@ class Result(NamedTuple, Generic[Found]):
     position: int
     found: Found | None
     problem: str | None
+
+    @property
+    def is_unusable(self) -> bool:
+        """Whether there was an answer without a result; otherwise, asking again may help."""
+        return isinstance(self.problem, Problem) and self.problem.is_answer
 
 
 def make_teacher(name: TeacherName, endpoint: EndpointConfig) -> FactsTeacher | EndpointTeacher:

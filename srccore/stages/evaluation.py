@@ -9,7 +9,14 @@ from pathlib import Path
 
 from srccore.config import EvaluationConfig
 from srccore.data.dataset import DataSet
-from srccore.data.records import Judgement, Response, Sample, read_records, write_records
+from srccore.data.records import (
+    Judgement,
+    Response,
+    Sample,
+    Unusable,
+    read_records,
+    write_records,
+)
 from srccore.files import write_json
 from srccore.method import evaluation
 from srccore.method.driver import Search, drive
@@ -64,7 +71,9 @@ def evaluate(
     samples = list(opened)
     batches = prompt_batches(samples, opened, policy, config.engine, config.batch_tokens)
     work = None
-    kept: Journal[Response | Judgement] = folder.journal(machine, Response, Judgement)
+    kept: Journal[Response | Judgement | Unusable] = folder.journal(
+        machine, Response, Judgement, Unusable
+    )
     with kept as journal:
         records = journal.records()
         responses = {each.sample_id: each for each in records if isinstance(each, Response)}
@@ -77,10 +86,12 @@ def evaluate(
                 machine.progress(len(responses), len(samples), work.decoded_tokens)
         judgements = {each.sample_id: each for each in records if isinstance(each, Judgement)}
         if config.judge == "endpoint":
-            unjudged = [s for s in samples if not s.facts and s.id not in judgements]
-            for judgement in _judge(config, opened, unjudged, responses, machine.progress):
-                journal.append(judgement)
-                judgements[judgement.sample_id] = judgement
+            known = {each.sample_id for each in records if not isinstance(each, Response)}
+            unjudged = [s for s in samples if not s.facts and s.id not in known]
+            for judged in _judge(config, opened, unjudged, responses, machine.progress):
+                journal.append(judged)
+                if isinstance(judged, Judgement):
+                    judgements[judged.sample_id] = judged
     write_records(out / "responses.jsonl", Response, [responses[sample.id] for sample in samples])
     write_records(
         out / "judgements.jsonl", Judgement, [judgements[name] for name in sorted(judgements)]
@@ -153,7 +164,7 @@ def _judge(
     samples: Sequence[Sample],
     responses: Mapping[str, Response],
     progress: Progress,
-) -> Iterator[Judgement]:
+) -> Iterator[Judgement | Unusable]:
     """Asks about every response that has a rationale; what fails stays unjudged."""
     from srccore.models.teacher import EndpointTeacher, JudgeRequest
 
@@ -169,9 +180,12 @@ def _judge(
             # Where there is no rationale there is nothing to ask: it is wrong.
             yield Judgement(sample_id=sample.id, rationale_right=False, derived_answer="")
     found = EndpointTeacher(config.endpoint).judgements(asked) if asked else ()
-    for done, (_, judgement, _) in enumerate(found, start=1):
-        if judgement is not None:
-            yield judgement
+    for done, answer in enumerate(found, start=1):
+        if answer.found is not None:
+            yield answer.found
+        elif answer.is_unusable:
+            name = asked[answer.position].sample.id
+            yield Unusable(sample_id=name, problem=str(answer.problem))
         progress(done, len(asked))
 
 

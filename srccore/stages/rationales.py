@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from srccore import storage
 from srccore.config import AugmentationConfig, ModelConfig, RationaleTuningConfig
 from srccore.data import dataset, sampling
-from srccore.data.records import Rationale, Sample, read_records, write_records
+from srccore.data.records import Rationale, Sample, Unusable, read_records, write_records
 from srccore.errors import UserError
 from srccore.files import write_json
 from srccore.method import response
@@ -19,6 +20,7 @@ from srccore.stages import inputs as identify
 from srccore.stages.batches import by_length
 from srccore.stages.checks import check_facts
 from srccore.stages.folder import StageFolder
+from srccore.stages.journal import Journal
 from srccore.stages.splits import open_split
 from srccore.training.machine import Figures, Machine
 from srccore.training.ranks import is_first
@@ -64,8 +66,9 @@ def augment_rationales(
         if sample.rationale
     ]
     wanting = [sample for sample in samples if not sample.rationale]
-    problems: dict[str, int] = {}
-    with folder.journal(machine, Rationale) as journal:
+    faults: list[str] = []
+    kept: Journal[Rationale | Unusable] = folder.journal(machine, Rationale, Unusable)
+    with kept as journal:
         known = {record.sample_id for record in journal.records()}
         asked = [
             RationaleRequest(sample, functools.partial(opened.image, sample.id))
@@ -73,13 +76,20 @@ def augment_rationales(
             if sample.id not in known
         ]
         answers = make_teacher(config.teacher, config.endpoint).rationales(asked) if asked else ()
-        for done, (position, text, problem) in enumerate(answers, start=1):
-            if text:
-                journal.append(Rationale(sample_id=asked[position].sample.id, rationale=text))
+        for done, answer in enumerate(answers, start=1):
+            name = asked[answer.position].sample.id
+            if answer.found:
+                journal.append(Rationale(sample_id=name, rationale=answer.found))
+            elif answer.is_unusable:
+                journal.append(Unusable(sample_id=name, problem=str(answer.problem)))
             else:
-                problems[str(problem)] = problems.get(str(problem), 0) + 1
+                faults.append(str(answer.problem))
             machine.progress(done, len(asked))
-    made = sorted(journal.records(), key=lambda record: record.sample_id)
+        records = sorted(journal.records(), key=lambda record: record.sample_id)
+    made = [record for record in records if isinstance(record, Rationale)]
+    problems = Counter(
+        [*faults, *(record.problem for record in records if isinstance(record, Unusable))]
+    )
     write_records(out / RATIONALES, Rationale, [*given, *made])
     machine.progress(len(samples), len(samples))
     return folder.finish({"given": len(given), "made": len(made), "problems": problems})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from srccore.config import AnnotationConfig, ScorerConfig, ScoringConfig, TextModelConfig
@@ -11,6 +12,7 @@ from srccore.data.records import (
     CandidateSet,
     LabelledPair,
     Sample,
+    Unusable,
     read_records,
     write_records,
 )
@@ -22,6 +24,7 @@ from srccore.models.engines import rating_engine
 from srccore.stages import inputs as identify
 from srccore.stages.checks import check_facts
 from srccore.stages.folder import StageFolder
+from srccore.stages.journal import Journal
 from srccore.stages.rationales import judged_samples
 from srccore.training.machine import Figures, Machine
 from srccore.training.ranks import is_first
@@ -75,8 +78,9 @@ def annotate_ratings(
             *_some_references(record, samples[record.sample_id], config.reference_pairs, seed),
         )
     ]
-    problems: dict[str, int] = {}
-    with folder.journal(machine, LabelledPair) as journal:
+    faults: list[str] = []
+    kept: Journal[LabelledPair | Unusable] = folder.journal(machine, LabelledPair, Unusable)
+    with kept as journal:
         known = {(pair.sample_id, pair.first, pair.second) for pair in journal.records()}
         todo = [
             PairRequest(sample, first, second)
@@ -84,21 +88,28 @@ def annotate_ratings(
             if (sample.id, first, second) not in known
         ]
         answers = make_teacher(config.teacher, config.endpoint).ratings(todo) if todo else ()
-        for done, (position, rating, problem) in enumerate(answers, start=1):
-            request = todo[position]
-            if rating is None:
-                problems[str(problem)] = problems.get(str(problem), 0) + 1
+        for done, answer in enumerate(answers, start=1):
+            request = todo[answer.position]
+            pair = {
+                "sample_id": request.sample.id,
+                "first": request.first,
+                "second": request.second,
+            }
+            if answer.found is not None:
+                journal.append(LabelledPair(**pair, rating=answer.found))
+            elif answer.is_unusable:
+                journal.append(Unusable(**pair, problem=str(answer.problem)))
             else:
-                journal.append(
-                    LabelledPair(
-                        sample_id=request.sample.id,
-                        first=request.first,
-                        second=request.second,
-                        rating=rating,
-                    )
-                )
+                faults.append(str(answer.problem))
             machine.progress(done, len(todo))
-    rated = sorted(journal.records(), key=lambda pair: (pair.sample_id, pair.first, pair.second))
+        records = journal.records()
+    rated = sorted(
+        (record for record in records if isinstance(record, LabelledPair)),
+        key=lambda pair: (pair.sample_id, pair.first, pair.second),
+    )
+    problems = Counter(
+        [*faults, *(record.problem for record in records if isinstance(record, Unusable))]
+    )
     write_records(out / "labelled_pairs.jsonl", LabelledPair, rated)
     counts = {level: sum(pair.rating == level for pair in rated) for level in range(1, 6)}
     return folder.finish({"pairs": len(rated), "ratings": counts, "problems": problems})
