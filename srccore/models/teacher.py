@@ -60,6 +60,8 @@ MUCH_BETTER_FROM = 0.75
 STOPS_WITHIN = 15.0
 """Seconds for the open requests after SIGTERM: half of what a pod has until it is killed."""
 
+NO_KEY = "EMPTY"
+"""What is sent without a key: local servers need none, but the client rejects an empty one."""
 FAULTS_IN_A_ROW = 10
 """This many consecutive requests that fail in the same way end the run."""
 
@@ -127,6 +129,7 @@ class Problem(StrEnum):
     NO_RATING = "no rating in strict JSON, asked twice"
     NO_JUDGEMENT = "no judgement in strict JSON, asked twice"
     NO_TEXT = "the endpoint sent no text"
+    QUOTES_KEY = "the reply has the API key in it"
     UNREADABLE = "a reply of more than 1 MiB, or a compressed one"
     CUT_OFF = "cut off at max_tokens"
     TIMEOUT = "timed out"
@@ -260,8 +263,7 @@ class EndpointTeacher:
         self._config = config
         self._url = config.url
         self._model = config.model
-        # Local servers need no key, but the client rejects an empty one.
-        self._key = os.environ.get(config.api_key_env, "").strip() or "EMPTY"
+        self._key = os.environ.get(config.api_key_env, "").strip() or NO_KEY
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(
                 f"The key in the environment variable {config.api_key_env} has characters that "
@@ -456,7 +458,11 @@ class _Session:
         except (openai.APIError, ValueError, RecursionError):  # not JSON, or nested too deeply
             raise self._fault(Problem.NO_TEXT) from None
         self._faults = 0
-        return _read_completion(completion)
+        text = _read_completion(completion)
+        if self._key != NO_KEY and self._key in text:
+            # It would be stored where others read it.
+            raise _ItemError(Problem.QUOTES_KEY)
+        return text
 
     async def ask(
         self,
