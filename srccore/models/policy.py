@@ -34,6 +34,7 @@ __all__ = [
     "drawn_text",
     "load_policy",
     "load_processor",
+    "load_weights",
     "loading",
     "parse_policy",
     "pinned",
@@ -310,6 +311,37 @@ def loading(path: str | Path) -> Iterator[None]:
         ) from None
 
 
+def load_weights(model: Any, path: str | Path, **settings: Any) -> Any:
+    """Loads a model with all its weights: transformers draws those that are missing at random.
+
+    Args:
+        model: One of transformers' ``AutoModel`` classes.
+        path: A folder or a hub id.
+        settings: Further arguments of its ``from_pretrained``.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: The checkpoint cannot be loaded, or is not whole.
+    """
+    with loading(path):
+        loaded, report = model.from_pretrained(
+            path,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **settings,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"The checkpoint {path} lacks {len(missing)} of the model's weights: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}.",
+            "Copy it again, or use another one of the same family.",
+        )
+    return loaded
+
+
 def load_policy(policy: Policy, device: str = "cpu") -> LoadedPolicy:
     """Loads the base model and folds the adapters into its weights.
 
@@ -331,16 +363,14 @@ def load_policy(policy: Policy, device: str = "cpu") -> LoadedPolicy:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     checkpoint_family(policy.base)
-    with loading(policy.base.path):
-        model = AutoModelForImageTextToText.from_pretrained(
-            resolve_model_path(policy.base.path),
-            revision=policy.base.revision,
-            dtype=getattr(torch, policy.base.dtype),
-            trust_remote_code=False,
-            use_safetensors=True,
-            # Straight to the device: processes of one machine would each need host memory for it.
-            device_map={"": device},
-        )
+    model = load_weights(
+        AutoModelForImageTextToText,
+        resolve_model_path(policy.base.path),
+        revision=policy.base.revision,
+        dtype=getattr(torch, policy.base.dtype),
+        # Straight to the device: processes of one machine would each need host memory for it.
+        device_map={"": device},
+    )
     folding = fold_adapters(model, policy.adapters)
     return LoadedPolicy(model=model.eval(), processor=load_processor(policy.base), folding=folding)
 

@@ -19,7 +19,7 @@ from srccore.errors import UserError
 from srccore.method.engine import TokenDistribution, Work
 from srccore.models.packing import batches, next_logits, pack, use_packing
 from srccore.models.plain_text import control_tokens, without_control_tokens
-from srccore.models.policy import loading
+from srccore.models.policy import load_weights, loading
 
 __all__ = ["TransformersRatingEngine", "encode_rating_prompts", "single_token"]
 
@@ -49,14 +49,9 @@ class TransformersRatingEngine:
         """Loads the model from a folder that `train-scorer` wrote, in float32 whatever it was."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        settings = {"dtype": torch.float32, "device_map": {"": device}}
+        model = load_weights(AutoModelForCausalLM, folder, **settings)
         with loading(folder):
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                device_map={"": device},
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return cls(model, tokenizer, batch_tokens)
 

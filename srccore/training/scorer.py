@@ -15,7 +15,7 @@ from srccore.config import ScorerConfig, TextModelConfig
 from srccore.data.records import RATING_LEVELS
 from srccore.errors import UserError
 from srccore.method.engine import Work
-from srccore.models.policy import loading, resolve_model_path
+from srccore.models.policy import load_weights, loading, resolve_model_path
 from srccore.training.machine import Machine
 from srccore.training.resume import resumable
 from srccore.training.trainer import (
@@ -97,16 +97,14 @@ def train_scorer(
     ratings = {level: single_token(tokenizer, str(level)) for level in RATING_LEVELS}
     with training(config, out, dtype=base.dtype, seed=seed, machine=machine) as session:
         on_gpu = session.device.startswith("cuda")
-        with loading(path):
-            model = AutoModelForCausalLM.from_pretrained(
-                path,
-                revision=base.revision,
-                dtype=getattr(torch, base.dtype) if on_gpu and config.lora else torch.float32,
-                # Straight to the device: every rank would hold a copy in the node's memory.
-                device_map={"": session.device},
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
+        model = load_weights(
+            AutoModelForCausalLM,
+            path,
+            revision=base.revision,
+            dtype=getattr(torch, base.dtype) if on_gpu and config.lora else torch.float32,
+            # Straight to the device: every rank would hold a copy in the node's memory.
+            device_map={"": session.device},
+        )
         rows = _rows(examples, tokenizer, ratings, model.config.max_position_embeddings)
         samples = len(rows["input_ids"])
         session.processes.agree(map(str, zip(*rows.values(), strict=True)), "prompts or ratings")

@@ -77,6 +77,19 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, name: str, old: str, ne
         load_processor(ModelConfig(path=str(tmp_path / "model")))
 
 
+def test_a_checkpoint_that_lacks_weights_is_refused(base: ModelConfig, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base.path, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    lost = next(name for name in weights if "q_proj" in name)
+    del weights[lost]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model lacks 1 of the model's weights: .*q_proj\.weight"):
+        load_policy(Policy(base=base.model_copy(update={"path": str(tmp_path / "model")})))
+
+
 def test_model_paths_are_folders_hub_ids_or_embedded_names(tmp_path: Path) -> None:
     assert resolve_model_path("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
     with pytest.raises(UserError, match=r"no config\.json"):
