@@ -17,7 +17,7 @@ import pytest
 from s3_server import free_port
 
 TESTS = Path(__file__).parent
-WITHIN = 120.0
+WITHIN = 300.0
 
 
 def until(done: Callable[[], object]) -> None:

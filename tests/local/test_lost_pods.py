@@ -19,7 +19,7 @@ import pytest
 import s3_server
 from endpoint import Reply, Server, fails, name_of, says, serving
 from PIL import Image
-from pods import until
+from pods import WITHIN, until
 from s3_server import S3Server
 
 from srccore import storage
@@ -167,7 +167,7 @@ def test_a_teacher_that_is_stopped_has_nothing_paid_twice(
     pod.send_signal(signal.SIGTERM)
     until(lambda: "Stopped by SIGTERM" in augmenting.log("first"))
     released.set()
-    assert pod.wait(60) == 143
+    assert pod.wait(WITHIN) == 143
     assert "Traceback" not in augmenting.log("first")
     # The answers to the two open requests came, and no new ones were sent.
     assert len(augmenting.parts()) == len(server.seen) == 12
@@ -192,7 +192,7 @@ def test_a_teacher_that_does_not_answer_does_not_hold_up_a_stopped_pod(
     pod = augmenting.start("first", stops_within=0.2)
     until(lambda: len(server.seen) == 12)
     pod.send_signal(signal.SIGTERM)
-    assert pod.wait(60) == 143
+    assert pod.wait(WITHIN) == 143
     released.set()
     assert "Traceback" not in augmenting.log("first")
     assert len(augmenting.parts()) == 10
@@ -205,7 +205,7 @@ def test_a_lost_pod_loses_at_most_a_part_of_a_teachers_answers(
     pod = augmenting.start("first")
     until(lambda: len(server.seen) == 12 and len(augmenting.parts()) == 2 * PART)
     pod.kill()
-    pod.wait(60)
+    pod.wait(WITHIN)
     released.set()
     augmenting.finish(monkeypatch, "second")
     # 8 of the 10 answers were in two parts, and two requests were open.
@@ -216,7 +216,7 @@ def test_an_error_of_the_teacher_keeps_its_answers(
     augmenting: Pods, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.script = lambda body, attempt: says(TEXT) if len(server.seen) <= 10 else fails(401)
-    assert augmenting.start("first").wait(60) == 2
+    assert augmenting.start("first").wait(WITHIN) == 2
     assert "refused the key" in augmenting.log("first")
     assert len(augmenting.parts()) == 10
     server.script = lambda body, attempt: says(TEXT)
@@ -301,7 +301,7 @@ def test_another_pod_ends_with_the_same_bytes(
     pod = pods.start("first")
     until(lambda: len(pods.samples(pods.parts())) >= 2 * PART)
     pod.send_signal(signal_number)
-    assert pod.wait(60) == (143 if signal_number == signal.SIGTERM else -signal.SIGKILL)
+    assert pod.wait(WITHIN) == (143 if signal_number == signal.SIGTERM else -signal.SIGKILL)
     kept, done = pods.samples(pods.parts()), pods.samples(pods.journal("first"))
     assert kept <= done
     assert len(done) < SAMPLES
