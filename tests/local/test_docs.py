@@ -18,7 +18,7 @@ from srccore.pipelines.profile import load_profile
 ROOT = Path(__file__).parents[2]
 GROUPS = ("data", "images", "runs", "stage")
 PAGES = (
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "RELEASE.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "RELEASE.md", "SECURITY.md")),
     *(ROOT / name for name in ("benchmarks/RESULTS.md", "images/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "manifests").rglob("README.md")),
