@@ -50,6 +50,7 @@ from srccore.method.response import parse, same_answer, write
 from srccore.models.policy import read_policy
 from srccore.models.teacher import EndpointTeacher, PairRequest, RationaleRequest
 from srccore.pipelines.profile import load_profile
+from srccore.run.folder import RunFolder
 from srccore.run.loop import load_run
 from srccore.stages.manifest import read_manifest
 
@@ -459,7 +460,7 @@ def _as_yaml(rng: random.Random, values: dict[str, Any]) -> tuple[bytes, str, bo
             return "\n".join([text, *laughs]).encode(), f"aliases, {width}^{depth}", True
         case 3:
             odd = rng.choice(
-                ("[" * 9000, "{" * 9000, "- " * 9000, "a: " * 900, "&a [*a]", "\t", "? ")
+                ("[" * 2000, "{" * 2000, "- " * 2000, "a: " * 900, "&a [*a]", "\t", "? ")
             )
             return f"{text}\nno_such_name: {odd}\n".encode(), f"{odd[:5]!r} at the end", True
         case _:
@@ -672,17 +673,21 @@ def document(rng: random.Random, folder: Path) -> Case:
             ("policy.json", POLICY | {"adapters": []}, lambda: _used(read_policy(folder))),
             ("policy.json", POLICY, lambda: _used(read_policy(folder))),
             ("run.json", config, lambda: _used(load_run(folder))),
+            ("figures.json", {"rounds": []}, lambda: _used(RunFolder(folder).known_figures())),
+            ("round-1/kept.json", {"aligned": True}, lambda: _used(RunFolder(folder).is_kept(1))),
             ("task.json", TASK, lambda: _used(StageTask.from_json(path.read_text("utf-8")))),
         )
     )
     path = folder / name
+    path.parent.mkdir(exist_ok=True)
     values, is_bad = json.loads(json.dumps(good)), False
     match rng.randrange(3):
         case 0:
             what, _ = changed_value(rng, values)
             path.write_text(json.dumps(values))
         case 1:
-            is_bad, what = True, rng.choice(("", "[]", "3", "null", "{}", "[" * 100_000, '"x"'))
+            what = rng.choice(("", "[]", "3", "null", "{}", "[" * 100_000, '"x"'))
+            is_bad = not (name == "figures.json" and what == "[]")
             path.write_text(what)
         case _:
             # A task is an argument, and always text.
@@ -901,6 +906,10 @@ def measure(numbers: range, seed: int = SEED, *, loud: bool = False) -> dict[str
     try:
         for number in numbers:
             attempt(number, seed, tally, loud=loud)
+            if (number + 1) % 1000 == 0:
+                print(f"{number + 1} cases", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"Stopped after {number} cases.", file=sys.stderr)
     finally:
         signal.signal(signal.SIGALRM, before)
     return tally

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from srccore.errors import UserError
 from srccore.files import MANIFEST
@@ -17,7 +18,12 @@ __all__ = ["CONFIG", "REPORT", "RunFolder"]
 CONFIG = "run.json"
 """The configuration; a pipeline's report keeps it under the same name."""
 REPORT = "report.html"
+T = TypeVar("T")
 _ROUND = re.compile(r"round-(\d+)")
+
+
+class _Kept(BaseModel):
+    aligned: bool
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,7 @@ class RunFolder:
 
     def known_figures(self) -> list[dict[str, Any]]:
         """Reads the figures of all rounds evaluated so far."""
-        if not self.figures.exists():
-            return []
-        known: list[dict[str, Any]] = json.loads(self.figures.read_text(encoding="utf-8"))
-        return known
+        return _read(self.figures, list[dict[str, Any]]) if self.figures.exists() else []
 
     @property
     def report(self) -> Path:
@@ -134,7 +137,7 @@ class RunFolder:
     def is_kept(self, number: int) -> bool:
         """Whether the run continued with the policy that a round trained."""
         path = self.kept(number)
-        return not path.exists() or bool(json.loads(path.read_text(encoding="utf-8"))["aligned"])
+        return not path.exists() or _read(path, _Kept).aligned
 
     def round_of(self, folder: Path) -> int | None:
         """The round that a stage's output belongs to; None for what comes before the rounds."""
@@ -153,3 +156,13 @@ class RunFolder:
         stages = set(self.finished_stages())
         rounds = {self.round_of(folder) for folder in stages}
         return sorted(n for n in rounds if n is not None and self.output("evaluate", n) in stages)
+
+
+def _read(path: Path, kind: type[T]) -> T:
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        raise UserError(
+            f"{path} cannot be read or is damaged.",
+            "Delete it and repeat the srccore run command of this run, which writes it again.",
+        ) from None

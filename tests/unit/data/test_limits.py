@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 from srccore.data.dataset import open_data, read_samples, validate
 from srccore.data.images import ImageError, decode, measure
 from srccore.data.limits import MAX_IMAGE_BYTES, MAX_LINE_BYTES
+from srccore.data.parquet import ParquetTable
 from srccore.data.texts import problems_of
 from srccore.errors import UserError
 from srccore.method.response import normalise_answer, parse, write
@@ -194,6 +196,33 @@ def test_a_text_that_a_dictionary_repeats_is_refused_without_being_repeated(
             read_samples(path)
 
     assert peak(refused) < 100 * 2**20
+
+
+def test_an_image_that_a_dictionary_repeats_is_in_memory_a_few_times(tmp_path: Path) -> None:
+    # A PNG of 20 MB, most of which readers skip, in 50 rows: a gigabyte.
+    image = png() + os.urandom(20_000_000)
+    columns = {name: [value] * 50 for name, value in row(1).items()}
+    columns["id"] = [f"s{number}" for number in range(50)]
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 50, pa.int32()), [image])
+    path = tmp_path / "d.parquet"
+    # Without Arrow's schema it is read as plain values, as most files are.
+    pq.write_table(pa.table({**columns, "image": repeated}), path, store_schema=False)
+    assert path.stat().st_size < 25_000_000
+    found: list[object] = []
+    # Three rows at a time (64 MiB), in Arrow and in Python.
+    assert peak(lambda: found.extend(reasons(path))) < 220 * 2**20
+    assert found == []
+
+
+@pytest.mark.parametrize(("size", "rows"), [(500, 64), (300_000, 13), (3_000_000, 1)])
+def test_rows_are_read_as_many_at_a_time_as_fit_into_4_mib(
+    tmp_path: Path, size: int, rows: int
+) -> None:
+    count = min(2000, 12_000_000 // size)
+    images = [row(n, image=png() + os.urandom(size)) for n in range(count)]
+    # 4 MiB / 300 KB is 13.
+    path = parquet(tmp_path / "d.parquet", images, use_dictionary=False)
+    assert ParquetTable(path)._few(0) == rows
 
 
 def test_a_column_that_expands_to_many_times_its_size_is_refused_by_the_footer(
