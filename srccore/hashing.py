@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from pathlib import Path
 
@@ -22,14 +21,15 @@ def hash_text(text: str) -> str:
 def hash_file(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes, in hex.
 
-    A file is read once per process, however often it is asked for: weights are gigabytes. It is
-    read again when its size, its modification time or its inode has changed.
+    A file is read once per process, however often it is asked for and under whatever names: weights
+    are gigabytes. It is read again when its size, its modification time or its inode has changed.
     """
     status = path.stat()
-    return _hash_file(str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino)
+    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if state not in _KNOWN:
+        with path.open("rb") as file:
+            _KNOWN[state] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _KNOWN[state]
 
 
-@functools.cache
-def _hash_file(path: str, _size: int, _mtime: int, _inode: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_KNOWN: dict[tuple[int, int, int, int], str] = {}

@@ -5,6 +5,9 @@
 Any store with an S3 API works; credentials, region and endpoint come from where boto3 looks for
 them (``AWS_*`` variables, profiles, the role of a pod).
 
+What a stage wrote is checked against the SHA-256 in its manifest, wherever it is fetched from: of a
+folder with a manifest, and of a file or folder in it.
+
 Assumes that a folder is not written while it is fetched, and that the cache belongs to this
 package alone: a cached folder is made equal to the bucket's, and other files in it are deleted.
 """
@@ -31,7 +34,7 @@ from urllib.parse import unquote, urlsplit
 
 from srccore.errors import UserError
 from srccore.files import JOURNAL, MANIFEST, atomically
-from srccore.hashing import hash_text
+from srccore.hashing import hash_file, hash_text
 
 if TYPE_CHECKING:
     from botocore.exceptions import BotoCoreError, ClientError
@@ -306,14 +309,17 @@ def read_text(uri: str) -> str:
     """Reads a small file, bypassing the cache.
 
     Raises:
-        UserError: There is no such file, or it is not UTF-8 text.
+        UserError: There is no such file, it is not what a stage wrote there, or not UTF-8 text.
     """
     if is_remote(uri):
         address = _parse(uri)
         if not address.key:
             raise _nothing(uri)
         with _store_explained(address):
-            found = _client().get_object(Bucket=address.bucket, Key=address.key)["Body"].read()
+            found = _read(address)
+            known = _hashes_above(address).get(address.key)
+        if known not in (None, hashlib.sha256(found).hexdigest()):
+            raise _altered(address)
     elif _local(uri).is_file():
         found = _local(uri).read_bytes()
     else:
@@ -397,11 +403,15 @@ def fetch(uri: str) -> Path:
     their names once they are complete, the manifest last. If several processes fetch the same
     address at once, one of them downloads it.
 
+    What a manifest lists is read from the cache only with the SHA-256 that it lists, and else
+    downloaded again. A local file stays as it is.
+
     Returns:
         `local_path` of the address.
 
     Raises:
-        UserError: There is nothing, the store denies access, or the cache cannot be written.
+        UserError: There is nothing, it is not what a stage wrote there, the store denies access,
+            or the cache cannot be written.
     """
     path = local_path(uri)
     if is_remote(uri):
@@ -450,7 +460,7 @@ def fetch_part(uri: str, start: int, length: int, sha256: str) -> bytes | None:
                 return found
         address = _parse(uri)
         with _store_explained(address):
-            found = _read_part(address, start, length)
+            found = _read(address, f"bytes={start}-{start + length - 1}")
         if hashlib.sha256(found).hexdigest() != sha256:
             return None
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -459,15 +469,14 @@ def fetch_part(uri: str, start: int, length: int, sha256: str) -> bytes | None:
     return found
 
 
-def _read_part(address: _Address, start: int, length: int) -> bytes:
-    """Reads part of an object, of which a smaller one has less.
+def _read(address: _Address, part: str = "bytes=0-") -> bytes:
+    """Reads an object, or a part of it, of which a smaller object has less.
 
     A connection that breaks in the middle is tried again.
     """
     from botocore.exceptions import ClientError
     from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
 
-    part = f"bytes={start}-{start + length - 1}"
     left = _ATTEMPTS
     while True:
         left -= 1
@@ -488,23 +497,93 @@ def _mirror(address: _Address, path: Path) -> None:
     """Makes the cached files at a path equal to the stored ones."""
     prefix, files = _stored(address)
     wanted = {_bucket_folder(address) / prefix / file.path: file for file in files}
+    known = _hashes(address, prefix, files)
+
+    def is_intact(place: Path) -> bool:
+        return _is_cached(place, wanted[place]) and known.get(place) in (None, hash_file(place))
+
     for stale in set(_files_at(path)) - wanted.keys():
         stale.unlink(missing_ok=True)
-    if all(_is_cached(each, file) for each, file in wanted.items()):
+    if all(is_intact(each) for each in wanted):
         return
     with _one_by_one(address), _staging() as staging:
-        missing = [each for each, file in wanted.items() if not _is_cached(each, file)]
+        missing = [each for each in wanted if not is_intact(each)]
         for batch in _manifest_last(missing, path):
-            with _transfers() as transfers:
-                begun = [
-                    (each, _download(transfers, address, prefix, wanted[each], staging / str(n)))
-                    for n, each in enumerate(batch)
-                ]
-                for n, (each, download) in enumerate(begun):
-                    download.result()
-                    # Another process may have placed it in the meantime, and be reading it.
-                    if not _is_cached(each, wanted[each]):
-                        _place(staging / str(n), each, wanted[each].etag, staging)
+            left, attempts = batch, _ATTEMPTS
+            # Bytes may change on their way without an error.
+            while left and attempts:
+                attempts -= 1
+                with _transfers() as transfers:
+                    begun = [
+                        (
+                            each,
+                            _download(transfers, address, prefix, wanted[each], staging / str(n)),
+                        )
+                        for n, each in enumerate(left)
+                    ]
+                    for n, (each, download) in enumerate(begun):
+                        download.result()
+                        is_right = known.get(each) in (None, hash_file(staging / str(n)))
+                        # Another process may have placed it in the meantime, and be reading it.
+                        if is_right and not is_intact(each):
+                            _place(staging / str(n), each, wanted[each].etag, staging)
+                left = [each for each in left if not is_intact(each)]
+            if left:
+                raise _altered(_parse(address_of(left[0])))
+
+
+def _hashes(address: _Address, prefix: str, files: Iterable[StoredFile]) -> dict[Path, str]:
+    """Returns what manifests say of the files at an address: SHA-256 by place in the cache.
+
+    Raises:
+        UserError: A file that a manifest lists is missing.
+    """
+    bucket, keys = _bucket_folder(address), {prefix + file.path: file for file in files}
+    known = {} if address.prefix + MANIFEST in keys else _hashes_above(address)
+    for key, file in keys.items():
+        if PurePosixPath(key).name == MANIFEST:
+            is_here = _is_cached(bucket / key, file)
+            text = (bucket / key).read_bytes() if is_here else _read(_Address(address.bucket, key))
+            known |= _listed(key, text)
+    for key in known:
+        if key.startswith(address.prefix) and key not in keys:
+            raise _altered(_Address(address.bucket, key))
+    return {bucket / key: sha256 for key, sha256 in known.items()}
+
+
+def _hashes_above(address: _Address) -> dict[str, str]:
+    """Returns what the nearest manifest above an address says: SHA-256 by key."""
+    from botocore.exceptions import ClientError
+
+    # A stage's files are at most two folders deep: adapter/adapter_model.safetensors.
+    for folder in list(PurePosixPath(address.key).parents)[:2]:
+        key = MANIFEST if folder == PurePosixPath(".") else f"{folder}/{MANIFEST}"
+        if key == address.key:
+            continue
+        try:
+            return _listed(key, _read(_Address(address.bucket, key)))
+        except ClientError as error:
+            # Without the permission to list, a store says so of what does not exist.
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (403, 404):
+                raise
+    return {}
+
+
+def _listed(key: str, manifest: bytes) -> dict[str, str]:
+    """Returns the files that a manifest lists, by key; none for someone else's manifest."""
+    try:
+        outputs = json.loads(manifest)["outputs"]
+        return {str(PurePosixPath(key).parent / name): str(outputs[name]) for name in outputs}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
+def _altered(address: _Address) -> UserError:
+    return UserError(
+        f"{address} is missing or is not what its stage wrote: the SHA-256 in {MANIFEST} differs.",
+        "Delete the stage's folder, so that the stage is done again. If this is not the first "
+        "time, check who else can write there.",
+    )
 
 
 @contextlib.contextmanager

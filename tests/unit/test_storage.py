@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
+import json
 import multiprocessing
 import os
 import posixpath
@@ -17,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import s3_server
@@ -86,6 +89,10 @@ class Requests:
 
     def keys(self, operation: str) -> list[str]:
         return [key for name, key in self.made if name == operation]
+
+    def downloads(self) -> list[str]:
+        """What was downloaded, apart from manifests."""
+        return [key for key in self.keys("GetObject") if posixpath.basename(key) != MANIFEST]
 
 
 @pytest.fixture
@@ -271,7 +278,7 @@ def test_a_large_file_travels_in_parts(s3: S3Server, tmp_path: Path, requests: R
     storage.publish(write(tmp_path / "tune", {"model.safetensors": data}), f"{s3.uri}/tune")
     assert len(requests.keys("UploadPart")) == 3
     assert storage.fetch(f"{s3.uri}/tune/model.safetensors").read_bytes() == data
-    assert len(requests.keys("GetObject")) == 3
+    assert len(requests.downloads()) == 3
 
 
 def test_what_is_there_is_told_and_what_is_not(s3: S3Server) -> None:
@@ -394,14 +401,17 @@ def test_a_second_fetch_downloads_nothing(s3: S3Server, tmp_path: Path, requests
     storage.publish(write(tmp_path / "tune", FILES), f"{s3.uri}/run/tune")
     requests.made.clear()
     storage.fetch(f"{s3.uri}/run/tune")
-    assert sorted(requests.keys("GetObject")) == sorted(f"run/tune/{name}" for name in FILES)
+    data = sorted(f"run/tune/{name}" for name in FILES if name != MANIFEST)
+    assert sorted(requests.downloads()) == data
     assert requests.keys("GetObject")[-1] == f"run/tune/{MANIFEST}"
     requests.made.clear()
     storage.fetch(f"{s3.uri}/run/tune")
+    assert requests.made == [("ListObjectsV2", "")]
     # A part of it, or more than it, is not downloaded again either.
     storage.fetch(f"{s3.uri}/run/tune/adapter")
     storage.fetch(s3.uri)
-    assert requests.made == [("ListObjectsV2", "")] * 3
+    assert len(requests.keys("ListObjectsV2")) == 3
+    assert requests.downloads() == []
 
 
 def test_a_changed_object_is_fetched_again_and_a_removed_one_goes(
@@ -416,7 +426,7 @@ def test_a_changed_object_is_fetched_again_and_a_removed_one_goes(
     write(folder, {"stray": b"never stored"})
     requests.made.clear()
     storage.fetch(f"{s3.uri}/model")
-    assert requests.keys("GetObject") == ["model/changed"]
+    assert requests.downloads() == ["model/changed"]
     assert contents(folder) == {"changed": b"behind", "kept": b"before"}
 
 
@@ -492,6 +502,115 @@ def test_downloads_that_were_killed_long_ago_are_cleared_away(s3: S3Server, tmp_
     s3.put("model/weights")
     storage.fetch(f"{s3.uri}/model")
     assert [left.name for left in (tmp_path / "cache/tmp").iterdir()] == ["young"]
+
+
+# Buckets: what a stage wrote
+
+
+def stage(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files of a finished stage."""
+    outputs = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    return {"stage.json": b"{}", MANIFEST: json.dumps({"outputs": outputs}).encode(), **files}
+
+
+WRITTEN = stage({"policy.json": b"{}", "adapter/weights": b"weights"})
+
+
+def spoil(path: Path, data: bytes) -> None:
+    """Changes a file as a fault of the disk does, which no clock notices."""
+    before = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("part", ["", "/adapter", "/adapter/weights"])
+def test_what_a_stage_wrote_is_not_read_once_it_was_altered(s3: S3Server, part: str) -> None:
+    for name, data in WRITTEN.items():
+        s3.put(f"tune/{name}", data)
+    assert storage.fetch(f"{s3.uri}/tune{part}").exists()
+    s3.put("tune/adapter/weights", b"altered")
+    with pytest.raises(UserError, match="tune/adapter/weights is missing or is not what its stage"):
+        storage.fetch(f"{s3.uri}/tune{part}")
+    s3.put("tune/adapter/weights", b"weights")
+    assert contents(storage.fetch(f"{s3.uri}/tune")) == WRITTEN
+
+
+def test_a_text_that_was_altered_is_not_read(s3: S3Server) -> None:
+    for name, data in WRITTEN.items():
+        s3.put(f"tune/{name}", data)
+    assert storage.read_text(f"{s3.uri}/tune/policy.json") == "{}"
+    s3.put("tune/policy.json", b"[]")
+    with pytest.raises(UserError, match=r"tune/policy\.json is missing or is not what its stage"):
+        storage.read_text(f"{s3.uri}/tune/policy.json")
+
+
+@pytest.mark.parametrize("part", ["", "/adapter"])
+def test_a_stage_without_a_file_that_its_manifest_lists_is_refused(s3: S3Server, part: str) -> None:
+    for name, data in WRITTEN.items():
+        s3.put(f"tune/{name}", data)
+    s3.put("tune/adapter/another")
+    s3.delete("tune/adapter/weights")
+    with pytest.raises(UserError, match="tune/adapter/weights is missing"):
+        storage.fetch(f"{s3.uri}/tune{part}")
+
+
+def test_altered_bytes_of_equal_size_and_time_do_not_stay_in_the_cache(
+    s3: S3Server, tmp_path: Path
+) -> None:
+    storage.publish(write(tmp_path / "tune", WRITTEN), f"{s3.uri}/tune")
+    place = storage.fetch(f"{s3.uri}/tune") / "adapter/weights"
+    # Another process has another memory of which file has which bytes.
+    code = f"from srccore.storage import fetch; fetch('{s3.uri}/tune')"
+    spoil(place, b"altered")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert place.read_bytes() == b"weights"
+
+
+@contextlib.contextmanager
+def spoiling(endpoint: str, key: str, times: int) -> Iterator[str]:
+    """A proxy that changes the first answers with an object, and tells nobody."""
+    left = [times]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked = http.client.HTTPConnection(urlsplit(endpoint).netloc)
+            asked.request("GET", self.path, headers=dict(self.headers))
+            answer = asked.getresponse()
+            body = answer.read()
+            if self.path.endswith(key) and left[0]:
+                left[0] -= 1
+                body = bytes(len(body))
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+            asked.close()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+# Through a proxy, versitygw would notice that the request was signed for another host.
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+@pytest.mark.parametrize(("times", "arrives"), [(2, True), (5, False)])
+def test_bytes_that_change_on_their_way_are_asked_for_again(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, arrives: bool
+) -> None:
+    storage.publish(write(tmp_path / "tune", WRITTEN), f"{s3.uri}/tune")
+    with spoiling(s3.endpoint, "adapter/weights", times) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        if arrives:
+            assert contents(storage.fetch(f"{s3.uri}/tune")) == WRITTEN
+            return
+        with pytest.raises(UserError, match="adapter/weights is missing or is not what"):
+            storage.fetch(f"{s3.uri}/tune")
+    assert not (storage.local_path(f"{s3.uri}/tune") / "adapter/weights").exists()
 
 
 PART = (10, 20, hashlib.sha256(bytes(range(10, 30))).hexdigest())
@@ -593,7 +712,7 @@ def test_two_processes_may_fetch_the_same_at_once(s3: S3Server, requests: Reques
         assert list(both.map(run, range(2))) == [0, 0]
     assert contents(storage.local_path(f"{s3.uri}/model")) == files
     storage.fetch(f"{s3.uri}/model")
-    assert requests.keys("GetObject") == []
+    assert requests.downloads() == []
 
 
 def test_of_two_that_fetch_the_same_at_once_one_downloads_it(
@@ -611,7 +730,7 @@ def test_of_two_that_fetch_the_same_at_once_one_downloads_it(
     with ThreadPoolExecutor() as both:
         found = list(both.map(storage.fetch, [f"{s3.uri}/model"] * 2))
     assert found == [storage.local_path(f"{s3.uri}/model")] * 2
-    assert sorted(requests.keys("GetObject")) == [f"model/shard-{n}" for n in range(3)]
+    assert sorted(requests.downloads()) == [f"model/shard-{n}" for n in range(3)]
 
 
 # versitygw does not accept such keys.
