@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "StoredFile",
     "address_of",
+    "adopt",
     "create",
     "drop_stale",
     "exists",
@@ -731,6 +732,29 @@ def _record_all(address: _Address) -> None:
             path = _bucket_folder(address) / prefix / file.path
             if path.is_file() and path.stat().st_size == file.size:
                 _record(path, path, file.etag, staging)
+
+
+def adopt(folder: Path, uri: str) -> None:
+    """Moves a folder that was published to the `local_path` of its address.
+
+    A later `fetch` downloads nothing.
+
+    Args:
+        folder: The folder; `local_path` may be in it.
+        uri: The folder in a bucket that it was published to.
+
+    Raises:
+        UserError: The cache cannot be written.
+    """
+    address, place = _parse(uri), local_path(uri)
+    with _disk_explained(_cache(), _OTHER_CACHE), _store_explained(address):
+        place.mkdir(parents=True, exist_ok=True)
+        for file in _files_at(folder):
+            if place not in file.parents and file.name != JOURNAL:
+                target = place / file.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+        _record_all(address)
 
 
 def create(uri: str, data: bytes) -> bool:

@@ -111,8 +111,15 @@ class StageFolder:
                 f"Choose another --out or delete {self.path}; nothing was changed.",
             )
         if (self.path / MANIFEST).exists():
+            manifest = read_manifest(self.path)
+            if (manifest.stage, manifest.key) != (self.stage, self._key):
+                raise UserError(
+                    f"{self.path / MANIFEST} belongs to a different stage, input or configuration "
+                    f"than {self.path / STARTED}.",
+                    f"Delete {self.path}, so that the stage is done again; nothing was changed.",
+                )
             self._remove_what_was_for_resuming()
-            return read_manifest(self.path)
+            return manifest
         # Of an attempt that was killed while it wrote a file, or trained.
         for path in list(self.path.rglob("*.tmp")):
             storage.remove(str(path))

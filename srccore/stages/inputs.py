@@ -18,11 +18,11 @@ from srccore.data import dataset
 from srccore.data.index import index_of, is_indexed
 from srccore.data.records import Sample
 from srccore.errors import UserError
-from srccore.files import MANIFEST, STARTED
+from srccore.files import STARTED
 from srccore.hashing import hash_file, hash_text
 from srccore.models.policy import Policy, read_policy, resolve_model_path
 from srccore.stages import splits
-from srccore.stages.manifest import read_manifest
+from srccore.stages.manifest import check_outputs, read_manifest
 
 __all__ = [
     "checkpoint",
@@ -47,7 +47,8 @@ def content(name: str, address: Path | str) -> str:
         A hash: of a finished stage's outputs, of other files' bytes, of a bucket's listing.
 
     Raises:
-        UserError: There is no such file or folder, or it is a stage's that has not finished.
+        UserError: There is no such file or folder, or it is a stage's that has not finished, or
+            that has changed since.
     """
     if isinstance(address, str) and storage.is_remote(address):
         return _listing(address)
@@ -55,10 +56,12 @@ def content(name: str, address: Path | str) -> str:
     if is_indexed(path):
         # It has the texts and the hashes of the images, and may be all that is on this machine.
         path = Path(index_of(str(path)))
+    manifest = check_outputs(path)
     if path.is_file():
-        return _file(path)
+        return hash_file(path)
     if (path / STARTED).is_file():
-        return hash_text(json.dumps(read_manifest(path).outputs, sort_keys=True))
+        outputs = (manifest or read_manifest(path)).outputs
+        return hash_text(json.dumps(outputs, sort_keys=True))
     if path.is_dir():
         # A checkpoint is the same whatever its card says.
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "README.md")
@@ -72,18 +75,6 @@ def _listing(uri: str) -> str:
     if uri.endswith(".parquet") and storage.exists(index := index_of(uri)):
         found = hash_text(f"{found} {storage.fingerprint(index)}")
     return found
-
-
-def _file(path: Path) -> str:
-    """Trusts the manifest of a finished stage for a file that has not been touched since."""
-    manifest = path.parent / MANIFEST
-    if (path.parent / STARTED).is_file() and manifest.is_file():
-        known = read_manifest(path.parent).outputs.get(path.name)
-        # A file that was moved or copied here may have kept an older modification time.
-        found = path.stat()
-        if known and max(found.st_mtime_ns, found.st_ctime_ns) <= manifest.stat().st_ctime_ns:
-            return known
-    return hash_file(path)
 
 
 def fetch_source(config: DataConfig) -> Path:

@@ -2,11 +2,13 @@
 
 Everything large is stored under one `artifact_root`, a folder or ``s3://...``, as
 ``<stage>/<key>``: the key is a hash of everything that went in, including the release. Work that
-this run or another one has done before is therefore not done again. If two pods work on one folder
-at the same time, one waits for the other where they share a file system; otherwise the first to
-finish wins. What Kubeflow passes from pod to pod is small: a reference (a few lines of JSON that
-name a folder), or a ``policy.json`` whose adapters are URIs. An input may also be the thing itself:
-a data set, a stage's folder, a policy.
+this run or another one has done before is therefore not done again. What Kubeflow passes from pod
+to pod is small: a reference (a few lines of JSON that name a folder), or a ``policy.json`` whose
+adapters are URIs. An input may also be the thing itself: a data set, a stage's folder, a policy.
+
+If two pods do the same work at the same time, one waits for the other where they share a file
+system. In a bucket, the first to finish wins: each publishes in a folder of its own below
+``<stage>/<key>``, and the first ``finished.json`` says which of them counts.
 
 When several processes train together (torchrun starts each of them with the same step), the first
 works on the stage's folder and publishes it. The others work in temporary folders, and none exits
@@ -38,7 +40,7 @@ from srccore.models.policy import POLICY_FILE, Policy, parse_policy, policy_docu
 from srccore.stages import inputs as identify
 from srccore.stages import splits
 from srccore.stages.checks import check_device, check_settings
-from srccore.stages.manifest import parse_manifest, read_manifest
+from srccore.stages.manifest import Manifest, parse_manifest, read_manifest
 from srccore.stages.parts import PARTS
 from srccore.stages.table import STAGES, Stage
 from srccore.stopping import stoppable
@@ -47,6 +49,7 @@ from srccore.training.ranks import Processes, is_launched, joined
 from srccore.training.resume import CHECKPOINTS, Checkpoints, PublishedCheckpoints, discard
 
 __all__ = [
+    "FINISHED",
     "STEP",
     "Finished",
     "Lineage",
@@ -59,12 +62,15 @@ __all__ = [
     "import_output",
     "locate_stage",
     "normalise_root",
+    "publish_stage",
     "read_reference",
     "run_stage",
     "work_key",
     "write_lineage",
 ]
 
+FINISHED = "finished.json"
+"""At the address of a stage in a bucket: the manifest of the attempt that counts."""
 STEP = "step.json"
 """In a stage's folder: which folders went into it."""
 
@@ -225,23 +231,79 @@ def finished_stage(stage: str, uri: str) -> Finished | None:
 
     Args:
         stage: Its name.
-        uri: Its folder, by `locate_stage`.
+        uri: Its address, by `locate_stage`.
 
     Returns:
         Its folder and figures; None if there is work to do.
 
     Raises:
-        UserError: Another stage wrote the folder, or its manifest is not whole.
+        UserError: The manifest there is not whole or belongs elsewhere, or a file that it lists is
+            missing.
     """
-    path = storage.join(uri, MANIFEST)
+    path = storage.join(uri, FINISHED if storage.is_remote(uri) else MANIFEST)
     if not storage.exists(path):
         return None
-    manifest = parse_manifest(storage.read_text(path), uri)
+    again = f"Delete {uri}, so that the stage is done again, and check who else can write there."
+    try:
+        manifest = parse_manifest(storage.read_text(path), uri)
+    except UserError:
+        raise UserError(f"{path} is not a whole manifest.", again) from None
     if manifest.stage != stage:
         raise UserError(
             f"{uri} is the output of {manifest.stage}, not {stage}.", "Check the address."
         )
-    return Finished(uri, manifest.figures, manifest.measured)
+    folder = _folder_of(manifest, uri)
+    if manifest.address != _address(folder, uri):
+        raise UserError(f"{path} was not written for this address.", again)
+    found = {file.path for file in storage.listing(folder)} if storage.exists(folder) else set()
+    if missing := manifest.outputs.keys() - found:
+        raise UserError(f"{storage.join(folder, min(missing))} is missing.", again)
+    return Finished(folder, manifest.figures, manifest.measured)
+
+
+def publish_stage(folder: Path, uri: str) -> Finished:
+    """Publishes a finished stage, unless another pod has finished the same work meanwhile.
+
+    Two pods rarely compute the same bytes. In a bucket, each has a folder of its own, so that no
+    manifest is ever beside the data of the other.
+
+    Args:
+        folder: The finished stage.
+        uri: Its address, by `locate_stage`.
+
+    Returns:
+        What counts.
+
+    Raises:
+        UserError: The address cannot be written, or what is there is not whole.
+    """
+    manifest = read_manifest(folder)
+    target = _folder_of(manifest, uri)
+    sealed = manifest.model_copy(update={"address": _address(target, uri)})
+    write_json(folder / MANIFEST, sealed.model_dump(mode="json"))
+    storage.publish(folder, target)
+    if storage.is_remote(uri):
+        text = (folder / MANIFEST).read_bytes()
+        counts = storage.create(storage.join(uri, FINISHED), text)
+        done = finished_stage(manifest.stage, uri)
+        if done and (counts or done.uri == target):
+            storage.adopt(folder, target)
+        elif done:
+            discard(target)
+            return done
+    return Finished(target, manifest.figures, manifest.measured)
+
+
+def _address(folder: str, uri: str) -> str:
+    return below(storage.join(uri, "../.."), folder)
+
+
+def _folder_of(manifest: Manifest, uri: str) -> str:
+    """Returns where the outputs of a stage are: in a bucket, their hash is in the address."""
+    if not storage.is_remote(uri):
+        return uri
+    outputs = json.dumps(manifest.outputs, sort_keys=True)
+    return storage.join(uri, hash_text(outputs)[:16])
 
 
 def import_output(uri: str, artifact: str) -> None:
@@ -404,11 +466,10 @@ def _lead(work: _Work, processes: Processes) -> Finished:
         # A pod of another run may have finished the same work meanwhile: its files are in use.
         if done := _finished_before(work):
             return done
-        storage.publish(folder, work.uri)
+        done = publish_stage(folder, work.uri)
         work.discard_unfinished()
-    print(f"Finished {work.stage.name}: {work.uri}", file=sys.stderr)
-    manifest = read_manifest(folder)
-    return Finished(work.uri, manifest.figures, manifest.measured)
+    print(f"Finished {work.stage.name}: {done.uri}", file=sys.stderr)
+    return done
 
 
 def _follow(work: _Work, processes: Processes) -> None:
@@ -422,7 +483,7 @@ def _finished_before(work: _Work) -> Finished | None:
     """Finds a finished stage in a bucket; in a local folder the stage itself does."""
     done = finished_stage(work.stage.name, work.uri) if storage.is_remote(work.uri) else None
     if done:
-        print(f"{work.stage.name} is finished already: {work.uri}", file=sys.stderr)
+        print(f"{work.stage.name} is finished already: {done.uri}", file=sys.stderr)
         work.discard_unfinished()
     return done
 
@@ -471,8 +532,18 @@ class StepInput:
     policy: Policy | None = None
 
     def fetch(self, scratch: Path) -> Path:
-        """Fetches it to this machine; adapters and images follow when they are used."""
+        """Fetches it to this machine; adapters and images follow when they are used.
+
+        Raises:
+            UserError: It is gone, or is not what its stage wrote.
+        """
         if self.policy is None:
+            if not storage.exists(self.uri):
+                raise UserError(
+                    f"{self.uri} was removed, but a reference to it is left.",
+                    "Submit the run with --no-cache, so that Kubeflow does not reuse the reference "
+                    "and the stage is done again.",
+                )
             return splits.fetch(self.uri)
         file = scratch / POLICY_FILE
         write_policy(file, self.policy)

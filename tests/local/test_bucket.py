@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from srccore import storage
 from srccore.data.dataset import open_data
 from srccore.stages.manifest import read_manifest
 from srccore.stages.table import STAGES, Stage
-from srccore.steps.step import import_output, locate_stage, run_stage
+from srccore.steps.step import import_output, locate_stage, publish_stage, run_stage
 
 moto, no_aws = s3_server.moto, s3_server.no_aws
 
@@ -124,8 +125,10 @@ def test_a_stage_that_is_finished_in_a_bucket_is_found_there(
     further = {"seed": 0, "round_number": 1, "shard": [0, 1]}
     settings |= {name: further[name] for name in stage.settings}
     uri = locate_stage(stage.name, bucket.uri, inputs=inputs, settings=settings)
-    storage.publish(finished / PLACES[stage.name], uri)
+    # Publishing adds the address, and moves the folder into the cache.
+    copy = shutil.copytree(finished / PLACES[stage.name], tmp_path / "copy")
+    published = publish_stage(copy, uri)
     found = run_stage(stage.name, bucket.uri, inputs=inputs, settings=settings)
-    assert found.uri == uri
+    assert found == published
     assert found.figures == read_manifest(finished / PLACES[stage.name]).figures
     assert f"{stage.name} is finished already" in capsys.readouterr().err

@@ -148,14 +148,14 @@ def test_two_pods_of_which_one_is_lost_train_what_one_trains(
     done = finished_stage("train-dpo", uri)
     assert done is not None
     assert not storage.exists(f"{uri}/checkpoint")
-    manifest = json.loads(storage.read_text(f"{uri}/manifest.json"))
+    manifest = json.loads(storage.read_text(f"{uri}/finished.json"))
     assert not any(name.startswith("checkpoint") for name in manifest["outputs"])
 
     # A later job finds it done.
     stored = storage.listing(uri)
     again = [job.start(index) for index in range(2)]
     assert [pod.ends() for pod in again] == [0, 0]
-    assert again[0].last_line == f"train-dpo is finished already: {uri}"
+    assert again[0].last_line == f"train-dpo is finished already: {done.uri}"
     assert re.fullmatch(DEVICE, again[1].log)
     assert storage.listing(uri) == stored
 

@@ -13,6 +13,7 @@ import pytest
 import s3_server
 from s3_server import S3Server
 
+from srccore import storage
 from srccore.cluster.task import StageTask, check_checkpoints, read_artifacts
 from srccore.containers.names import CACHE
 from srccore.errors import UserError
@@ -79,7 +80,7 @@ def test_a_task_runs_far_away_what_the_step_would_have_run(root: str, tmp_path: 
     assert told == made
     assert finished_stage(told.stage, told.uri()) is None
     done = told.run()
-    assert done.uri == told.uri()
+    assert storage.join(done.uri, "..") == told.uri()
     assert finished_stage(told.stage, told.uri()) == done
     assert done.figures["given"] == 8
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from srccore.errors import UserError
+from srccore.files import MANIFEST
 from srccore.method.engine import Work
 from srccore.stages.folder import StageFolder
 from srccore.stages.manifest import read_manifest
@@ -53,6 +55,15 @@ def test_a_folder_of_other_settings_is_refused_untouched(tmp_path: Path, is_fini
     with pytest.raises(UserError, match="already holds the output of a different stage"):
         _folder(tmp_path / "out", seed=2)
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_manifest_of_other_work_is_refused_untouched(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        _folder(tmp_path / str(seed), seed=seed).finish({})
+    shutil.copy(tmp_path / "2" / MANIFEST, tmp_path / "1" / MANIFEST)
+    with pytest.raises(UserError, match=r"manifest.json belongs to a different stage, input or"):
+        _folder(tmp_path / "1", seed=1)
+    assert (tmp_path / "1" / MANIFEST).exists()
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -113,39 +114,34 @@ def test_new_images_at_the_same_paths_are_another_data_set(tmp_path: Path) -> No
     assert len(found) == 2
 
 
-def test_weights_that_a_stage_wrote_are_still_identified_by_their_bytes(checkpoint: Path) -> None:
-    # The folder of a finished stage, and its weights exchanged afterwards.
-    outputs = {"model/model.safetensors": hash_file(checkpoint / "model.safetensors")}
+def test_what_a_stage_wrote_is_refused_once_it_has_changed(checkpoint: Path) -> None:
     stage = checkpoint.parent
     folder = StageFolder(Stage("stage", "A stage.", "models"), stage / "out")
     checkpoint.rename(stage / "out" / "model")
+    (stage / "out" / "figures.json").write_text("{}", encoding="utf-8")
     folder.finish({})
-    assert read_manifest(stage / "out").outputs.items() >= outputs.items()
     before = identify.checkpoint(str(stage / "out" / "model"))
-    (stage / "out" / "model" / "model.safetensors").write_bytes(b"b" * 8)
-    assert identify.checkpoint(str(stage / "out" / "model")) != before
+    weights = stage / "out" / "model" / "model.safetensors"
+    weights.write_bytes(b"b" * weights.stat().st_size)
+    for changed in (stage / "out", stage / "out" / "model", weights):
+        with pytest.raises(UserError, match=r"model\.safetensors is missing or has changed since"):
+            identify.content("model", changed)
+    # The rest is as it was, and so is a copy.
+    identify.content("figures", stage / "out" / "figures.json")
+    copy = shutil.copytree(stage / "out" / "model", stage / "mine")
+    assert identify.checkpoint(str(copy)) != before
+    weights.unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors is missing or has changed since"):
+        identify.content("model", stage / "out")
 
 
-def test_a_split_is_identified_by_its_manifest_until_it_is_touched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_was_put_into_a_stages_folder_is_identified_by_its_content(
+    tmp_path: Path,
 ) -> None:
-    folder = StageFolder(Stage("stage", "A stage.", "light"), tmp_path / "out")
-    split = tmp_path / "out" / "train.parquet"
-    split.write_bytes(b"a")
-    folder.finish({})
-    read: list[Path] = []
-    monkeypatch.setattr(identify, "hash_file", lambda path: read.append(path) or hash_file(path))
-    known = identify.content("data", split)
-    assert known == hash_file(split)
-    assert read == []
-    split.write_bytes(b"b")
-    assert identify.content("data", split) == hash_file(split) != known
-    # Moved here from elsewhere, with an old modification time.
-    status = (tmp_path / "out" / "manifest.json").stat()
-    os.utime(split, ns=(status.st_atime_ns, status.st_mtime_ns - 10**9))
-    assert identify.content("data", split) == hash_file(split) != known
-    split.write_bytes(b"a")
-    assert identify.content("data", split) == known
+    StageFolder(Stage("stage", "A stage.", "light"), tmp_path / "out").finish({})
+    mine = tmp_path / "out" / "mine.jsonl"
+    mine.write_bytes(b"a")
+    assert identify.content("data", mine) == hash_file(mine)
 
 
 def test_a_split_with_an_index_is_identified_by_that(tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ from srccore.data.records import Rationale, read_records
 from srccore.errors import UserError
 from srccore.models.policy import Policy, write_policy
 from srccore.stages import data as data_stages
+from srccore.stages.folder import StageFolder
+from srccore.stages.table import Stage
 from srccore.steps.step import (
+    FINISHED,
     Finished,
     Reference,
     _policy_input,
@@ -30,6 +33,7 @@ from srccore.steps.step import (
     finished_stage,
     import_output,
     locate_stage,
+    publish_stage,
     run_stage,
 )
 
@@ -171,8 +175,7 @@ def test_a_folder_in_a_bucket_ends_with_its_manifest_and_tells_its_inputs(
     names = {file.path for file in storage.listing(made.uri)}
     assert names == {"manifest.json", "rationales.jsonl", "stage.json", "step.json"}
     step = json.loads(storage.read_text(storage.join(made.uri, "step.json")))
-    key = done.uri.rpartition("/")[2]
-    assert step["inputs"] == {"data": [f"prepare-data/{key}/train.parquet"]}
+    assert step["inputs"] == {"data": [f"{done.uri.removeprefix(root)[1:]}/train.parquet"]}
 
 
 def test_an_input_may_be_the_thing_itself_and_counts_by_its_content(
@@ -201,10 +204,101 @@ def test_where_a_stage_will_lie_is_known_before_and_whether_it_is_done(root: str
     uri = locate_stage("prepare-data", root, inputs={}, settings=settings)
     assert finished_stage("prepare-data", uri) is None
     done = prepare(root)
-    assert done.uri == uri
+    assert f"{done.uri}/".startswith(f"{uri}/")
     assert finished_stage("prepare-data", uri) == done
     with pytest.raises(UserError, match="is the output of prepare-data, not train-dpo"):
         finished_stage("train-dpo", uri)
+
+
+@pytest.mark.parametrize("root", ["bucket"], indirect=True)
+def test_a_manifest_that_does_not_belong_to_its_address_is_not_believed(root: str) -> None:
+    done, other = prepare(root), prepare(root, seed=1)
+    address = storage.join(done.uri, "..")
+    marker = f"{address}/{FINISHED}"
+    right = storage.read_text(marker)
+    foreign = storage.read_text(f"{storage.join(other.uri, '..')}/{FINISHED}")
+    for text, problem in (
+        ('{"stage": "prepare-data", "figures": {}}', "is not a whole manifest"),
+        (foreign, "was not written for this address"),
+        # Its outputs decide where they are.
+        (right.replace("train.parquet", "train.txt"), "was not written for this address"),
+    ):
+        overwrite(marker, text)
+        with pytest.raises(UserError, match=f"{marker} {problem}.*Delete {address}"):
+            finished_stage("prepare-data", address)
+    overwrite(marker, right)
+    assert finished_stage("prepare-data", address) == done
+    storage.remove(f"{done.uri}/heldout.parquet")
+    with pytest.raises(UserError, match=r"heldout\.parquet is missing.*Delete"):
+        finished_stage("prepare-data", address)
+
+
+def overwrite(uri: str, text: str) -> None:
+    storage.remove(uri)
+    assert storage.create(uri, text.encode())
+
+
+def test_an_input_that_was_altered_is_refused(
+    root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = prepare(root)
+    split = refer(done, "train.parquet", tmp_path / "train")
+    index = f"{done.uri}/train.index.jsonl"
+    altered = storage.read_text(index).replace("?", "!").encode()
+    if storage.is_remote(index):
+        storage.remove(index)
+        storage.create(index, altered)
+    else:
+        Path(index).write_bytes(altered)
+    with pytest.raises(SystemExit):
+        augment(root, split)
+    assert f"{index} is missing or" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_of_two_pods_that_finish_the_same_work_one_counts_and_is_whole(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swapped: bool
+) -> None:
+    uri = f"{s3.uri}/artifacts/train-scorer/{'0' * 20}"
+    stage = Stage("train-scorer", "A stage.", "models")
+    folders = []
+    for name in ("first", "second"):
+        folder = StageFolder(stage, tmp_path / name)
+        # Two GPUs rarely compute the same bytes.
+        (tmp_path / name / "weights").write_text(name, encoding="utf-8")
+        folder.finish({"pod": name})
+        folders.append(tmp_path / name)
+    upload = storage.publish
+
+    def upload_second_meanwhile(folder: Path, to: str) -> None:
+        upload(folder, to)
+        monkeypatch.setattr(storage, "publish", upload)
+        found.append(publish_stage(folders[1], uri))
+
+    found: list[Finished] = []
+    if swapped:
+        monkeypatch.setattr(storage, "publish", upload_second_meanwhile)
+    found.append(publish_stage(folders[0], uri))
+    if not swapped:
+        found.append(publish_stage(folders[1], uri))
+    winner = "second" if swapped else "first"
+    assert found[0] == found[1] == finished_stage("train-scorer", uri)
+    assert found[0].figures == {"pod": winner}
+    monkeypatch.setenv("SRCCORE_CACHE", str(tmp_path / "another pod"))
+    assert (storage.fetch(found[0].uri) / "weights").read_text() == winner
+    # What does not count is removed.
+    stored = s3.keys()
+    assert sum(key.endswith("/weights") for key in stored) == 1
+
+
+def test_what_was_published_is_in_the_cache(s3: S3Server, tmp_path: Path) -> None:
+    done = prepare(s3.uri)
+    place = storage.local_path(done.uri)
+    before = {path: path.stat().st_ino for path in place.iterdir()}
+    assert storage.fetch(done.uri) == place
+    assert {path: path.stat().st_ino for path in place.iterdir()} == before
+    # Nothing is left of where it was made.
+    assert [path for path in place.parent.iterdir() if path.is_file()] == []
 
 
 def test_torchrun_starts_training_stages_only(
@@ -397,4 +491,6 @@ def test_a_reference_whose_folder_is_gone_says_so(
     gone.write_text(Reference(uri=f"{s3.uri}/prepare-data/none/train.parquet").model_dump_json())
     with pytest.raises(SystemExit):
         augment(f"{s3.uri}/artifacts", gone)
-    assert "nothing is stored" in capsys.readouterr().err.lower()
+    said = capsys.readouterr().err
+    assert "train.parquet was removed, but a reference to it is left" in said
+    assert "--no-cache" in said
