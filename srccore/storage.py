@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from srccore.errors import UserError
-from srccore.files import JOURNAL, MANIFEST, atomically
+from srccore.files import LOCK, MANIFEST, atomically, is_private
 from srccore.hashing import hash_file, hash_text
 
 if TYPE_CHECKING:
@@ -465,7 +465,7 @@ def fetch_part(uri: str, start: int, length: int, sha256: str) -> bytes | None:
         if hashlib.sha256(found).hexdigest() != sha256:
             return None
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomically(kept) as temporary:
+        with atomically(kept, durable=False) as temporary:
             temporary.write_bytes(found)
     return found
 
@@ -679,8 +679,9 @@ def _staging() -> Iterator[Path]:
 def publish(folder: Path, uri: str) -> None:
     """Uploads a stage's folder, or copies it to a local one: data first, the manifest last.
 
-    Journals and ``*.tmp`` are left out. If the folder is the `local_path` of the address, a later
-    `fetch` downloads nothing. Files with other names that are already at the address stay there.
+    Journals, locks and ``*.tmp`` are left out. If the folder is the `local_path` of the address, a
+    later `fetch` downloads nothing. Files with other names that are already at the address stay
+    there.
 
     Args:
         folder: The folder of a stage.
@@ -689,9 +690,7 @@ def publish(folder: Path, uri: str) -> None:
     Raises:
         UserError: The folder is empty, or the address cannot be written.
     """
-    files = sorted(
-        file for file in _files_at(folder) if file.name != JOURNAL and file.suffix != ".tmp"
-    )
+    files = sorted(file for file in _files_at(folder) if not is_private(file.relative_to(folder)))
     if not folder.is_dir() or not files:
         raise UserError(
             f"There is nothing to publish in {folder}.", "Pass the folder of a finished stage."
@@ -740,7 +739,7 @@ def adopt(folder: Path, uri: str) -> None:
     A later `fetch` downloads nothing.
 
     Args:
-        folder: The folder; `local_path` may be in it.
+        folder: The folder; its lock stays where it is.
         uri: The folder in a bucket that it was published to.
 
     Raises:
@@ -750,10 +749,13 @@ def adopt(folder: Path, uri: str) -> None:
     with _disk_explained(_cache(), _OTHER_CACHE), _store_explained(address):
         place.mkdir(parents=True, exist_ok=True)
         for file in _files_at(folder):
-            if place not in file.parents and file.name != JOURNAL:
+            if not is_private(file.relative_to(folder)):
                 target = place / file.relative_to(folder)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(target)
+        for left in folder.iterdir():
+            if left.name != LOCK:
+                remove(str(left))
         _record_all(address)
 
 

@@ -19,11 +19,11 @@ from typing import Any, Protocol
 
 from srccore.config import RunConfig, identity
 from srccore.errors import UserError
-from srccore.files import MANIFEST, writable, write_json
+from srccore.files import MANIFEST, Hold, hold, is_leftover, writable, write_json
 from srccore.method.evaluation import HEADLINE
 from srccore.models.engines import check_installed
 from srccore.models.policy import load_processor, resolve_model_path, response_text
-from srccore.run.folder import RunFolder
+from srccore.run.folder import CONFIG, RunFolder
 from srccore.stages.checks import (
     check_data,
     check_device,
@@ -80,8 +80,8 @@ def run(
         The figures after stage 1 (round 0) and after every round.
 
     Raises:
-        UserError: The folder belongs to a different run, or an input is invalid. The figures of
-            the rounds before are known then.
+        UserError: The folder belongs to a different run, another process works on it, or an input
+            is invalid. The figures of the rounds before are known then.
     """
     for model in (config.model, config.rating_model):
         resolve_model_path(model.path)
@@ -103,7 +103,7 @@ def run(
     if config.device == "cuda":
         # Before a teacher is asked for tens of thousands of rationales.
         check_device("evaluate", folder.output("evaluate", config.rounds), config.device)
-    _open_run(config, folder)
+    held = _open_run(config, folder)
     set_threads(config.threads)
     numbers = tuple(range(workers)) if workers > 1 else ()
     wiring = _Wiring(config, folder, observer, numbers, processes)
@@ -115,6 +115,7 @@ def run(
             wiring.evaluate_waiting(numbers)
         raise
     wiring.evaluate_waiting(numbers)
+    del held
     return wiring.figures
 
 
@@ -163,7 +164,7 @@ def load_run(out: Path) -> RunConfig:
         ) from None
 
 
-def _open_run(config: RunConfig, folder: RunFolder) -> None:
+def _open_run(config: RunConfig, folder: RunFolder) -> Hold:
     out = folder.path
     with writable(out):
         if folder.config.exists():
@@ -174,13 +175,19 @@ def _open_run(config: RunConfig, folder: RunFolder) -> None:
                     f"{', '.join(changed)} differ.",
                     "Choose another --out or pass the same configuration; nothing was changed.",
                 )
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        elif out.exists() and not (
+            out.is_dir() and all(is_leftover(path, CONFIG) for path in out.iterdir())
+        ):
             raise UserError(
                 f"{out} exists but is not a run folder.",
                 "Choose another --out; nothing was changed.",
             )
         out.mkdir(parents=True, exist_ok=True)
+        held = hold(out, wait=False)
+        for path in out.glob("*.tmp"):
+            path.unlink(missing_ok=True)
         write_json(folder.config, config.model_dump(mode="json"))
+        return held
 
 
 def set_threads(threads: int | None) -> None:

@@ -2,7 +2,8 @@
 
 A folder opens with ``stage.json`` (the key: a hash of all that went in) and is finished by
 ``manifest.json``, written last. A finished folder of the same key is not made again, an unfinished
-one resumes from what it has, and a folder of another key is never touched.
+one resumes from what it has, and a folder of another key is never touched. As long as the
+`StageFolder` of an unfinished stage exists, other processes wait for it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,19 @@ from srccore import storage
 from srccore.config import identity
 from srccore.data.records import Record
 from srccore.errors import UserError
-from srccore.files import JOURNAL, MANIFEST, STARTED, writable, write_json
+from srccore.files import (
+    JOURNAL,
+    MANIFEST,
+    STARTED,
+    Hold,
+    hold,
+    is_json,
+    is_leftover,
+    is_private,
+    sync,
+    writable,
+    write_json,
+)
 from srccore.hashing import hash_file, hash_text
 from srccore.method.engine import Work
 from srccore.stages import inputs as identify
@@ -86,6 +99,7 @@ class StageFolder:
         )
         self._began = time.monotonic()
         _reset_peak_memory()
+        self._held: Hold | None = None
         self.manifest = self._open()
 
     @property
@@ -94,36 +108,71 @@ class StageFolder:
         return self.manifest.figures if self.manifest else None
 
     def _open(self) -> Manifest | None:
-        started = self.path / STARTED
         with writable(self.path):
-            if started.exists():
-                found = json.loads(started.read_text(encoding="utf-8")).get("key")
-            elif self.path.exists() and any(self.path.iterdir()):
-                found = None
-            else:
-                self.path.mkdir(parents=True, exist_ok=True)
-                write_json(started, {"stage": self.stage, "key": self._key})
-                return None
-        if found != self._key:
+            if finished := self._finished():
+                return finished
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._held = hold(self.path)
+            # Another process may have finished it meanwhile.
+            if finished := self._finished():
+                return finished
+            # Of an attempt that was killed while it wrote a file, or trained.
+            for path in list(self.path.rglob("*.tmp")):
+                storage.remove(str(path))
+            if (self.path / MANIFEST).exists():
+                print(
+                    f"{self.path / MANIFEST} was not written completely: finishing {self.stage} "
+                    "again.",
+                    file=sys.stderr,
+                )
+                (self.path / MANIFEST).unlink()
+            if self._found_key() is None:
+                write_json(self.path / STARTED, {"stage": self.stage, "key": self._key})
+        return None
+
+    def _finished(self) -> Manifest | None:
+        """Reads the manifest; None where there is work to do.
+
+        Raises:
+            UserError: The folder, or its manifest, belongs to something else.
+        """
+        if self._found_key() not in (None, self._key):
             raise UserError(
                 f"{self.path} already holds the output of a different stage, input or "
                 f"configuration than this {self.stage}.",
                 f"Choose another --out or delete {self.path}; nothing was changed.",
             )
-        if (self.path / MANIFEST).exists():
-            manifest = read_manifest(self.path)
-            if (manifest.stage, manifest.key) != (self.stage, self._key):
-                raise UserError(
-                    f"{self.path / MANIFEST} belongs to a different stage, input or configuration "
-                    f"than {self.path / STARTED}.",
-                    f"Delete {self.path}, so that the stage is done again; nothing was changed.",
-                )
-            self._remove_what_was_for_resuming()
-            return manifest
-        # Of an attempt that was killed while it wrote a file, or trained.
-        for path in list(self.path.rglob("*.tmp")):
-            storage.remove(str(path))
-        return None
+        if not (self.path / MANIFEST).exists() or not is_json(self.path / MANIFEST):
+            return None
+        manifest = read_manifest(self.path)
+        if (manifest.stage, manifest.key) != (self.stage, self._key):
+            raise UserError(
+                f"{self.path / MANIFEST} belongs to a different stage, input or configuration "
+                f"than {self.path / STARTED}.",
+                f"Delete {self.path}, so that the stage is done again; nothing was changed.",
+            )
+        self._remove_what_was_for_resuming()
+        return manifest
+
+    def _found_key(self) -> str | None:
+        """Returns the key of what the folder is for; None if that is yet to be decided."""
+        if not self.path.exists():
+            return None
+        is_new = all(
+            is_leftover(path, STARTED) or path.name == STARTED for path in self.path.iterdir()
+        )
+        if not (self.path / STARTED).exists():
+            return None if is_new else ""
+        if is_json(self.path / STARTED):
+            found = json.loads((self.path / STARTED).read_text(encoding="utf-8"))
+            return str(found["key"])
+        if is_new:
+            return None
+        raise UserError(
+            f"{self.path / STARTED} was not written completely, so what else is in {self.path} "
+            "may be of any stage.",
+            f"Delete {self.path}, so that the stage is done again; nothing was changed.",
+        )
 
     def journal(self, machine: Machine, *kinds: type[R]) -> Journal[R]:
         """Opens the journal of an unfinished stage.
@@ -158,10 +207,15 @@ class StageFolder:
             str(path.relative_to(self.path)): hash_file(path)
             for path in sorted(self.path.rglob("*"))
             if path.is_file()
-            and path.name not in (MANIFEST, STARTED, JOURNAL)
-            and path.suffix != ".tmp"
+            and path.name not in (MANIFEST, STARTED)
+            and not is_private(path.relative_to(self.path))
             and path.relative_to(self.path).parts[0] != CHECKPOINTS
         }
+        # The manifest must not survive a power cut that its files do not.
+        for name in outputs:
+            sync(self.path / name)
+        for folder in {(self.path / name).parent for name in outputs}:
+            sync(folder)
         self.manifest = Manifest(
             stage=self.stage,
             key=self._key,

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import sys
 import tempfile
@@ -34,7 +33,7 @@ import srccore
 from srccore import storage
 from srccore.config import Section, explain, identity
 from srccore.errors import UserError
-from srccore.files import MANIFEST, full_disk_explained, write_json
+from srccore.files import MANIFEST, full_disk_explained, hold, write_json
 from srccore.hashing import hash_text
 from srccore.models.policy import POLICY_FILE, Policy, parse_policy, policy_document, write_policy
 from srccore.stages import inputs as identify
@@ -364,6 +363,12 @@ class _Work:
     root: str
     uri: str
 
+    @property
+    def folder(self) -> Path:
+        """Where it is made: outside the folder that a fetch of what is published makes."""
+        is_remote = storage.is_remote(self.uri)
+        return storage.local_path(storage.join(self.uri, "work") if is_remote else self.uri)
+
     def run(self, out: Path, progress: Progress | None = None) -> None:
         """Fetches what goes in and runs the stage function.
 
@@ -403,7 +408,9 @@ class _Work:
     def discard_unfinished(self) -> None:
         """Removes what a published stage no longer needs."""
         if self.stage.trains:
-            discard(storage.join(self.uri, CHECKPOINTS))
+            uri = storage.join(self.uri, CHECKPOINTS)
+            discard(uri)
+            discard(str(storage.local_path(uri)))
         if parts := self._parts():
             discard(parts)
 
@@ -455,19 +462,21 @@ def _lead(work: _Work, processes: Processes) -> Finished:
     """Works on the stage's folder, and publishes it."""
     from srccore.run.console import ConsoleObserver
 
-    folder = storage.local_path(work.uri)
+    folder = work.folder
     round_number = work.arguments.get("round_number")
-    with _alone(folder):
-        # An attempt that was interrupted after training only has to be published.
-        processes.from_first((folder / MANIFEST).exists())
-        with ConsoleObserver().stage(work.stage.name, round_number) as progress:
-            work.run(folder, progress=progress)
-        write_lineage(folder, work.stage.name, round_number, work.given, work.root)
-        # A pod of another run may have finished the same work meanwhile: its files are in use.
-        if done := _finished_before(work):
-            return done
-        done = publish_stage(folder, work.uri)
-        work.discard_unfinished()
+    folder.mkdir(parents=True, exist_ok=True)
+    held = hold(folder)
+    # An attempt that was interrupted after training only has to be published.
+    processes.from_first((folder / MANIFEST).exists())
+    with ConsoleObserver().stage(work.stage.name, round_number) as progress:
+        work.run(folder, progress=progress)
+    write_lineage(folder, work.stage.name, round_number, work.given, work.root)
+    # A pod of another run may have finished the same work meanwhile.
+    if done := _finished_before(work):
+        return done
+    done = publish_stage(folder, work.uri)
+    del held
+    work.discard_unfinished()
     print(f"Finished {work.stage.name}: {done.uri}", file=sys.stderr)
     return done
 
@@ -486,22 +495,6 @@ def _finished_before(work: _Work) -> Finished | None:
         print(f"{work.stage.name} is finished already: {done.uri}", file=sys.stderr)
         work.discard_unfinished()
     return done
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process on this file system is working on a folder."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{folder.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Another process is working on {folder}: waiting for it.", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            # Some network file systems have no locks; one pod per folder is the rule anyway.
-            print(f"Working on {folder} without a lock: {error.strerror}.", file=sys.stderr)
-        yield
 
 
 def write_lineage(

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from holding import held_by_another
 
 from srccore.errors import UserError
-from srccore.files import atomically, writable, write_json
+from srccore.files import LOCK, atomically, hold, writable, write_json
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -44,3 +46,43 @@ def test_an_output_that_cannot_be_written_is_explained_with_its_option(tmp_path:
         wanted.parent.mkdir()
     assert str(wanted) in str(caught.value)
     assert "Choose another -o" in str(caught.value)
+
+
+def test_content_is_on_the_disk_before_its_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(opened: int) -> None:
+        order.append(os.readlink(f"/proc/self/fd/{opened}"))
+        fsync(opened)
+
+    def note_replace(source: Path, target: Path) -> None:
+        order.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    write_json(tmp_path / "figures.json", {})
+    content, renamed, names = order
+    assert content.startswith(f"{tmp_path}/figures.json.")
+    assert (renamed, names) == ("replace", str(tmp_path))
+
+
+def test_a_folder_that_another_process_holds_is_refused_until_it_is_killed(tmp_path: Path) -> None:
+    with held_by_another(tmp_path) as other:
+        with pytest.raises(UserError, match=f"Another process is working on {tmp_path}"):
+            hold(tmp_path, wait=False)
+        other.kill()
+        other.wait()
+        held = hold(tmp_path, wait=False)
+    assert hold(tmp_path, wait=False) is held
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_a_folder_that_is_no_longer_held_is_free_for_others(tmp_path: Path) -> None:
+    held = hold(tmp_path)
+    del held
+    with held_by_another(tmp_path):
+        pass

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from holding import held_by_another
 
 from srccore.config import load_config
 from srccore.errors import UserError
 from srccore.run.folder import RunFolder
+from srccore.run.loop import _open_run, load_run
 from srccore.run.report.gather import collect
 
 
@@ -119,3 +121,25 @@ def test_a_damaged_file_of_a_run_is_explained(tmp_path: Path, content: bytes) ->
         run.known_figures()
     with pytest.raises(UserError, match=r"kept\.json cannot be read or is damaged"):
         run.is_kept(1)
+
+
+def test_a_run_that_another_process_works_on_is_refused_untouched(tmp_path: Path) -> None:
+    config = load_config("tiny")
+    held = _open_run(config, RunFolder(tmp_path))
+    del held
+    before = (tmp_path / "run.json").stat().st_mtime_ns
+    with (
+        held_by_another(tmp_path),
+        pytest.raises(UserError, match=f"Another process is working on {tmp_path}.*--out"),
+    ):
+        _open_run(config, RunFolder(tmp_path))
+    assert (tmp_path / "run.json").stat().st_mtime_ns == before
+    _open_run(config, RunFolder(tmp_path))
+
+
+def test_a_run_that_was_killed_at_its_first_file_is_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "run.json.0123abcd.tmp").write_text("{", encoding="utf-8")
+    config = load_config("tiny")
+    _open_run(config, RunFolder(tmp_path))
+    assert load_run(tmp_path) == config
+    assert not list(tmp_path.glob("*.tmp"))

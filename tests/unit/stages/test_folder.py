@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from srccore.errors import UserError
-from srccore.files import MANIFEST
+from srccore.files import MANIFEST, STARTED
 from srccore.method.engine import Work
 from srccore.stages.folder import StageFolder
 from srccore.stages.manifest import read_manifest
@@ -136,6 +138,72 @@ def test_a_temporary_file_that_a_killed_process_left_goes_with_the_next_attempt(
     (tmp_path / "out" / "result.jsonl.18.tmp").write_text("half")
     folder.finish({})
     assert read_manifest(tmp_path / "out").outputs == {}
+
+
+WORK = """
+import sys
+from pathlib import Path
+from srccore.stages.folder import StageFolder
+from srccore.stages.table import Stage
+folder = StageFolder(Stage("stage", "A stage.", "light"), Path(sys.argv[1]))
+if folder.figures is None:
+    print("working", flush=True)
+    input()
+    folder.finish({"made by": sys.argv[2]})
+print(folder.figures["made by"], flush=True)
+"""
+
+
+def test_of_two_processes_one_works_and_the_other_waits_for_it(tmp_path: Path) -> None:
+    def start(name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", WORK, str(tmp_path / "out"), name]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+    with start("first") as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "working\n"
+        with start("second") as second:
+            assert second.stderr is not None
+            assert "Another process is working on" in second.stderr.readline()
+            assert first.communicate("\n", timeout=60)[0] == "first\n"
+            assert second.communicate(timeout=60)[0] == "first\n"
+
+
+@pytest.mark.parametrize("text", ["", '{"stage": "sta', "\0\0\0\0"])
+def test_a_manifest_that_a_power_cut_left_incomplete_does_not_count(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _folder(tmp_path).finish({})
+    (tmp_path / MANIFEST).write_text(text, encoding="utf-8")
+    folder = _folder(tmp_path)
+    assert folder.figures is None
+    assert "was not written completely: finishing stage again" in capsys.readouterr().err
+    folder.finish({"answer": 42})
+    assert _folder(tmp_path).figures == {"answer": 42}
+
+
+def test_a_manifest_of_another_release_is_explained_and_kept(tmp_path: Path) -> None:
+    _folder(tmp_path).finish({})
+    text = (tmp_path / MANIFEST).read_text(encoding="utf-8").replace('"stage"', '"step"')
+    (tmp_path / MANIFEST).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="is not the folder of a finished stage"):
+        _folder(tmp_path)
+    assert (tmp_path / MANIFEST).read_text(encoding="utf-8") == text
+
+
+def test_a_folder_that_was_left_at_its_first_file_is_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "stage.json.0123abcd.tmp").write_text("", encoding="utf-8")
+    _folder(tmp_path, seed=1)
+    assert not list(tmp_path.glob("*.tmp"))
+    (tmp_path / STARTED).write_text("", encoding="utf-8")
+    _folder(tmp_path, seed=2)
+    assert json.loads((tmp_path / STARTED).read_text(encoding="utf-8"))["stage"] == "stage"
+    (tmp_path / STARTED).write_text("", encoding="utf-8")
+    (tmp_path / "part.jsonl").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"stage\.json was not written completely"):
+        _folder(tmp_path, seed=2)
+    assert (tmp_path / "part.jsonl").exists()
 
 
 def test_a_missing_input_is_told(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from srccore import storage
 from srccore.config import ModelConfig
 from srccore.data.records import Rationale, read_records
 from srccore.errors import UserError
+from srccore.files import LOCK
 from srccore.models.policy import Policy, write_policy
 from srccore.stages import data as data_stages
 from srccore.stages.folder import StageFolder
@@ -297,8 +298,10 @@ def test_what_was_published_is_in_the_cache(s3: S3Server, tmp_path: Path) -> Non
     before = {path: path.stat().st_ino for path in place.iterdir()}
     assert storage.fetch(done.uri) == place
     assert {path: path.stat().st_ino for path in place.iterdir()} == before
-    # Nothing is left of where it was made.
-    assert [path for path in place.parent.iterdir() if path.is_file()] == []
+    # Nothing is left of where it was made, and it can be made again.
+    assert [path.name for path in (place.parent / "work").iterdir()] == [LOCK]
+    storage.remove(storage.join(done.uri, ".."))
+    assert prepare(s3.uri).uri == done.uri
 
 
 def test_torchrun_starts_training_stages_only(
