@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from s3transfer.manager import TransferManager
 
 __all__ = [
+    "AlteredError",
     "StoredFile",
     "address_of",
     "adopt",
@@ -96,6 +97,10 @@ _DISK_FAULTS = frozenset(
         *("EEXIST", "ENOTDIR", "EISDIR", "ENAMETOOLONG"),
     )
 )
+
+
+class AlteredError(UserError):
+    """What is stored is not what a stage wrote there."""
 
 
 @dataclass(frozen=True)
@@ -579,8 +584,8 @@ def _listed(key: str, manifest: bytes) -> dict[str, str]:
         return {}
 
 
-def _altered(address: _Address) -> UserError:
-    return UserError(
+def _altered(address: _Address) -> AlteredError:
+    return AlteredError(
         f"{address} is missing or is not what its stage wrote: the SHA-256 in {MANIFEST} differs.",
         "Delete the stage's folder, so that the stage is done again. If this is not the first "
         "time, check who else can write there.",

@@ -8,6 +8,7 @@ random number generator: the order of the samples is known before training
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
@@ -17,8 +18,8 @@ from typing import Any
 
 from srccore import storage
 from srccore.errors import UserError
-from srccore.files import MANIFEST, write_json
-from srccore.hashing import stable_hash
+from srccore.files import MANIFEST, is_json, sync, write_json
+from srccore.hashing import hash_file, stable_hash
 from srccore.method.engine import Work
 from srccore.training.ranks import Processes
 
@@ -47,7 +48,8 @@ _FILE = re.compile(r"step-(\d+)/(.+)")
 class Checkpoints:
     """Checkpoints in a folder; only the newest is kept.
 
-    A checkpoint is complete if it has a manifest, which is written last.
+    A checkpoint is complete if it has a manifest, which is written last, and whole if its files
+    have the SHA-256 in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,9 +61,32 @@ class Checkpoints:
         self.folder = folder
 
     def newest(self) -> int | None:
-        """Returns the optimiser steps done at the newest complete checkpoint."""
+        """Returns the optimiser steps done at the newest whole checkpoint.
+
+        Damaged ones are named on stderr.
+        """
+        for step in sorted(self._complete(), reverse=True):
+            if self._is_whole(step):
+                return step
+            print(
+                f"Ignoring the checkpoint of step {step} in {self.folder}: it is damaged.",
+                file=sys.stderr,
+            )
+        return None
+
+    def _complete(self) -> set[int]:
         files = (path.relative_to(self.folder).as_posix() for path in self.folder.glob("*/*"))
-        return max(_steps(files, MANIFEST), default=None)
+        return _steps(files, MANIFEST)
+
+    def _is_whole(self, step: int) -> bool:
+        folder = self.folder / f"step-{step}"
+        if not is_json(folder / MANIFEST):
+            return False
+        outputs = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("outputs", {})
+        return all(
+            (folder / name).is_file() and hash_file(folder / name) == sha256
+            for name, sha256 in outputs.items()
+        )
 
     def bring(self, step: int) -> Path:
         """Returns the folder of a complete checkpoint on this machine.
@@ -88,9 +113,15 @@ class Checkpoints:
         storage.remove(str(unfinished))
         unfinished.mkdir(parents=True)
         write(unfinished)
-        write_json(unfinished / MANIFEST, {"step": step})
+        files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
+        for path in files:
+            sync(path)
+        outputs = {path.relative_to(unfinished).as_posix(): hash_file(path) for path in files}
+        write_json(unfinished / MANIFEST, {"step": step, "outputs": outputs})
         storage.remove(str(made))
         unfinished.rename(made)
+        # The previous one must not be removed while a power cut could still undo that.
+        sync(self.folder)
         for other in self.folder.iterdir():
             if other != made:
                 storage.remove(str(other))
@@ -112,12 +143,17 @@ class PublishedCheckpoints(Checkpoints):
         super().__init__(folder)
         self.uri = uri
 
-    def newest(self) -> int | None:
-        """Returns the optimiser steps done at the newest complete checkpoint in the bucket."""
+    def _complete(self) -> set[int]:
         if not storage.exists(self.uri):
-            return None
-        files = (file.path for file in storage.listing(self.uri))
-        return max(_steps(files, MANIFEST), default=None)
+            return set()
+        return _steps((file.path for file in storage.listing(self.uri)), MANIFEST)
+
+    def _is_whole(self, step: int) -> bool:
+        try:
+            self.bring(step)
+        except storage.AlteredError:
+            return False
+        return True
 
     def bring(self, step: int) -> Path:
         """Fetches a checkpoint."""

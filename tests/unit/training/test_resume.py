@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,34 @@ def test_one_that_was_cut_off_does_not_count_and_is_cleared_away(tmp_path: Path)
     assert checkpoints.newest() == 2
     checkpoints.save(4, write)
     assert names(tmp_path) == ["step-4"]
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "weights.safetensors"])
+def test_a_damaged_one_is_named_and_an_older_whole_one_counts(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoint")
+    checkpoints.save(2, write)
+    shutil.copytree(tmp_path / "checkpoint", tmp_path / "older")
+    checkpoints.save(4, write)
+    (tmp_path / "older" / "step-2").rename(tmp_path / "checkpoint" / "step-2")
+    damaged = tmp_path / "checkpoint" / "step-4" / name
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    assert checkpoints.newest() == 2
+    assert "Ignoring the checkpoint of step 4" in capsys.readouterr().err
+    storage.remove(str(tmp_path / "checkpoint" / "step-2"))
+    assert checkpoints.newest() is None
+
+
+def test_a_damaged_one_in_a_bucket_does_not_count(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (4, 2):
+        published(s3).save(step, write)
+    s3.put("train-dpo/key/checkpoint/step-4/weights.safetensors", b"altered")
+    monkeypatch.setenv("SRCCORE_CACHE", str(tmp_path / "another machine"))
+    assert published(s3).newest() == 2
+    assert (published(s3).bring(2) / "weights.safetensors").read_bytes() == b"weights"
 
 
 def test_the_same_step_is_made_again(tmp_path: Path) -> None:
