@@ -138,7 +138,9 @@ def make_pipeline(pods: Pods, name: str, title: str, description: str) -> Callab
             )
             return add(task, "evaluate", f"evaluate round {number}").outputs["evaluation"]
 
+        # Kubeflow would not look at the data behind the URI; the step does.
         prepared = prepare_data(config=data, version=data_version, **root)
+        prepared.set_caching_options(False)
         splits = add(prepared, "prepare-data").outputs
         train_rationales = augmented(splits["train"], "augment train")
         tuned = tune_rationale(

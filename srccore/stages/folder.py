@@ -93,9 +93,7 @@ class StageFolder:
             raise ValueError(f"The stage {entry.name} declares no sources {sorted(unknown)}.")
         self._inputs = {**_identified(entry, inputs or {}), **(sources or {})}
         self._key = hash_text(
-            json.dumps(
-                [self.stage, srccore.__version__, self._config, self._inputs], sort_keys=True
-            )
+            json.dumps([self.stage, entry.version, self._config, self._inputs], sort_keys=True)
         )
         self._began = time.monotonic()
         _reset_peak_memory()

@@ -59,6 +59,8 @@ class Stage:
         trains: Whether several processes can run it together, and resume from its checkpoints.
         teacher: The setting that may choose an endpoint for it to ask.
         without_teacher: How to do without that endpoint.
+        version: Part of the stage's key. Raised when its code computes something else from the
+            same inputs and settings, so that earlier work is not taken over.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Stage:
     trains: bool = False
     teacher: str = ""
     without_teacher: str = ""
+    version: int = 1
 
     @property
     def has_journal(self) -> bool:

@@ -1,10 +1,11 @@
 """A stage as a pod of a pipeline runs it: fetch what goes in, run it, publish what comes out.
 
 Everything large is stored under one `artifact_root`, a folder or ``s3://...``, as
-``<stage>/<key>``: the key is a hash of everything that went in, including the release. Work that
-this run or another one has done before is therefore not done again. What Kubeflow passes from pod
-to pod is small: a reference (a few lines of JSON that name a folder), or a ``policy.json`` whose
-adapters are URIs. An input may also be the thing itself: a data set, a stage's folder, a policy.
+``<stage>/<key>``: the key is a hash of everything that went in, including the version of the
+stage's code. Work that this run or another one has done before is therefore not done again. What
+Kubeflow passes from pod to pod is small: a reference (a few lines of JSON that name a folder), or a
+``policy.json`` whose adapters are URIs. An input may also be the thing itself: a data set, a
+stage's folder, a policy.
 
 If two pods do the same work at the same time, one waits for the other where they share a file
 system. In a bucket, the first to finish wins: each publishes in a folder of its own below
@@ -29,7 +30,6 @@ from typing import Any, Literal, Protocol, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-import srccore
 from srccore import storage
 from srccore.config import Section, explain, identity
 from srccore.errors import UserError
@@ -598,7 +598,8 @@ def work_key(
     }
     inputs = {name: [each.mark for each in found] for name, found in given.items()}
     sources = [identify.setting(value) for value in arguments.values()]
-    text = json.dumps([stage, srccore.__version__, values, sources, inputs], sort_keys=True)
+    version = STAGES[stage].version
+    text = json.dumps([stage, version, values, sources, inputs], sort_keys=True)
     return hash_text(text)[:20]
 
 
