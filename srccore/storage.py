@@ -9,7 +9,7 @@ What a stage wrote is checked against the SHA-256 in its manifest, wherever it i
 folder with a manifest, and of a file or folder in it.
 
 Assumes that a folder is not written while it is fetched, and that the cache belongs to this
-package alone: a cached folder is made equal to the bucket's, and other files in it are deleted.
+package alone.
 """
 
 from __future__ import annotations
@@ -202,8 +202,9 @@ def resolve(uri: str, name: str) -> str:
 def local_path(uri: str) -> Path:
     """Returns where `fetch` puts an address; local files stay where they are.
 
-    Files from a bucket go to ``s3/BUCKET/KEY`` in the cache: ``$SRCCORE_CACHE``, else
-    ``$XDG_CACHE_HOME/srccore`` or ``~/.cache/srccore``.
+    Files from a bucket go to ``s3/STORE/BUCKET/KEY`` in the cache: ``$SRCCORE_CACHE``, else
+    ``$XDG_CACHE_HOME/srccore`` or ``~/.cache/srccore``. STORE is the host and port of the endpoint,
+    or ``aws``: two stores may have buckets of one name.
     """
     if not is_remote(uri):
         return _local(uri)
@@ -220,7 +221,7 @@ def address_of(path: Path) -> str:
     Raises:
         ValueError: The path is not in the cache.
     """
-    place = path.resolve().relative_to((_cache() / "s3").resolve())
+    place = path.resolve().relative_to(_store_folder().resolve())
     return f"s3://{place.as_posix()}"
 
 
@@ -261,7 +262,13 @@ def _cache() -> Path:
 
 
 def _bucket_folder(address: _Address) -> Path:
-    return _cache() / "s3" / address.bucket
+    return _store_folder() / address.bucket
+
+
+def _store_folder() -> Path:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    store = re.sub(r"[^A-Za-z0-9.-]", "_", urlsplit(endpoint).netloc.rpartition("@")[2])
+    return _cache() / "s3" / (store or "aws")
 
 
 # Looking
@@ -404,10 +411,10 @@ def _single(address: _Address) -> StoredFile | None:
 def fetch(uri: str) -> Path:
     """Brings a file, or a folder with everything below it, to this machine.
 
-    Files that the cache has with the same size and ETag are not downloaded again; files that are
-    no longer in the bucket are deleted, since a stale shard must not be read. Files appear under
-    their names once they are complete, the manifest last. If several processes fetch the same
-    address at once, one of them downloads it.
+    Files that the cache has with the same size and ETag are not downloaded again; files that were
+    fetched and are no longer in the bucket are deleted, since a stale shard must not be read. Files
+    appear under their names once they are complete, the manifest last. If several processes fetch
+    the same address at once, one of them downloads it.
 
     What a manifest lists is read from the cache only with the SHA-256 that it lists, and else
     downloaded again. A local file stays as it is.
@@ -509,7 +516,10 @@ def _mirror(address: _Address, path: Path) -> None:
         return _is_cached(place, wanted[place]) and known.get(place) in (None, hash_file(place))
 
     for stale in set(_files_at(path)) - wanted.keys():
-        stale.unlink(missing_ok=True)
+        # Anything else was not fetched, but is the work of a process.
+        if _record_path(stale).exists():
+            stale.unlink(missing_ok=True)
+            _record_path(stale).unlink(missing_ok=True)
     if all(is_intact(each) for each in wanted):
         return
     with _one_by_one(address), _staging() as staging:
@@ -595,7 +605,7 @@ def _altered(address: _Address) -> AlteredError:
 @contextlib.contextmanager
 def _one_by_one(address: _Address) -> Iterator[None]:
     """Makes the processes that share a cache download an address one after the other."""
-    path = _cache() / "locks" / hash_text(str(address))
+    path = _cache() / "locks" / hash_text(f"{_store_folder()} {address}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         # Some network file systems have no locks; there, each process downloads for itself.
