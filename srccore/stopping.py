@@ -17,7 +17,7 @@ __all__ = ["PREEMPTED", "deferred", "stoppable"]
 
 PREEMPTED = 128 + signal.SIGTERM
 """The exit code after SIGTERM: 143."""
-_NOTE = b"\nStopped by SIGTERM. What is done is kept; run the same again to resume.\n"
+_NOTE = b"\nStopped by SIGTERM. What is done is kept.\n"
 _deferring: list[Callable[[], None]] = []
 """What the blocks of `deferred` want to be called with, the innermost last."""
 
