@@ -200,11 +200,12 @@ def list_command(
         submitted, took = moment(run.created_at), seconds(run)
         created = f"{submitted:%Y-%m-%d %H:%M}" if submitted else "-"
         lasted = duration(took) if took is not None else "-"
-        rows.append((run.run_id, run.display_name, run.state or "PENDING", created, lasted))
+        name = visible(run.display_name)
+        rows.append((run.run_id, name, run.state or "PENDING", created, lasted))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for cells in rows:
         line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        typer.echo(visible(line.rstrip()))
+        typer.echo(line.rstrip())
 
 
 @runs_app.command("status")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srccore.errors import UserError
+from srccore.shown import has_credentials
 
 if TYPE_CHECKING:
     from kfp_server_api import ApiClient, Configuration
@@ -116,7 +117,15 @@ def pod_namespace() -> str | None:
 def _address(text: str) -> str:
     """An address without the fragment that a browser shows; https if it has no scheme."""
     address = text.partition("#")[0].rstrip("/")
-    return address if address.startswith(("http://", "https://")) else f"https://{address}"
+    if not address.startswith(("http://", "https://")):
+        address = f"https://{address}"
+    if has_credentials(address):
+        raise UserError(
+            f"The address {address} has a user name or password in it, which links and commands "
+            "would repeat.",
+            "Pass a token or cookies, by --token-file or --cookies-file.",
+        )
+    return address
 
 
 def _load_kubeconfig(configuration: Configuration) -> None:

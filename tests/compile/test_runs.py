@@ -395,6 +395,14 @@ def test_runs_are_listed_newest_first_over_all_pages(server: KfpServer) -> None:
     assert result.out.splitlines()[2].endswith("SUCCEEDED  2026-03-01 02:00  1 min 58 s")
 
 
+def test_no_name_of_a_run_moves_the_cursor_of_who_lists_it(server: KfpServer) -> None:
+    run = server.add_run(display_name="\x1b[2Jall is well", created_at=clock(0), state="FAILED")
+    for command in (["list"], ["status", run.run_id]):
+        result = call("runs", *command, "--host", server.url)
+        assert "⟨U+001B⟩[2Jall is well" in result.out
+        assert "\x1b[2J" not in result.out
+
+
 def test_runs_of_one_experiment_alone_are_listed(server: KfpServer, pipeline: Path) -> None:
     for experiment in ("one", "two"):
         options = ("--experiment", experiment, "--run-name", f"in {experiment}")

@@ -348,6 +348,14 @@ def test_without_a_host_a_pod_or_a_kubeconfig_the_ways_are_named(
     assert "Pass --host or set KFP_HOST" in result.out
 
 
+@pytest.mark.parametrize("host", ["https://ann:s3cret@kubeflow.example.com", "ann:s3cret@kubeflow"])
+def test_a_host_with_a_password_is_refused_without_quoting_it(pipeline: Path, host: str) -> None:
+    result = call("submit", pipeline, ROOT, "--host", host)
+    assert result.code == 2
+    assert "has a user name or password in it" in result.out
+    assert "s3cret" not in result.out
+
+
 def test_a_missing_credential_is_told_with_the_ways_to_give_one(
     server: KfpServer, pipeline: Path
 ) -> None:
