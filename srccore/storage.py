@@ -21,15 +21,18 @@ import functools
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from srccore.errors import UserError
@@ -37,7 +40,6 @@ from srccore.files import LOCK, MANIFEST, atomically, is_private
 from srccore.hashing import hash_file, hash_text
 
 if TYPE_CHECKING:
-    from botocore.exceptions import BotoCoreError, ClientError
     from mypy_boto3_s3 import S3Client
     from s3transfer.futures import TransferFuture
     from s3transfer.manager import TransferManager
@@ -63,10 +65,15 @@ __all__ = [
     "resolve",
 ]
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 THREADS = 16
 """Concurrent requests; large files are sent in parts, so a single file can use them all."""
 _ATTEMPTS = 5
-"""How often a part of a file is asked for, as for the parts of a transfer."""
+"""How often a file is downloaded that arrives damaged."""
+PAUSES = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60)
+"""Seconds between attempts while a store is down or overloaded: five minutes in all."""
 ABANDONED = 24 * 3600.0
 """Seconds after which an unfinished download is considered abandoned."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -274,6 +281,39 @@ def _store_folder() -> Path:
 # Looking
 
 
+class _UnavailableError(UserError):
+    """The store is down or overloaded, or the network is, which may pass."""
+
+
+_waiting = threading.Lock()
+"""Held by the thread that said that it waits for the store, so that others need not say it."""
+
+
+def _patient(function: Callable[P, T]) -> Callable[P, T]:
+    """Makes a function that may be called again wait until the store is available."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        said = False
+        try:
+            for pause in PAUSES:
+                try:
+                    return function(*args, **kwargs)
+                except _UnavailableError as error:
+                    if not said and (said := _waiting.acquire(blocking=False)):
+                        minutes = round(sum(PAUSES) / 60)
+                        print(f"{error} Trying again for {minutes} minutes.", file=sys.stderr)
+                # Pods that were interrupted together must not come back together.
+                time.sleep(pause * random.uniform(0.5, 1))
+            return function(*args, **kwargs)
+        finally:
+            if said:
+                _waiting.release()
+
+    return wrapped
+
+
+@_patient
 def exists(uri: str) -> bool:
     """Whether there is a file of exactly that name, or a folder with anything in it.
 
@@ -288,6 +328,7 @@ def exists(uri: str) -> bool:
         return any(_objects(address)) or _single(address) is not None
 
 
+@_patient
 def listing(uri: str) -> list[StoredFile]:
     """Lists the files at an address, sorted by path: those of a folder, or the one file.
 
@@ -318,6 +359,7 @@ def fingerprint(uri: str) -> str:
     return hash_text(json.dumps([astuple(file) for file in listing(uri)]))
 
 
+@_patient
 def read_text(uri: str) -> str:
     """Reads a small file, bypassing the cache.
 
@@ -408,6 +450,7 @@ def _single(address: _Address) -> StoredFile | None:
 # Fetching
 
 
+@_patient
 def fetch(uri: str) -> Path:
     """Brings a file, or a folder with everything below it, to this machine.
 
@@ -436,6 +479,7 @@ def fetch(uri: str) -> Path:
     return path
 
 
+@_patient
 def drop_stale(uri: str) -> None:
     """Deletes a file in a bucket from the cache unless it equals the stored one.
 
@@ -450,6 +494,7 @@ def drop_stale(uri: str) -> None:
                 path.unlink(missing_ok=True)
 
 
+@_patient
 def fetch_part(uri: str, start: int, length: int, sha256: str) -> bytes | None:
     """Reads part of a file in a bucket, and keeps it in the cache under its hash.
 
@@ -483,27 +528,16 @@ def fetch_part(uri: str, start: int, length: int, sha256: str) -> bytes | None:
 
 
 def _read(address: _Address, part: str = "bytes=0-") -> bytes:
-    """Reads an object, or a part of it, of which a smaller object has less.
-
-    A connection that breaks in the middle is tried again.
-    """
+    """Reads an object, or a part of it: fewer bytes if the object ends before the part does."""
     from botocore.exceptions import ClientError
-    from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
 
-    left = _ATTEMPTS
-    while True:
-        left -= 1
-        try:
-            # botocore itself only tries again until the answer begins.
-            found = _client().get_object(Bucket=address.bucket, Key=address.key, Range=part)
-            return found["Body"].read()
-        except ClientError as error:
-            if error.response["Error"]["Code"] == "InvalidRange":
-                return b""
-            raise
-        except S3_RETRYABLE_DOWNLOAD_ERRORS:
-            if not left:
-                raise
+    try:
+        found = _client().get_object(Bucket=address.bucket, Key=address.key, Range=part)
+        return found["Body"].read()
+    except ClientError as error:
+        if error.response["Error"]["Code"] == "InvalidRange":
+            return b""
+        raise
 
 
 def _mirror(address: _Address, path: Path) -> None:
@@ -691,6 +725,7 @@ def _staging() -> Iterator[Path]:
 # Publishing
 
 
+@_patient
 def publish(folder: Path, uri: str) -> None:
     """Uploads a stage's folder, or copies it to a local one: data first, the manifest last.
 
@@ -806,6 +841,7 @@ def create(uri: str, data: bytes) -> bool:
     return True
 
 
+@_patient
 def remove(uri: str) -> None:
     """Deletes a file, or a folder with everything below it; does nothing if it does not exist.
 
@@ -913,14 +949,16 @@ class _Fault:
     """A fault that a user can fix.
 
     Args:
-        signs: The store's error codes, or the names of botocore's exceptions.
+        signs: The store's error codes, the class of its HTTP status, or the names of exceptions.
         what: What is wrong; the names in braces are those of `_explain`.
         fix: How to fix it.
+        passes: Whether it may pass without a fix.
     """
 
     signs: tuple[str, ...]
     what: str
     fix: str
+    passes: bool = False
 
 
 _FAULTS = (
@@ -974,15 +1012,34 @@ _FAULTS = (
         "Set AWS_REGION to {region}.",
     ),
     _Fault(
-        ("EndpointConnectionError", "ConnectTimeoutError"),
-        "The store at {endpoint} does not respond ({address}).",
-        "Check AWS_ENDPOINT_URL and AWS_REGION, and that this machine can connect to it.",
-    ),
-    _Fault(
         ("SSLError",),
         "Cannot open a trusted TLS connection to {endpoint} for {address}.",
         "Check that it accepts TLS connections. If your own certificate authority issued its "
         "certificate, set AWS_CA_BUNDLE to the file with that authority's certificate.",
+    ),
+    _Fault(
+        ("EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError"),
+        "The store at {endpoint} does not respond ({address}).",
+        "Check AWS_ENDPOINT_URL and AWS_REGION, and that this machine can connect to it.",
+        passes=True,
+    ),
+    _Fault(
+        (
+            *("ConnectionClosedError", "ReadTimeoutError", "ResponseStreamingError"),
+            *("IncompleteReadError", "ConnectionError", "TimeoutError"),
+        ),
+        "The connection to the store broke or timed out ({address}).",
+        "Check the network between this machine and the store.",
+        passes=True,
+    ),
+    _Fault(
+        (
+            *("5xx", "429", "SlowDown", "Throttling", "ThrottlingException"),
+            *("TooManyRequests", "RequestLimitExceeded", "RequestTimeout"),
+        ),
+        "The store at {endpoint} is overloaded or has a fault ({address}, {sign}).",
+        "Check the store.",
+        passes=True,
     ),
 )
 
@@ -991,17 +1048,23 @@ _FAULTS = (
 def _store_explained(address: _Address) -> Iterator[None]:
     """Turns what a user can fix into a `UserError`; anything else passes unchanged."""
     from botocore.exceptions import BotoCoreError, ClientError
+    from s3transfer.exceptions import RetriesExceededError
 
     try:
         yield
-    except (BotoCoreError, ClientError) as error:
-        explained = _explain(error, address)
+    # While a body is read, errors of the socket may be the system's own.
+    except (
+        *(BotoCoreError, ClientError, RetriesExceededError),
+        *(ConnectionError, TimeoutError),
+    ) as error:
+        cause = error.last_exception if isinstance(error, RetriesExceededError) else error
+        explained = _explain(cause, address)
         if explained is None:
             raise
         raise explained from None
 
 
-def _explain(error: BotoCoreError | ClientError, address: _Address) -> UserError | None:
+def _explain(error: BaseException, address: _Address) -> UserError | None:
     from botocore.exceptions import BotoCoreError, ClientError
 
     detail: Mapping[str, Any] = error.kwargs if isinstance(error, BotoCoreError) else {}
@@ -1010,23 +1073,29 @@ def _explain(error: BotoCoreError | ClientError, address: _Address) -> UserError
     if isinstance(error, ClientError):
         detail, operation = dict(error.response["Error"]), error.operation_name
         endpoint = _client().meta.endpoint_url
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        signs = [str(detail.get("Code"))]
+        # 501 says that the store lacks something, and always will.
+        if status >= 500 and status != 501:
+            signs.append("5xx")
         # Also AssumeRoleWithWebIdentity, with which a service account gets its role.
-        is_role = operation.startswith("AssumeRole")
-        signs = ["AssumeRole" if is_role else str(detail.get("Code"))]
+        elif operation.startswith("AssumeRole"):
+            signs = ["AssumeRole"]
     action, permission = _PERMISSIONS.get(operation, ("use", "the permission"))
     for fault in _FAULTS:
-        if found := [sign for sign in signs if sign in fault.signs]:
+        if any(sign in fault.signs for sign in signs):
             names = {
                 "address": address,
                 "bucket": address.bucket,
-                "sign": found[0],
+                "sign": signs[0],
                 "endpoint": _host(endpoint),
                 "action": action,
                 "permission": permission,
                 "profile": detail.get("profile"),
                 "region": detail.get("Region", "the region of the bucket"),
             }
-            return UserError(fault.what.format(**names), fault.fix.format(**names))
+            kind = _UnavailableError if fault.passes else UserError
+            return kind(fault.what.format(**names), fault.fix.format(**names))
     return None
 
 

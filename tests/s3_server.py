@@ -24,6 +24,8 @@ import pytest
 from botocore.config import Config
 from cluster.build import program
 
+from srccore import storage
+
 STARTS_WITHIN = 30.0
 
 
@@ -204,7 +206,7 @@ def versitygw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def no_aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Hides this machine's settings: no AWS variables, no profile, an empty cache."""
+    """Hides this machine's settings: no AWS variables, no profile, an empty cache; no patience."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
@@ -212,6 +214,7 @@ def no_aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("SRCCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(storage, "PAUSES", ())
 
 
 @pytest.fixture(params=["moto", "versitygw"])

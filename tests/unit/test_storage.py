@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import posixpath
+import re
 import resource
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import s3_server
 from botocore.exceptions import ClientError
 from hypothesis import given
 from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
 from s3_server import S3Server, free_port
 
 from srccore import storage
@@ -657,30 +659,134 @@ def test_a_part_of_a_changed_file_is_told_by_its_hash_and_not_kept(
         storage.fetch_part(f"{s3.uri}/train.parquet", *PART)
 
 
-def test_a_part_is_read_again_when_the_connection_breaks_in_the_middle(
-    keys: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    served: list[str] = []
+class Failing(ThreadingHTTPServer):
+    """A store that fails in one way for each of its `faults`, and then has bytes from 10 to 29."""
 
-    class Breaking(BaseHTTPRequestHandler):
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Failing.Handler)
+        self.faults: list[str] = []
+        self.served = 0
+
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            served.append(self.headers["Range"])
-            self.send_response(206)
-            self.send_header("Content-Length", "20")
+            assert isinstance(self.server, Failing)
+            fault = self.server.faults.pop() if self.server.faults else ""
+            self.server.served += 1
+            # The connection breaks before the answer, or in its middle.
+            if fault == "no answer":
+                return
+            body = ANSWER.format(code=fault).encode() if fault.isalpha() else bytes(range(10, 30))
+            self.send_response(503 if fault.isalpha() else 206)
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            # The third connection stays.
-            self.wfile.write(bytes(range(10, 30 if len(served) == 3 else 20)))
+            self.wfile.write(body[:10] if fault == "half an answer" else body)
 
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setenv("SRCCORE_CACHE", str(tmp_path))
-        assert storage.fetch_part("s3://bucket/train.parquet", *PART) == bytes(range(10, 30))
-        server.shutdown()
-    assert served == ["bytes=10-29"] * 3
+
+@pytest.fixture
+def failing(keys: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Failing]:
+    with Failing() as it:
+        thread = threading.Thread(target=it.serve_forever, args=(0.01,))
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{it.server_port}")
+        try:
+            yield it
+        finally:
+            it.shutdown()
+            thread.join()
+
+
+FAULTS = {
+    "SlowDown": "is overloaded or has a fault (s3://bucket/train.parquet, SlowDown)",
+    "InternalError": "is overloaded or has a fault (s3://bucket/train.parquet, InternalError)",
+    "no answer": "The connection to the store broke or timed out (s3://bucket/train.parquet)",
+    "half an answer": "The connection to the store broke or timed out (s3://bucket/train.parquet)",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_part_is_read_again_while_the_store_fails(
+    failing: Failing,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: str,
+) -> None:
+    monkeypatch.setattr(storage, "PAUSES", (0.01,) * 6)
+    failing.faults = [fault] * 6
+    assert storage.fetch_part("s3://bucket/train.parquet", *PART) == bytes(range(10, 30))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert FAULTS[fault] in line and "Trying again for" in line
+    assert failing.served == 7
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_store_that_fails_for_long_is_reported(
+    failing: Failing, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(storage, "PAUSES", (0.01,) * 2)
+    failing.faults = [fault] * 9
+    with pytest.raises(UserError, match=re.escape(FAULTS[fault])):
+        storage.fetch_part("s3://bucket/train.parquet", *PART)
+    assert failing.served == 3
+
+
+def test_threads_that_wait_for_the_store_say_so_once(
+    failing: Failing, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    together = threading.Barrier(4, timeout=30)
+    monkeypatch.setattr(storage, "PAUSES", (0.01,))
+    monkeypatch.setattr(storage.time, "sleep", lambda _: together.wait())
+    failing.faults = ["SlowDown"] * 4
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda n: storage.fetch_part(f"s3://bucket/{n}", *PART), range(4))
+        assert list(found) == [bytes(range(10, 30))] * 4
+    assert capsys.readouterr().err.count("Trying again") == 1
+
+
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+@pytest.mark.parametrize(
+    "ask",
+    [
+        storage.exists,
+        storage.listing,
+        storage.fetch,
+        storage.remove,
+        lambda uri: storage.read_text(f"{uri}/weights"),
+        lambda uri: storage.drop_stale(f"{uri}/weights"),
+        lambda uri: storage.publish(storage.local_path(uri), uri),
+    ],
+)
+def test_a_store_that_is_down_is_waited_for(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, ask: Callable[[str], object]
+) -> None:
+    s3.put("model/weights")
+    write(storage.local_path(f"{s3.uri}/model"), {"weights": b"data"})
+    port = free_port()
+    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(storage, "PAUSES", (0.01,))
+    monkeypatch.setattr(storage.time, "sleep", lambda _: server.start())
+    try:
+        ask(f"{s3.uri}/model")
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("status", [403, 404, 400, 501])
+def test_what_does_not_pass_is_asked_for_once(
+    keys: None, monkeypatch: pytest.MonkeyPatch, scripted: Scripted, status: int
+) -> None:
+    monkeypatch.setattr(storage, "PAUSES", (600,))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", scripted.url)
+    scripted.status, scripted.body = status, ANSWER.format(code="AccessDenied")
+    with pytest.raises((UserError, ClientError)):
+        storage.fetch_part("s3://bucket/train.parquet", *PART)
+
+
+def test_a_store_is_waited_for_five_minutes() -> None:
+    assert sum(storage.PAUSES) == 300
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
@@ -959,15 +1065,6 @@ def test_a_refusal_is_explained(
     monkeypatch.setenv("AWS_ENDPOINT_URL", scripted.url)
     scripted.status, scripted.body = status, ANSWER.format(code=code)
     assert "hidden" not in refused(storage.listing, "s3://bucket/key", match)
-
-
-def test_a_fault_of_the_store_passes_as_it_is(
-    keys: None, monkeypatch: pytest.MonkeyPatch, scripted: Scripted
-) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", scripted.url)
-    scripted.status, scripted.body = 500, ANSWER.format(code="InternalError")
-    with pytest.raises(ClientError, match="InternalError"):
-        storage.listing("s3://bucket/key")
 
 
 def test_a_role_that_may_not_be_taken_is_told(
