@@ -508,23 +508,35 @@ def fetch_part(uri: str, start: int, length: int, sha256: str) -> bytes | None:
         The part; None if it has another hash, because the file in the bucket has changed.
 
     Raises:
-        UserError: There is no such file, the store denies access, or the cache cannot be written.
+        UserError: There is no such file, or the store denies access.
     """
     kept = _cache() / "parts" / sha256[:2] / sha256
-    with _disk_explained(_cache(), _OTHER_CACHE):
-        with contextlib.suppress(FileNotFoundError):
-            found = kept.read_bytes()
-            if hashlib.sha256(found).hexdigest() == sha256:
-                return found
-        address = _parse(uri)
-        with _store_explained(address):
-            found = _read(address, f"bytes={start}-{start + length - 1}")
-        if hashlib.sha256(found).hexdigest() != sha256:
-            return None
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomically(kept, durable=False) as temporary:
-            temporary.write_bytes(found)
+    with contextlib.suppress(OSError):
+        found = kept.read_bytes()
+        if hashlib.sha256(found).hexdigest() == sha256:
+            return found
+    address = _parse(uri)
+    with _store_explained(address):
+        found = _read(address, f"bytes={start}-{start + length - 1}")
+    if hashlib.sha256(found).hexdigest() != sha256:
+        return None
+    try:
+        with _staging() as staging:
+            (staging / "part").write_bytes(found)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            (staging / "part").replace(kept)
+    except OSError as error:
+        # A full disk should not end hours of work: the bytes are here.
+        _say_once(
+            f"Parts of files cannot be kept in {_cache()}: {error.strerror}. They are read from "
+            f"the bucket each time. {_OTHER_CACHE}"
+        )
     return found
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _read(address: _Address, part: str = "bytes=0-") -> bytes:

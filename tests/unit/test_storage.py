@@ -647,6 +647,34 @@ def test_a_part_that_was_damaged_in_the_cache_is_read_again(s3: S3Server, tmp_pa
     assert kept.read_bytes() == bytes(range(10, 30))
 
 
+def test_a_part_that_cannot_be_kept_is_returned_and_that_is_said_once(
+    s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    s3.put("train.parquet", bytes(range(256)))
+    with files_no_larger_than(19):
+        for _ in range(2):
+            assert storage.fetch_part(f"{s3.uri}/train.parquet", *PART) == bytes(range(10, 30))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"Parts of files cannot be kept in .*/cache: File too large\. They are", line)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_part_is_read_without_a_cache(s3: S3Server, tmp_path: Path) -> None:
+    s3.put("train.parquet", bytes(range(256)))
+    (tmp_path / "cache").write_text("in the way")
+    assert storage.fetch_part(f"{s3.uri}/train.parquet", *PART) == bytes(range(10, 30))
+
+
+def test_a_part_that_a_killed_process_was_writing_is_cleared_away(
+    s3: S3Server, tmp_path: Path
+) -> None:
+    left = write(tmp_path / "cache/tmp/old", {"part": b"half"})
+    os.utime(left, (time.time() - storage.ABANDONED - 60,) * 2)
+    s3.put("train.parquet", bytes(range(256)))
+    storage.fetch_part(f"{s3.uri}/train.parquet", *PART)
+    assert list(contents(tmp_path / "cache")) == [f"parts/{PART[2][:2]}/{PART[2]}"]
+
+
 def test_a_part_of_a_changed_file_is_told_by_its_hash_and_not_kept(
     s3: S3Server, tmp_path: Path
 ) -> None:
