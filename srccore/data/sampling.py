@@ -10,29 +10,18 @@ import bisect
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
 
 from srccore.data.records import Category, Sample
 from srccore.errors import UserError
 from srccore.hashing import hash_text, stable_hash
 
-__all__ = ["MIXTURE", "Heading", "draw", "shard", "split"]
+__all__ = ["MIXTURE", "draw", "shard", "split"]
 
 MIXTURE = {Category.PERCEPTION: 2, Category.CHART: 1, Category.MATH: 1}
 """Parts of each category in a draw (paper)."""
 
 
-class Heading(NamedTuple):
-    """What a draw needs to know of a sample; texts may be too many for the memory."""
-
-    id: str
-    category: Category
-
-
-S = TypeVar("S", Sample, Heading)
-
-
-def draw(samples: Iterable[S], count: int, *, seed: int, start: int = 0) -> list[S]:
+def draw(samples: Iterable[Sample], count: int, *, seed: int, start: int = 0) -> list[Sample]:
     """Draws the paper's mixture: perception, chart and math as 2:1:1.
 
     Each category is sorted by a hash of seed and id, and draw number ``start`` takes the next
@@ -58,13 +47,13 @@ def draw(samples: Iterable[S], count: int, *, seed: int, start: int = 0) -> list
             "Draw at least one sample, and number the draws from 0.",
         )
 
-    def order(sample: S) -> str:
+    def order(sample: Sample) -> str:
         return hash_text(f"{seed}/{sample.id}")
 
     ordered = sorted(samples, key=order)
     if not ordered:
         raise UserError("There are no samples to draw from.", "Pass a data set with samples.")
-    drawn: list[S] = []
+    drawn: list[Sample] = []
     pools = {name: [s for s in ordered if s.category is name] for name in Category}
     sizes = {name: len(pool) for name, pool in pools.items()}
     for name, quota in _quotas(sizes, count).items():
@@ -106,7 +95,7 @@ def split(
     return parts
 
 
-def shard(samples: Iterable[S], index: int, count: int) -> list[S]:
+def shard(samples: Iterable[Sample], index: int, count: int) -> list[Sample]:
     """Takes one of ``count`` shards by a hash of the id: adding samples never moves others.
 
     Args:

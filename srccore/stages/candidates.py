@@ -12,7 +12,6 @@ from srccore.config import AnnotationConfig, ScoringConfig, SearchConfig
 from srccore.data import sampling
 from srccore.data.dataset import DataSet
 from srccore.data.records import CandidateSet, Rating, Sample, Unrated, read_records, write_records
-from srccore.data.sampling import Heading
 from srccore.method import scoring, search
 from srccore.method.driver import Search, drive
 from srccore.method.engine import Work
@@ -86,9 +85,8 @@ def _search(
     start = max(0, round_number - 1)
     seen = trained_on(policy) if unseen_first else set()
     opened = open_split(data)
-    headings = [Heading(sample.id, sample.category) for sample in opened]
-    drawn = _draw(headings, seen, config.samples, seed, start)
-    samples = [opened.sample(heading.id) for heading in sampling.shard(drawn, *shard)]
+    drawn = _draw(list(opened), seen, config.samples, seed, start)
+    samples = sampling.shard(drawn, *shard)
     batches = prompt_batches(samples, opened, policy, config.engine, config.batch_tokens)
     work = None
     with folder.journal(machine, CandidateSet) as journal:
@@ -154,8 +152,8 @@ def _found(
 
 
 def _draw(
-    samples: Sequence[Heading], seen: Set[str], count: int, seed: int, start: int
-) -> list[Heading]:
+    samples: Sequence[Sample], seen: Set[str], count: int, seed: int, start: int
+) -> list[Sample]:
     """Draws samples that the policy was not trained on, and others only if these are too few."""
     unseen = [sample for sample in samples if sample.id not in seen]
     drawn = sampling.draw(unseen, count, seed=seed, start=start) if unseen or not seen else []
