@@ -33,7 +33,7 @@ __all__ = [
 
 _SUFFIX = ".index.jsonl"
 _LINE = 4096
-"""Bytes that most lines have at most."""
+"""Bytes that are read at a time; most lines are shorter."""
 _LAST = re.compile(rb'^\{"size": (\d+)\}\n\Z', re.MULTILINE)
 
 
