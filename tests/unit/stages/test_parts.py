@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,25 @@ def test_two_pods_add_their_parts_side_by_side_and_the_first_record_of_a_thing_c
     # Which of the two is first follows from their names.
     assert [found[0] in RECORDS, found[0] in other].count(True) == 1
     assert found in ([*RECORDS[:4], *other[4:]], [*other[2:], *RECORDS[:2]])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_of_two_writers_is_lost_or_counts_twice(
+    seed: int, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(seed)
+    monkeypatch.setattr(parts, "SAMPLES", draw.randint(1, 3))
+    names = [f"s{number}" for number in range(6)]
+    with journal(s3, tmp_path / "first") as first, journal(s3, tmp_path / "second") as second:
+        writers = {"first": first, "second": second}
+        todo = [(writer, name) for writer in writers for name in names]
+        for writer, name in draw.sample(todo, draw.randint(6, 12)):
+            writers[writer].append(Rationale(sample_id=name, rationale=writer))
+        done = {record for it in writers.values() for record in it.records()}
+    found = published(s3, tmp_path / "third")
+    assert sorted(each.sample_id for each in found) == sorted({each.sample_id for each in done})
+    assert set(found) <= done
+    assert found == published(s3, tmp_path / "fourth")
 
 
 def test_the_same_lines_are_one_part(s3: S3Server, tmp_path: Path) -> None:
