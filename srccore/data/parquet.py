@@ -211,7 +211,7 @@ class ParquetTable:
         Args:
             first: The number of the first row.
         """
-        for number, values in self._values(first, [n for n in self._names if n != "image"], 1024):
+        for number, values in self._values(first, [n for n in self._names if n != "image"]):
             yield Row(number, values)
 
     def streamed(self, first: int) -> Iterator[Row]:
@@ -220,17 +220,15 @@ class ParquetTable:
         Args:
             first: The number of the first row.
         """
-        for number, values in self._values(first, self._names, 64):
+        for number, values in self._values(first, self._names):
             image = functools.partial(_open_value, values.pop("image", None))
             if "image" in self._names:
                 yield Row(number, values, image)
             else:
                 yield Row(number, values, reasons=("image is missing",))
 
-    def _values(
-        self, first: int, columns: list[str], most: int
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yields number and values of each row, from at most so many rows at a time."""
+    def _values(self, first: int, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields number and values of each row."""
         import pyarrow.parquet as pq
 
         number = itertools.count(first)
@@ -242,67 +240,97 @@ class ParquetTable:
                 metadata=self._metadata,
                 buffer_size=_BUFFER,
                 pre_buffer=False,
-                read_dictionary=self._repeating,
+                read_dictionary=self._texts,
             ) as file,
         ):
             # Group by group: over several groups, Arrow keeps what it has read of each.
             for group in range(self._metadata.num_row_groups):
                 for found in file.iter_batches(
-                    batch_size=min(most, self._few(group, columns)),
+                    batch_size=self._few(group) if "image" in columns else 1024,
                     row_groups=[group],
                     columns=columns,
                     use_threads=False,
                 ):
-                    if "facts" in columns:
-                        _check_nested(found.column("facts"), self.path)
-                    for values in found.to_pylist():
+                    for values in _values_of(found, self.path):
                         yield next(number), _without_nulls(values)
 
-    def _few(self, number: int, columns: list[str]) -> int:
-        """Rows of a group that may be in memory together."""
-        group, largest = self._metadata.row_group(number), 1
+    def _few(self, number: int) -> int:
+        """Rows of a group whose images may be in memory together."""
+        group = self._metadata.row_group(number)
+        size = repeated = 0
         for column in map(group.column, range(group.num_columns)):
-            if column.path_in_schema.partition(".")[0] in columns:
-                size = column.total_uncompressed_size
-                # A dictionary stores a value once, so each row may have the largest.
-                repeats = any("DICTIONARY" in encoding for encoding in column.encodings)
-                largest += size if repeats else size // max(1, group.num_rows)
-        return max(1, _AT_ONCE // largest)
+            if column.path_in_schema.partition(".")[0] == "image":
+                size += (whole := column.total_uncompressed_size)
+                if column.has_dictionary_page:
+                    # Each row may have the largest value of a dictionary, which is no larger than
+                    # this, since no page is stored in much more than its size.
+                    stored = column.data_page_offset - column.dictionary_page_offset
+                    repeated += whole - column.total_compressed_size + stored
+        few = min(_AT_ONCE * group.num_rows // max(1, size), MAX_IMAGE_BYTES // max(1, repeated))
+        return max(1, min(64, few))
 
     @property
-    def _repeating(self) -> list[str]:
-        """The texts of facts, which stay as small as they are stored until they are checked."""
+    def _texts(self) -> list[str]:
+        """The columns of texts, which stay as small as they are stored until they are checked."""
         schema = self._metadata.schema
         columns = map(schema.column, range(len(schema)))
-        return [each.path for each in columns if each.path.startswith("facts.")]
+        return [each.path for each in columns if each.path.partition(".")[0] != "image"]
+
+
+def _values_of(batch: Any, path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a batch, one at a time where texts are long."""
+    import pyarrow as pa
+
+    longest = 0
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if name == "facts":
+            _check_nested(column, path)
+        elif pa.types.is_dictionary(column.type):
+            longest += _longest(column.dictionary)
+    count = 1 if longest * batch.num_rows > MAX_IMAGE_BYTES else batch.num_rows
+    for start in range(0, batch.num_rows, count):
+        few = batch.slice(start, count)
+        columns = [
+            # Faster than Arrow's conversion of a dictionary.
+            each.dictionary_decode() if pa.types.is_dictionary(each.type) else each
+            for each in few.columns
+        ]
+        yield from pa.RecordBatch.from_arrays(columns, names=few.schema.names).to_pylist()
+
+
+def _longest(values: Any) -> int:
+    """The size of the longest text, list or value of an array, in bytes or values."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = values.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pc.max(pc.list_value_length(values)).as_py() or 0
+    if pa.types.is_string(kind) or pa.types.is_binary(kind):
+        return pc.max(pc.binary_length(values)).as_py() or 0
+    return 0
 
 
 def _check_nested(values: Any, path: Path) -> None:
     """Checks the sizes of facts while they are Arrow's, where what repeats takes no memory."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    kind, largest, limit = values.type, 0, MAX_ITEMS
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        largest = pc.max(pc.list_value_length(values)).as_py() or 0
-        parts = [values.flatten()]
-    elif pa.types.is_struct(kind):
-        parts = values.flatten()
-    elif pa.types.is_dictionary(kind):
-        parts = [values.dictionary]
-    else:
-        parts = []
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            largest = pc.max(pc.binary_length(values)).as_py() or 0
-            limit = 4 * MAX_FACT_CHARACTERS
-    if largest > limit:
+    kind = values.type
+    is_text = pa.types.is_string(kind) or pa.types.is_binary(kind)
+    limit = 4 * MAX_FACT_CHARACTERS if is_text else MAX_ITEMS
+    if (largest := _longest(values)) > limit:
         raise UserError(
             f"The facts of a row of {path} have a list or text of {largest:,}, "
             f"more than {limit:,}.",
             "Shorten it.",
         )
-    for part in parts:
-        _check_nested(part, path)
+    if pa.types.is_dictionary(kind):
+        _check_nested(values.dictionary, path)
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        _check_nested(values.flatten(), path)
+    elif pa.types.is_struct(kind):
+        for part in values.flatten():
+            _check_nested(part, path)
 
 
 def _open_value(value: Any) -> BinaryIO:
