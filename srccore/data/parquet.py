@@ -266,7 +266,9 @@ class ParquetTable:
                     # this, since no page is stored in much more than its size.
                     stored = column.data_page_offset - column.dictionary_page_offset
                     repeated += whole - column.total_compressed_size + stored
-        few = min(_AT_ONCE * group.num_rows // max(1, size), MAX_IMAGE_BYTES // max(1, repeated))
+        few: int = min(
+            _AT_ONCE * group.num_rows // max(1, size), MAX_IMAGE_BYTES // max(1, repeated)
+        )
         return max(1, min(64, few))
 
     @property
@@ -305,10 +307,12 @@ def _longest(values: Any) -> int:
 
     kind = values.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return pc.max(pc.list_value_length(values)).as_py() or 0
-    if pa.types.is_string(kind) or pa.types.is_binary(kind):
-        return pc.max(pc.binary_length(values)).as_py() or 0
-    return 0
+        lengths = pc.list_value_length(values)
+    elif pa.types.is_string(kind) or pa.types.is_binary(kind):
+        lengths = pc.binary_length(values)
+    else:
+        return 0
+    return int(pc.max(lengths).as_py() or 0)
 
 
 def _check_nested(values: Any, path: Path) -> None:
