@@ -23,6 +23,7 @@ from srccore.data import sampling
 from srccore.data.dataset import read_samples, write_data
 from srccore.data.records import Category, Sample
 from srccore.errors import UserError
+from srccore.files import MANIFEST
 from srccore.stages import inputs, splits
 
 moto, no_aws = s3_server.moto, s3_server.no_aws
@@ -45,7 +46,7 @@ IMAGES = [noise() for _ in range(COUNT)]
 
 
 class Received:
-    """How many bytes of objects the client has asked for, and of which."""
+    """How many bytes of objects the client has asked for, and of which; manifests do not count."""
 
     def __init__(self, server: S3Server) -> None:
         self.server = server
@@ -53,6 +54,8 @@ class Received:
         self.keys: list[str] = []
 
     def note(self, params: dict[str, Any], **_: object) -> None:
+        if params["Key"].endswith(MANIFEST):
+            return
         first, last = params["Range"].removeprefix("bytes=").split("-")
         self.keys.append(params["Key"])
         # The range of a transfer's part may go beyond the end of a small file.
