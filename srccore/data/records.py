@@ -64,7 +64,8 @@ class Category(StrEnum):
 class Record(BaseModel):
     """Base of all records: frozen, no unknown fields, and a name and version for its files."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # JSON has no numbers that are not finite: they would be written as null.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     record: ClassVar[str] = ""
     version: ClassVar[int] = 1
 
@@ -186,8 +187,7 @@ class Rating(Record):
 
     @model_validator(mode="after")
     def _is_distribution(self) -> Rating:
-        # Written so that NaN fails, too.
-        if not (min(self.probabilities) >= 0 and abs(sum(self.probabilities) - 1) <= 1e-3):
+        if min(self.probabilities) < 0 or abs(sum(self.probabilities) - 1) > 1e-3:
             raise ValueError(f"{self.probabilities} is not a distribution over the rating tokens")
         return self
 

@@ -157,7 +157,7 @@ def load_run(out: Path) -> RunConfig:
     path = RunFolder(out).config
     try:
         return RunConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise UserError(
             f"{out} is not a run folder: its {path.name} is missing or unreadable.",
             "Pass a folder that srccore run --out created.",

@@ -89,9 +89,21 @@ def test_a_file_that_is_not_understood_is_refused(
 def test_a_rating_is_a_distribution() -> None:
     assert rating(0.2, 0.2, 0.2, 0.2, 0.2).mass == 1
     nan = float("nan")
-    for bad in ((0, 0, 0, 0, 0), (0.5, 0.5, 0.5, 0, 0), (-1, 2, 0, 0, 0), (nan, 0, 0, 0, 1)):
+    for bad in ((0, 0, 0, 0, 0), (0.5, 0.5, 0.5, 0, 0), (-1, 2, 0, 0, 0)):
         with pytest.raises(ValidationError, match="not a distribution"):
             rating(*bad)
+    with pytest.raises(ValidationError, match="finite"):
+        rating(nan, 0, 0, 0, 1)
+
+
+def test_a_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "candidates.jsonl"
+    write_records(path, CandidateSet, [])
+    candidate = '{"id": "a", "text": "x", "log_probability": -Infinity, "token_count": 1}'
+    with path.open("a") as file:
+        file.write(f'{{"sample_id": "s", "candidates": [{candidate}]}}\n')
+    with pytest.raises(UserError, match=r"candidates\.0\.log_probability: .* finite"):
+        list(read_records(path, CandidateSet))
 
 
 def test_two_candidates_of_one_id_are_refused() -> None:

@@ -115,8 +115,10 @@ def test_a_training_in_progress_does_not_keep_a_run_from_its_report(tmp_path: Pa
 def test_a_damaged_file_of_a_run_is_explained(tmp_path: Path, content: bytes) -> None:
     run = RunFolder(tmp_path)
     run.round(1).mkdir()
-    for path in (run.figures, run.kept(1)):
+    for path in (run.figures, run.kept(1), run.config):
         path.write_bytes(content)
+    with pytest.raises(UserError, match=r"its run\.json is missing or unreadable"):
+        load_run(tmp_path)
     with pytest.raises(UserError, match=r"figures\.json cannot be read or is damaged"):
         run.known_figures()
     with pytest.raises(UserError, match=r"kept\.json cannot be read or is damaged"):
