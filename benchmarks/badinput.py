@@ -56,7 +56,9 @@ from srccore.stages.manifest import read_manifest
 
 SEED = 20261127
 ALARM = 20.0
-"""Seconds; a case takes milliseconds."""
+"""CPU seconds; a case takes milliseconds."""
+LONGEST_WAIT = 300.0
+"""Seconds, for a case that waits: the machine may be busy."""
 LONGEST_MESSAGE = 3_000
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -855,7 +857,8 @@ def attempt(number: int, seed: int, tally: dict[str, Tally], *, loud: bool = Fal
         case = KINDS[name](random.Random(f"{seed}/{number}"), Path(scratch))
         began = time.perf_counter()
         fault = ""
-        signal.setitimer(signal.ITIMER_REAL, ALARM)
+        signal.setitimer(signal.ITIMER_PROF, ALARM)
+        signal.setitimer(signal.ITIMER_REAL, LONGEST_WAIT)
         try:
             case.run()
             if case.is_bad:
@@ -877,6 +880,7 @@ def attempt(number: int, seed: int, tally: dict[str, Tally], *, loud: bool = Fal
             if loud:
                 traceback.print_exc()
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
         mine.cases += 1
         mine.known_bad += case.is_bad
@@ -902,7 +906,7 @@ def _ring(*_: object) -> None:
 def measure(numbers: range, seed: int = SEED, *, loud: bool = False) -> dict[str, Tally]:
     """Runs cases; must be called in the main thread, which gets the alarm."""
     tally: dict[str, Tally] = {}
-    before = signal.signal(signal.SIGALRM, _ring)
+    before = {each: signal.signal(each, _ring) for each in (signal.SIGALRM, signal.SIGPROF)}
     try:
         for number in numbers:
             attempt(number, seed, tally, loud=loud)
@@ -911,7 +915,8 @@ def measure(numbers: range, seed: int = SEED, *, loud: bool = False) -> dict[str
     except KeyboardInterrupt:
         print(f"Stopped after {number} cases.", file=sys.stderr)
     finally:
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return tally
 
 
