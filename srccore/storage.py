@@ -481,17 +481,18 @@ def fetch(uri: str) -> Path:
 
 @_patient
 def drop_stale(uri: str) -> None:
-    """Deletes a file in a bucket from the cache unless it equals the stored one.
+    """Deletes what was fetched of a file from the cache unless it equals the stored one.
 
     Raises:
         UserError: The store denies access, or the cache cannot be written.
     """
     path, address = local_path(uri), _parse(uri)
-    if path.is_file():
+    # Without a record, it was not fetched, but is the work of a process.
+    if path.is_file() and _record_path(path).exists():
         with _disk_explained(_cache(), _OTHER_CACHE), _store_explained(address):
             found = _single(address)
             if found is None or not _is_cached(path, found):
-                path.unlink(missing_ok=True)
+                _drop(path)
 
 
 @_patient
@@ -564,8 +565,7 @@ def _mirror(address: _Address, path: Path) -> None:
     for stale in set(_files_at(path)) - wanted.keys():
         # Anything else was not fetched, but is the work of a process.
         if _record_path(stale).exists():
-            stale.unlink(missing_ok=True)
-            _record_path(stale).unlink(missing_ok=True)
+            _drop(stale)
     if all(is_intact(each) for each in wanted):
         return
     with _one_by_one(address), _staging() as staging:
@@ -680,6 +680,11 @@ def _download(
             future.meta.provide_object_etag(f'"{file.etag}"')
 
     return transfers.download(address.bucket, prefix + file.path, str(to), subscribers=[Listed()])
+
+
+def _drop(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    _record_path(path).unlink(missing_ok=True)
 
 
 def _place(downloaded: Path, path: Path, etag: str, staging: Path) -> None:

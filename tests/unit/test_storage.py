@@ -790,10 +790,13 @@ def test_a_store_that_is_down_is_waited_for(
     s3: S3Server, monkeypatch: pytest.MonkeyPatch, ask: Callable[[str], object]
 ) -> None:
     s3.put("model/weights")
-    write(storage.local_path(f"{s3.uri}/model"), {"weights": b"data"})
     port = free_port()
-    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    server.start()
+    write(storage.fetch(f"{s3.uri}/model"), {"weights": b"changed"})
+    server.stop()
+    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
     monkeypatch.setattr(storage, "PAUSES", (0.01,))
     monkeypatch.setattr(storage.time, "sleep", lambda _: server.start())
     try:
