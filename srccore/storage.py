@@ -87,8 +87,8 @@ _UPLOADS = (
     "CompleteMultipartUpload",
     "AbortMultipartUpload",
 )
-_UNCONDITIONAL = (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED)
-"""How a store refuses a conditional write."""
+_UNCONDITIONAL = ("NotImplemented", "InvalidArgument", "InvalidRequest")
+"""How a store refuses a conditional write that it does not know."""
 _PERMISSIONS = {
     "ListObjectsV2": ("list", "s3:ListBucket"),
     "HeadObject": ("read", "s3:GetObject"),
@@ -559,8 +559,12 @@ def _mirror(address: _Address, path: Path) -> None:
     wanted = {_bucket_folder(address) / prefix / file.path: file for file in files}
     known = _hashes(address, prefix, files)
 
+    def is_right(place: Path, content: Path) -> bool:
+        # A base model that no manifest lists is not read for this.
+        return place not in known or known[place] == hash_file(content)
+
     def is_intact(place: Path) -> bool:
-        return _is_cached(place, wanted[place]) and known.get(place) in (None, hash_file(place))
+        return _is_cached(place, wanted[place]) and is_right(place, place)
 
     for stale in set(_files_at(path)) - wanted.keys():
         # Anything else was not fetched, but is the work of a process.
@@ -585,9 +589,8 @@ def _mirror(address: _Address, path: Path) -> None:
                     ]
                     for n, (each, download) in enumerate(begun):
                         download.result()
-                        is_right = known.get(each) in (None, hash_file(staging / str(n)))
                         # Another process may have placed it in the meantime, and be reading it.
-                        if is_right and not is_intact(each):
+                        if is_right(each, staging / str(n)) and not is_intact(each):
                             _place(staging / str(n), each, wanted[each].etag, staging)
                 left = [each for each in left if not is_intact(each)]
             if left:
@@ -826,7 +829,7 @@ def adopt(folder: Path, uri: str) -> None:
         _record_all(address)
 
 
-def create(uri: str, data: bytes) -> bool:
+def create(uri: str, data: bytes, *, patient: bool = True) -> bool:
     """Stores a small file in a bucket unless there is one: of several writers, the first one wins.
 
     A store without conditional writes replaces what is there. So the name of a file that several
@@ -835,6 +838,7 @@ def create(uri: str, data: bytes) -> bool:
     Args:
         uri: The file.
         data: Its content.
+        patient: Whether to wait for a store that is not available.
 
     Returns:
         Whether it was stored; False if there is one already.
@@ -842,20 +846,31 @@ def create(uri: str, data: bytes) -> bool:
     Raises:
         UserError: The address cannot be written.
     """
+    write = _patient(_create) if patient else _create
+    return write(_parse(uri), data)
+
+
+def _create(address: _Address, data: bytes) -> bool:
     from botocore.exceptions import ClientError
 
-    address = _parse(uri)
+    place = {"Bucket": address.bucket, "Key": address.key}
     with _store_explained(address):
-        try:
-            _client().put_object(Bucket=address.bucket, Key=address.key, Body=data, IfNoneMatch="*")
-        except ClientError as error:
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            if status == HTTPStatus.PRECONDITION_FAILED:
-                return False
-            if status not in _UNCONDITIONAL:
-                raise
-            _client().put_object(Bucket=address.bucket, Key=address.key, Body=data)
-    return True
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                _client().put_object(**place, Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+                if status == HTTPStatus.PRECONDITION_FAILED:
+                    return False
+                # Another conditional write of the same key is under way.
+                if status == HTTPStatus.CONFLICT and left:
+                    time.sleep(random.uniform(0.1, 1))
+                    continue
+                if error.response["Error"]["Code"] not in _UNCONDITIONAL:
+                    raise
+                _client().put_object(**place, Body=data)
+            return True
+    raise AssertionError("unreachable")
 
 
 @_patient

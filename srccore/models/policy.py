@@ -296,9 +296,10 @@ def loading(path: str | Path) -> Iterator[None]:
     except (UserError, MemoryError, ModuleNotFoundError):
         raise
     except Exception as error:  # Damaged files raise all kinds of errors in the libraries.
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; the checkpoint is in order
-            raise
         reason = " ".join(str(error).split())
+        # The checkpoint is in order: the GPU is not, or is too small.
+        if type(error).__name__ == "OutOfMemoryError" or "CUDA error" in reason:
+            raise
         if "trust_remote_code" in reason:
             raise UserError(
                 f"The checkpoint {path} can only be loaded by code that comes with it, which is "

@@ -135,7 +135,7 @@ class Parts:
         text = "".join(f"{line}\n" for line in (self._header, *lines))
         uri = storage.join(self.uri, f"{self._number:05}-{_hash(text)}.jsonl")
         try:
-            storage.create(uri, text.encode())
+            storage.create(uri, text.encode(), patient=False)
         except Exception as error:  # errors of the store's client, too
             if not self._has_warned:
                 print(

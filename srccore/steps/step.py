@@ -466,8 +466,12 @@ def _lead(work: _Work, processes: Processes) -> Finished:
     round_number = work.arguments.get("round_number")
     folder.mkdir(parents=True, exist_ok=True)
     held = hold(folder)
+    # Another process may have finished it while this one waited.
+    done = _finished_before(work)
     # An attempt that was interrupted after training only has to be published.
-    processes.from_first((folder / MANIFEST).exists())
+    processes.from_first(done is not None or (folder / MANIFEST).exists())
+    if done:
+        return done
     with ConsoleObserver().stage(work.stage.name, round_number) as progress:
         work.run(folder, progress=progress)
     write_lineage(folder, work.stage.name, round_number, work.given, work.root)

@@ -371,6 +371,40 @@ def test_a_store_without_conditional_writes_gets_unconditional_ones(
     assert stored == [("/bucket/parts/1", b"data")]
 
 
+def test_a_conflict_of_two_conditional_writes_is_tried_again(
+    no_aws: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statuses = [409, 409, 412, 200]
+
+    class Busy(BaseHTTPRequestHandler):
+        """A store in which another write of the same key is under way."""
+
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            status = statuses.pop(0)
+            body = b"" if status == 200 else b"<Error><Code>Conditional</Code></Error>"
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_MAX_ATTEMPTS": "1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        assert not storage.create("s3://bucket/finished.json", b"data")
+        assert storage.create("s3://bucket/finished.json", b"data")
+        server.shutdown()
+
+
 def test_the_manifest_is_uploaded_last_and_the_journal_not_at_all(
     s3: S3Server, tmp_path: Path, on: Hook
 ) -> None:

@@ -80,9 +80,11 @@ def test_a_sample_without_a_reference_is_left_unrated_and_counted(
     assert curated["reasons"]["no_reference"] == 1
     assert len(curated["anchors"]) == 1
     # Missing ratings are something else than missing references.
-    (rated / "unrated.jsonl").unlink()
+    own = tmp_path / "own"
+    own.mkdir()
+    shutil.copy2(rated / "ratings.jsonl", own)
     with pytest.raises(UserError, match="ratings of sample untold do not cover"):
-        curate_preference(config, **given, ratings=[rated], out=tmp_path / "other")
+        curate_preference(config, **given, ratings=[own], out=tmp_path / "other")
 
 
 def test_a_sample_without_a_reference_can_be_rated_by_its_answer_alone(

@@ -20,11 +20,12 @@ from srccore import storage
 from srccore.config import ModelConfig
 from srccore.data.records import Rationale, read_records
 from srccore.errors import UserError
-from srccore.files import LOCK
+from srccore.files import LOCK, Hold
 from srccore.models.policy import Policy, write_policy
 from srccore.stages import data as data_stages
 from srccore.stages.folder import StageFolder
 from srccore.stages.table import Stage
+from srccore.steps import step
 from srccore.steps.step import (
     FINISHED,
     Finished,
@@ -290,6 +291,28 @@ def test_of_two_pods_that_finish_the_same_work_one_counts_and_is_whole(
     # What does not count is removed.
     stored = s3.keys()
     assert sum(key.endswith("/weights") for key in stored) == 1
+
+
+def test_work_that_another_process_finished_in_the_meantime_is_not_done_again(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold, run = step.hold, step._Work.run
+    runs: list[Path] = []
+
+    def waiting(folder: Path) -> Hold:
+        monkeypatch.setattr(step, "hold", hold)
+        # As a process that shares this cache does while this one waits.
+        prepare(s3.uri)
+        return hold(folder)
+
+    def counted(work: Any, out: Path, **given: Any) -> None:
+        runs.append(out)
+        run(work, out, **given)
+
+    monkeypatch.setattr(step, "hold", waiting)
+    monkeypatch.setattr(step._Work, "run", counted)
+    prepare(s3.uri)
+    assert len(runs) == 1
 
 
 def test_what_was_published_is_in_the_cache(s3: S3Server, tmp_path: Path) -> None:
