@@ -853,11 +853,12 @@ def create(uri: str, data: bytes, *, patient: bool = True) -> bool:
 def _create(address: _Address, data: bytes) -> bool:
     from botocore.exceptions import ClientError
 
-    place = {"Bucket": address.bucket, "Key": address.key}
+    bucket, key, left = address.bucket, address.key, _ATTEMPTS
     with _store_explained(address):
-        for left in reversed(range(_ATTEMPTS)):
+        while True:
+            left -= 1
             try:
-                _client().put_object(**place, Body=data, IfNoneMatch="*")
+                _client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
             except ClientError as error:
                 status = error.response["ResponseMetadata"]["HTTPStatusCode"]
                 if status == HTTPStatus.PRECONDITION_FAILED:
@@ -868,9 +869,8 @@ def _create(address: _Address, data: bytes) -> bool:
                     continue
                 if error.response["Error"]["Code"] not in _UNCONDITIONAL:
                     raise
-                _client().put_object(**place, Body=data)
+                _client().put_object(Bucket=bucket, Key=key, Body=data)
             return True
-    raise AssertionError("unreachable")
 
 
 @_patient
