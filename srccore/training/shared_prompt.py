@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from srccore.method.engine import Work
-from srccore.models.families import FAMILIES, prompt_positions
+from srccore.models.families import prompt_positions
 
 __all__ = ["Collator", "Layout", "share_prompts"]
 
@@ -261,8 +261,6 @@ class _Reader:
         self._of_images = set(inspect.signature(self.backbone.get_image_features).parameters)
         self.inputs = {"input_ids", "row_ids", "attention_mask", "mm_token_type_ids"}
         self.inputs |= self._of_images
-        family = FAMILIES[model.config.model_type]
-        self._inside = f"{family.language_model.removeprefix('model.')}."
         self.work = Work()
         self.tokens: Tensor | int = 0
         self._last: tuple[Tensor, _Read] | None = None
@@ -277,8 +275,8 @@ class _Reader:
         of_prompts, following = prompt_positions(
             self.backbone, inputs["row_ids"], segments == PROMPT, inputs
         )
-        is_frozen = self._is_frozen()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
+        # No adapter changes what encodes images (`srccore.models.folding`).
+        with torch.no_grad():
             images = self._encode(inputs)
         self.work.image_encodings += len(segments)
         read = _Read(
@@ -288,16 +286,8 @@ class _Reader:
             mask=_masks(layout, self.backbone) if count > 1 else inputs["attention_mask"],
             predicting=layout.predicting(count, length),
         )
-        self._last = (segments, read) if is_frozen else None
+        self._last = (segments, read)
         return read
-
-    def _is_frozen(self) -> bool:
-        """Whether images are encoded by weights that no adapter changes."""
-        # By name: while the reference reads, its adapter is disabled and seems frozen.
-        return not any(
-            ".lora_" in name and not name.startswith(self._inside)
-            for name, _ in self.backbone.named_parameters()
-        )
 
     def _encode(self, inputs: Mapping[str, Any]) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPooling

@@ -79,6 +79,7 @@ def test_a_policy_that_did_not_learn_the_format_is_refused_and_not_trained_again
     assert steps == [1]
     assert (figures["format_rate"], figures["steps"]) == (0, 1)
     assert sorted(path.name for path in out.iterdir()) == [
+        ".lock",
         "adapter",
         "manifest.json",
         "policy.json",

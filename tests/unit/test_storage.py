@@ -830,6 +830,8 @@ def test_a_store_that_is_down_is_waited_for(
     server.start()
     write(storage.fetch(f"{s3.uri}/model"), {"weights": b"changed"})
     server.stop()
+    # A new client: a connection that was kept open may still be answered.
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
     monkeypatch.setattr(storage, "PAUSES", (0.01,))
     monkeypatch.setattr(storage.time, "sleep", lambda _: server.start())

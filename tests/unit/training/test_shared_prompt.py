@@ -160,16 +160,6 @@ def test_they_are_with_gradient_checkpointing_too(
     compare(training, Policy(base=awkward("qwen2.5-vl")), config, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("training", ["dpo", "rationale"])
-def test_they_are_where_an_adapter_changes_how_images_are_encoded(
-    awkward: Awkward, training: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    targets = r".*(multi_modal_projector\.linear_1|language_model.*\.q_proj)"
-    lora = LORA.model_copy(update={"target_modules": targets})
-    config = settings(training, lora=lora)
-    compare(training, Policy(base=awkward("cropping")), config, tmp_path, monkeypatch)
-
-
 @pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
 def test_images_are_encoded_once_for_policy_and_reference(
     awkward: Awkward, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
