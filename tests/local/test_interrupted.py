@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from srccore.config import LoraSettings
 from srccore.files import MANIFEST
+from srccore.hashing import hash_file
 
 pytestmark = pytest.mark.long
 
@@ -99,7 +100,9 @@ def test_a_checkpoint_holds_no_more_than_is_needed(tmp_path: Path) -> None:
     # Only those of the adapter: the base model's weights are not copied.
     weights = load_file(checkpoint / "weights.safetensors")
     assert all("lora_" in name for name in weights)
-    assert json.loads((checkpoint / MANIFEST).read_text()) == {"step": 4}
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    assert manifest["step"] == 4
+    assert manifest["outputs"].keys() == names - {MANIFEST}
 
 
 def test_none_is_written_where_none_is_wanted(tmp_path: Path) -> None:
@@ -122,6 +125,10 @@ class Harm:
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, name: str) -> None:
     checkpoint = interrupted(tmp_path, **EVERY_STEP)
     torch.save(Harm(tmp_path / "harm"), checkpoint / name)
+    # Whoever can write the file can also write its hash.
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["outputs"][name] = hash_file(checkpoint / name)
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(pickle.UnpicklingError):
         small_trainings.dpo(tmp_path, **EVERY_STEP)
     assert not (tmp_path / "harm").exists()
