@@ -510,11 +510,15 @@ def test_an_object_that_changes_while_it_is_fetched_is_not_taken(s3: S3Server, o
 @contextlib.contextmanager
 def files_no_larger_than(size: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = sys.dont_write_bytecode
+    # Python would write cut bytecode, and every later process would fail to read it.
+    sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        sys.dont_write_bytecode = before
 
 
 def test_a_download_that_breaks_off_leaves_no_half_file(s3: S3Server, tmp_path: Path) -> None:

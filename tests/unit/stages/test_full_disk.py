@@ -14,6 +14,8 @@ import pytest
 SMALL = ["data.train=40", "data.calibration=4", "data.heldout=4"]
 LIMITED = """
 import resource, sys
+# Python would write cut bytecode, and every later process would fail to read it.
+sys.dont_write_bytecode = True
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
 """
 STAGE = LIMITED + "from srccore.cli.main import main; main()"
