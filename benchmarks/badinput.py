@@ -705,7 +705,7 @@ def document(rng: random.Random, folder: Path) -> Case:
 
 
 class _Endpoint:
-    """A server on this machine that says what it is told to."""
+    """A server on this machine that sends the replies it gets from the benchmark."""
 
     def __init__(self) -> None:
         self.body, self.status = b"", 200

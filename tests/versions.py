@@ -1,6 +1,6 @@
 """The source files behind the version of each stage; ``python -m tests.versions`` records them.
 
-A file counts by its syntax tree: comments, docstrings and format do not change what it computes.
+A file is identified by its syntax tree: comments, docstrings and format change no result.
 """
 
 from __future__ import annotations

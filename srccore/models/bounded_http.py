@@ -34,7 +34,7 @@ class BoundedClient(httpx.AsyncClient):
     """
 
     def __init__(self, seconds: float) -> None:
-        # Connecting ends earlier, so that a server that is not there is told from a slow one.
+        # Connecting ends earlier, so that a missing server is not mistaken for a slow one.
         super().__init__(
             timeout=httpx.Timeout(seconds, connect=seconds / 2),
             limits=httpx.Limits(),

@@ -125,7 +125,7 @@ class Harm:
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, name: str) -> None:
     checkpoint = interrupted(tmp_path, **EVERY_STEP)
     torch.save(Harm(tmp_path / "harm"), checkpoint / name)
-    # Whoever can write the file can also write its hash.
+    # Anyone who can write the file can also write its hash.
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     manifest["outputs"][name] = hash_file(checkpoint / name)
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))

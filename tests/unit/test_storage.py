@@ -335,54 +335,16 @@ def test_of_two_writers_of_a_file_the_first_one_wins(s3: S3Server) -> None:
     assert s3.get("parts/1") == b"first"
 
 
-@pytest.mark.parametrize("status", [400, 501])
-def test_a_store_without_conditional_writes_gets_unconditional_ones(
-    status: int, no_aws: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stored: list[tuple[str, bytes]] = []
+@contextlib.contextmanager
+def answering(
+    answer: Callable[[BaseHTTPRequestHandler, bytes], tuple[int, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[None]:
+    """A store that answers writes with a status and a body, as a function says."""
 
-    class Old(BaseHTTPRequestHandler):
-        """A store of before there were conditions."""
-
+    class Handler(BaseHTTPRequestHandler):
         def do_PUT(self) -> None:
-            data = self.rfile.read(int(self.headers["Content-Length"]))
-            if is_new := self.headers["If-None-Match"] is None:
-                stored.append((self.path, data))
-            body = b"" if is_new else b"<Error><Code>NotImplemented</Code></Error>"
-            self.send_response(200 if is_new else status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Says nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Old) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_MAX_ATTEMPTS": "1",
-        }.items():
-            monkeypatch.setenv(name, value)
-        assert storage.create("s3://bucket/parts/1", b"data")
-        server.shutdown()
-    assert stored == [("/bucket/parts/1", b"data")]
-
-
-def test_a_conflict_of_two_conditional_writes_is_tried_again(
-    no_aws: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    statuses = [409, 409, 412, 200]
-
-    class Busy(BaseHTTPRequestHandler):
-        """A store in which another write of the same key is under way."""
-
-        def do_PUT(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            status = statuses.pop(0)
-            body = b"" if status == 200 else b"<Error><Code>Conditional</Code></Error>"
+            status, body = answer(self, self.rfile.read(int(self.headers["Content-Length"])))
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -391,7 +353,7 @@ def test_a_conflict_of_two_conditional_writes_is_tried_again(
         def log_message(self, *_: object) -> None:
             """Says nothing."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         for name, value in {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
@@ -400,9 +362,39 @@ def test_a_conflict_of_two_conditional_writes_is_tried_again(
             "AWS_MAX_ATTEMPTS": "1",
         }.items():
             monkeypatch.setenv(name, value)
+        yield
+        server.shutdown()
+
+
+@pytest.mark.parametrize("status", [400, 501])
+def test_a_store_without_conditional_writes_gets_unconditional_ones(
+    status: int, no_aws: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored: list[tuple[str, bytes]] = []
+
+    def answer(request: BaseHTTPRequestHandler, data: bytes) -> tuple[int, bytes]:
+        if request.headers["If-None-Match"] is not None:
+            return status, b"<Error><Code>NotImplemented</Code></Error>"
+        stored.append((request.path, data))
+        return 200, b""
+
+    with answering(answer, monkeypatch):
+        assert storage.create("s3://bucket/parts/1", b"data")
+    assert stored == [("/bucket/parts/1", b"data")]
+
+
+def test_a_conflict_of_two_conditional_writes_is_tried_again(
+    no_aws: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statuses = [409, 409, 412, 200]
+
+    def answer(_request: BaseHTTPRequestHandler, _data: bytes) -> tuple[int, bytes]:
+        status = statuses.pop(0)
+        return status, b"" if status == 200 else b"<Error><Code>Conditional</Code></Error>"
+
+    with answering(answer, monkeypatch):
         assert not storage.create("s3://bucket/finished.json", b"data")
         assert storage.create("s3://bucket/finished.json", b"data")
-        server.shutdown()
 
 
 def test_the_manifest_is_uploaded_last_and_the_journal_not_at_all(
